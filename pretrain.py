@@ -1,0 +1,109 @@
+"""Pretrain RoBERTa with masked language modelling.
+
+accelerate launch pretrain.py --config recipe/configs/pretrain/roberta-base.yaml
+"""
+
+import os
+from dataclasses import asdict
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
+
+from recipe.checkpoint import (
+    check_identity,
+    describe_changes,
+    export_model,
+    find_checkpoint,
+    load_tensors,
+    load_weights,
+    read_state,
+)
+from recipe.config import PretrainArguments, identity_of, parse_config, report_user_errors
+from recipe.corpora import check_corpus
+from recipe.loader import CachedData
+from recipe.metrics import TrainState
+from recipe.model import build_config, build_model
+from recipe.objectives import MaskedLMObjective
+from recipe.optimizer import build_optimizer, build_scheduler
+from recipe.plan import describe_plan
+from recipe.run_directory import RunDirectory, environment
+from recipe.tokenizer import load_tokenizer, tokenizer_checksum
+from recipe.training import train
+
+
+def main() -> None:
+    args = parse_config(PretrainArguments, __doc__)
+    # No buffer of the model ever changes, so none has to be sent around at each forward.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(kwargs_handlers=[ddp])
+    run = RunDirectory(args.output_dir, accelerator.is_main_process, gather_object([os.getpid()]))
+
+    def log(lines: list[str]) -> None:
+        for line in lines:
+            accelerator.print(line, flush=True)
+
+    tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path)
+    model_config = build_config(args.model_config, args.model_name_or_path, tokenizer, args.max_seq_length)
+    log(describe_plan(args, model_config, accelerator.num_processes))
+    for corpus in [*args.corpora, *args.eval_corpora]:
+        check_corpus(corpus)
+
+    identity = identity_of(args) | {"tokenizer": tokenizer_checksum(tokenizer)}
+    checkpoint = None
+    if args.resume_from_checkpoint is None:
+        run.refuse_existing_run()
+    else:
+        checkpoint, warnings = find_checkpoint(run.checkpoints, args.resume_from_checkpoint)
+        log(warnings)
+    saved = read_state(checkpoint) if checkpoint else {}
+    if checkpoint:
+        check_identity(saved["identity"], identity, checkpoint)
+        log(describe_changes(saved["arguments"], asdict(args)))
+    if args.dry_run:
+        return
+
+    data = CachedData(args, tokenizer)
+    log(data.describe())
+    identity |= {"data": data.identity()}
+    if checkpoint:
+        check_identity(saved["identity"], identity, checkpoint)
+
+    torch.manual_seed(args.seed)
+    model = build_model(model_config, args.model_name_or_path)
+    if checkpoint:
+        load_weights(checkpoint, model)
+    objective = MaskedLMObjective(model, data.collator.max_masked)
+    betas = (args.adam_beta1, args.adam_beta2)
+    adamw = build_optimizer(objective, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
+    objective, optimizer = accelerator.prepare(objective, adamw)
+    state = TrainState()
+    if checkpoint:
+        tensors = load_tensors(checkpoint)
+        optimizer.load_state_dict(tensors["optimizer"])
+        if accelerator.scaler is not None and "scaler" in tensors:
+            accelerator.scaler.load_state_dict(tensors["scaler"])
+        state = TrainState(**saved["train_state"])
+        log([f"resuming from {checkpoint}: {state.step:,} of {args.max_steps:,} updates done"])
+    scheduler = build_scheduler(adamw, args.warmup_steps, args.max_steps, state.step)
+
+    run.write_config(asdict(args), environment(accelerator))
+    run.cut_metrics(state.step)
+    run.write_status("running", state.step)
+    try:
+        is_complete = train(accelerator, args, objective, optimizer, scheduler, data, state, run, identity)
+    except BaseException as error:
+        run.write_status("failed", state.step, f"{type(error).__name__}: {error}")
+        raise
+    if not is_complete:
+        log([f"stopped after update {state.step:,}; go on with --resume_from_checkpoint latest"])
+        return
+    if accelerator.is_main_process:
+        export_model(run.model, accelerator.unwrap_model(objective).model, tokenizer)
+    run.write_status("complete", state.step)
+    log([f"model: {run.model}", f"loss plot: {run.loss_plot}"])
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main()

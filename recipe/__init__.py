@@ -1,0 +1,1 @@
+"""Pretrain RoBERTa from scratch with the Hugging Face libraries."""

@@ -1,0 +1,187 @@
+"""Checkpoints: complete or absent, verified before use, a plain model inside.
+
+A checkpoint is written to a temporary folder, its files synced to disk, a manifest of sizes and checksums last, and then
+renamed into place. What a crash leaves is a temporary folder, or a folder whose manifest does not match: the one before
+it is used.
+
+    step-00010000/
+      config.json, model.safetensors   the model, loadable by `from_pretrained`
+      optimizer.pt                     optimizer and gradient scaler; tensors and plain values only
+      state.json                       update, counters, the arguments and identity of the run
+      manifest.json                    size and SHA-256 of each of the above
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recipe.config import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PREFIX = "step-"
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"{PREFIX}{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders by update, oldest first."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have a file or folder reach the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(
+    folder: Path, step: int, model: PreTrainedModel, tensors: dict[str, Any], state: dict[str, Any], limit: int
+) -> Path:
+    """Write one checkpoint, then delete the oldest beyond `limit`.
+
+    Args:
+        folder: where checkpoints of the run lie.
+        step: completed updates.
+        model: saved with its config.
+        tensors: state dicts of tensors and plain values, read back with `weights_only=True`.
+        state: plain values.
+        limit: checkpoints to keep.
+    """
+    final = checkpoint_path(folder, step)
+    temporary = folder / f".{final.name}"
+    for leftover in folder.glob(f".{PREFIX}*"):
+        shutil.rmtree(leftover)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary)
+    torch.save(tensors, temporary / "optimizer.pt")
+    (temporary / "state.json").write_text(json.dumps(state | {"format": FORMAT, "step": step}, indent=1))
+    files = sorted(temporary.iterdir())
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    for file in temporary.iterdir():
+        sync(file)
+    if final.exists():  # a torn one, or the same update once more after a resume from an earlier one
+        shutil.rmtree(final)
+    temporary.rename(final)
+    sync(folder)
+    for old in list_checkpoints(folder)[:-limit]:
+        if old != final:  # later ones are there after a resume from an earlier one
+            shutil.rmtree(old)
+    return final
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        for name, expected in manifest.items():
+            if (path / name).stat().st_size != expected["bytes"]:
+                return f"{name} has {(path / name).stat().st_size} bytes, not {expected['bytes']}"
+            if checksum(path / name) != expected["sha256"]:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def find_checkpoint(folder: Path, wanted: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from.
+
+    Args:
+        folder: where checkpoints of the run lie.
+        wanted: `latest`, or the path of one.
+
+    Returns:
+        its path, None where `latest` finds none; and warnings about damaged ones that were passed over.
+
+    Raises:
+        UserError: the named one is missing or damaged, or there are only damaged ones.
+    """
+    if wanted != "latest":
+        path = Path(wanted)
+        if not path.is_dir():
+            raise UserError(f"`resume_from_checkpoint` {wanted}: there is no such checkpoint")
+        if fault := find_fault(path):
+            raise UserError(f"`resume_from_checkpoint` {wanted} is damaged: {fault}; choose another or `latest`")
+        return path, []
+    warnings = []
+    for path in reversed(list_checkpoints(folder)):
+        fault = find_fault(path)
+        if fault is None:
+            return path, warnings
+        warnings.append(f"checkpoint {path} is damaged ({fault}); using the one before it")
+    if warnings:
+        raise UserError(f"every checkpoint in {folder} is damaged: {'; '.join(warnings)}; remove them to start afresh")
+    return None, []
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: a checkpoint of another format.
+    """
+    state = json.loads((path / "state.json").read_text())
+    if state["format"] != FORMAT:
+        raise UserError(f"checkpoint {path} has format {state['format']}; this code reads format {FORMAT}")
+    return state
+
+
+def check_identity(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+    """
+    Raises:
+        UserError: listing every field that defines the experiment and differs.
+    """
+    different = [name for name in current if saved.get(name) != current[name]]
+    if different:
+        lines = [f"  `{name}`: {saved.get(name)} in the checkpoint, {current[name]} now" for name in different]
+        raise UserError(
+            f"{path} is of another experiment:\n" + "\n".join(lines) + "\ngive these the checkpoint's values, or start a "
+            "new run in another `output_dir`"
+        )
+
+
+def describe_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """A line for each argument that differs from the checkpoint's and may."""
+    return [
+        f"changed since the checkpoint: `{name}` {saved.get(name)} -> {value}"
+        for name, value in current.items()
+        if saved.get(name) != value and name != "resume_from_checkpoint"
+    ]
+
+
+def load_weights(path: Path, model: PreTrainedModel) -> None:
+    load_model(model, path / "model.safetensors")
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    return torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+
+
+def export_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A plain `save_pretrained` of model and tokenizer, replaced as a whole."""
+    temporary = folder.with_name(f".{folder.name}")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)

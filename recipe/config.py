@@ -1,0 +1,334 @@
+"""Every option of the recipe, and the one place that reads them.
+
+An option is a dataclass field; its docstring is its `--help`. `parse_config` takes the field's default, then the YAML
+of `--config`, then the flags, and returns the checked dataclass. Fields made with `identity()` define the experiment:
+a checkpoint can only be resumed with the same values; everything else may change between two starts of a run.
+"""
+
+import difflib
+import logging
+import re
+import sys
+import typing
+from argparse import SUPPRESS
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+
+class UserError(ValueError):
+    """Something that the user can mend; the message names the field or file, the value and the way out."""
+
+
+@contextmanager
+def report_user_errors() -> Iterator[None]:
+    """End the script with the message alone, on stderr and with exit status 2, when the input was at fault."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean `x`?` for the nearest of the known names, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def identity(**kwargs: Any) -> Any:
+    """A dataclass field that must not change between a checkpoint and its resume."""
+    return field(metadata={"identity": True}, **kwargs)
+
+
+@dataclass(kw_only=True)
+class CorpusArguments:
+    name: str
+    """What logs, counters and the model card call this corpus."""
+    path: str
+    """A hub data set id, or local `.jsonl`, `.json` (one object a line) or `.txt` (one document a file), plain or
+    `.gz`: a file, a folder or a glob."""
+    config_name: str | None = None
+    """Configuration of the hub data set, `20231101.en` say."""
+    split: str = "train"
+    """Split of the hub data set."""
+    revision: str | None = None
+    """Revision of the hub data set; `refs/convert/parquet` opens one that is still a script."""
+    text_column: str = "text"
+    """The column that holds the documents."""
+    weight: float | None = None
+    """Relative share of this corpus; without it, its size. Give it to all corpora or to none."""
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not 0 < self.weight < float("inf"):
+            raise UserError(f"`weight` of corpus {self.name!r} is {self.weight}; give a positive number or none")
+
+
+def check_corpora(name: str, corpora: list[CorpusArguments]) -> None:
+    names = [corpus.name for corpus in corpora]
+    if doubled := sorted({n for n in names if names.count(n) > 1}):
+        raise UserError(f"`{name}` holds two corpora named {doubled[0]!r}; give each a name of its own")
+    unweighted = [corpus.name for corpus in corpora if corpus.weight is None]
+    if 0 < len(unweighted) < len(corpora):
+        raise UserError(
+            f"`{name}`: {', '.join(unweighted)} has no `weight` while others have; "
+            "a default weight is a size and cannot be mixed with given ones: give all or none"
+        )
+
+
+def require(condition: bool, name: str, value: Any, remedy: str) -> None:
+    """Raise a `UserError` about the field `name` unless the condition holds."""
+    if not condition:
+        raise UserError(f"`{name}` is {value}; {remedy}")
+
+
+@dataclass(kw_only=True)
+class TokenizerArguments:
+    output_dir: str
+    """Folder for `tokenizer.json`, `vocab.json`, `merges.txt` and `tokenizer_config.json`."""
+    corpora: list[CorpusArguments]
+    """The text to learn the vocabulary from; the same list as in the pretraining config."""
+    vocab_size: int = 50265
+    """Entries in all: 5 special tokens, 256 bytes, the rest merges (the released RoBERTa has 50265)."""
+    min_frequency: int = 2
+    """Occurrences that a pair needs before it is merged."""
+    max_train_bytes: int = 10_000_000_000
+    """UTF-8 bytes read in all, shared among the corpora by weight and among a corpus's files evenly. The trainer
+    counts words, so its memory grows with the distinct words in this budget, not with the corpora."""
+    max_document_characters: int = 1_000_000
+    """Longer documents are cut at a space between two letters, which changes no token."""
+    add_prefix_space: bool = False
+    """Treat the first word of a text as if a space stood before it (RoBERTa: false)."""
+    model_max_length: int = 512
+    """Length, in tokens, that the saved tokenizer truncates to when it is asked to."""
+    dry_run: bool = False
+    """Check everything, print the plan and stop."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.corpora), "corpora", "empty", "name at least one corpus")
+        check_corpora("corpora", self.corpora)
+        require(self.vocab_size >= 261, "vocab_size", self.vocab_size, "5 special tokens and 256 bytes need 261")
+        require(self.min_frequency >= 1, "min_frequency", self.min_frequency, "give 1 or more")
+        require(self.max_train_bytes >= 1, "max_train_bytes", self.max_train_bytes, "give a positive number of bytes")
+        require(self.max_document_characters >= 1000, "max_document_characters", self.max_document_characters, "give 1000 or more")
+        require(self.model_max_length >= 4, "model_max_length", self.model_max_length, "give 4 or more")
+
+
+@dataclass(kw_only=True)
+class PretrainArguments:
+    output_dir: str
+    """Folder of the run: config.yaml, status.json, metrics.jsonl, checkpoints/, model/, loss.png."""
+
+    # Data
+    corpora: list[CorpusArguments] = identity()
+    """The text to train on."""
+    tokenizer_name: str | None = identity(default=None)
+    """Folder or hub id of the tokenizer; without it, the one of `model_name_or_path`."""
+    language: str = identity(default="en")
+    """ISO 639-1 code for the sentence splitter."""
+    sentence_splitter: Literal["sentencex", "newline"] = identity(default="sentencex")
+    """`newline` if the text already has one sentence a line."""
+    eval_corpora: list[CorpusArguments] = identity(default_factory=list)
+    """Text to evaluate on, same form as `corpora`; empty: blocks of `corpora` are held out."""
+    eval_blocks: int = identity(default=512)
+    """Blocks evaluated each time, shared by weight, never trained on. 0: no evaluation. Held-out blocks of `corpora`
+    have neighbours from the same documents in training; `eval_corpora` do not."""
+    max_seq_length: int = identity(default=512)
+    """Tokens in a block, `<s>` and `</s>` included."""
+    mlm_probability: float = identity(default=0.15)
+    """Share of the tokens to predict; 80 % become `<mask>`, 10 % a random token, 10 % stay (paper, section 2.3)."""
+    preprocessing_num_workers: int | None = None
+    """Processes that tokenise the corpora; the result does not depend on it. None: one process, all its threads."""
+    dataloader_num_workers: int = 2
+    """Processes that mask and collate ahead of each training process."""
+
+    # Model
+    model_config: dict[str, Any] = identity(default_factory=dict)
+    """Fields of `RobertaConfig`, over the defaults of the released roberta-base."""
+    model_name_or_path: str | None = identity(default=None)
+    """Folder or hub id of a RoBERTa to go on from, with its own tokenizer and a fresh schedule. None: from scratch."""
+
+    # Update
+    train_batch_size: int = identity(default=8192)
+    """Blocks in an update, over all processes and micro-batches (paper: 8192)."""
+    per_device_train_batch_size: int = 32
+    """Blocks in a micro-batch: what one device holds at once. The accumulation is derived from it."""
+    per_device_eval_batch_size: int = 32
+    """Blocks in an evaluation micro-batch."""
+    max_steps: int = 500_000
+    """Updates in all (paper: 500K)."""
+    learning_rate: float = identity(default=6e-4)
+    """Peak learning rate (paper: 6e-4 base, 4e-4 large)."""
+    warmup_steps: int = 24_000
+    """Updates of linear warmup; then linear decay to zero at `max_steps` (paper: 24K base, 30K large)."""
+    adam_beta1: float = identity(default=0.9)
+    """Adam's first decay rate."""
+    adam_beta2: float = identity(default=0.98)
+    """Adam's second decay rate (paper: 0.98)."""
+    adam_epsilon: float = identity(default=1e-6)
+    """Adam's epsilon (paper: 1e-6)."""
+    weight_decay: float = identity(default=0.01)
+    """Decoupled weight decay; none on biases and layer norms (fairseq decays those too)."""
+    max_grad_norm: float = identity(default=0.0)
+    """Gradient norm to clip to; 0: no clipping (the paper's choice)."""
+    max_nonfinite_updates: int = 20
+    """Updates with a non-finite loss or gradient that may be skipped in a row before the run stops."""
+    seed: int = identity(default=42)
+    """Seed of the weights, the order, the masks and dropout."""
+
+    # Run
+    logging_steps: int = 50
+    """Updates between two lines of the log."""
+    eval_steps: int = 5_000
+    """Updates between two evaluations; there is always one after the last update."""
+    save_steps: int = 5_000
+    """Updates between two checkpoints; there is always one after the last update."""
+    save_total_limit: int = 3
+    """Checkpoints kept; older ones are deleted once a newer one is complete."""
+    resume_from_checkpoint: str | None = None
+    """`latest` (starts fresh where there is none, so one command line serves start and restart) or the path of a
+    checkpoint."""
+    expected_loss: float | None = None
+    """Held-out loss that this config has reached; a line in loss.png. None: not run yet."""
+    dry_run: bool = False
+    """Check everything, print the plan and stop."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.corpora), "corpora", "empty", "name at least one corpus")
+        check_corpora("corpora", self.corpora)
+        check_corpora("eval_corpora", self.eval_corpora)
+        if self.tokenizer_name is None and self.model_name_or_path is None:
+            raise UserError("`tokenizer_name` is missing; name a folder or hub id, or give `model_name_or_path`")
+        if self.tokenizer_name is not None and self.model_name_or_path is not None:
+            raise UserError(
+                f"`tokenizer_name` ({self.tokenizer_name}) and `model_name_or_path` ({self.model_name_or_path}) are "
+                "both given; a pretrained model goes on with its own tokenizer: leave `tokenizer_name` out"
+            )
+        for name in ("train_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps",
+                     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_nonfinite_updates"):  # fmt: skip
+            require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
+        for name in ("warmup_steps", "eval_blocks", "dataloader_num_workers", "weight_decay", "max_grad_norm", "seed"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        for name in ("learning_rate", "adam_epsilon"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "give a positive number")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "give a number from 0 up to 1")
+        require(0 < self.mlm_probability < 1, "mlm_probability", self.mlm_probability, "give a number between 0 and 1")
+        require(self.max_seq_length >= 8, "max_seq_length", self.max_seq_length, "give 8 or more")
+        workers = self.preprocessing_num_workers
+        require(workers is None or workers >= 1, "preprocessing_num_workers", workers, "give 1 or more, or null")
+        if self.warmup_steps > self.max_steps:
+            raise UserError(
+                f"`warmup_steps` ({self.warmup_steps}) is more than `max_steps` ({self.max_steps}): "
+                "the learning rate would never reach its peak"
+            )
+
+    def gradient_accumulation_steps(self, num_processes: int) -> int:
+        """Micro-batches of one process in an update.
+
+        Raises:
+            UserError: if processes and micro-batch do not divide `train_batch_size`.
+        """
+        rows = self.per_device_train_batch_size * num_processes
+        if self.train_batch_size % rows:
+            share, rest = divmod(self.train_batch_size, num_processes)
+            fitting = [n for n in range(1, self.per_device_train_batch_size) if not share % n]
+            remedy = (
+                f"choose a `train_batch_size` that {num_processes} processes divide"
+                if rest or not fitting
+                else f"the nearest smaller `per_device_train_batch_size` is {fitting[-1]}"
+            )
+            raise UserError(
+                f"`train_batch_size` ({self.train_batch_size}) is not a multiple of `per_device_train_batch_size` "
+                f"({self.per_device_train_batch_size}) x {num_processes} processes = {rows}; {remedy}"
+            )
+        return self.train_batch_size // rows
+
+
+Arguments = TypeVar("Arguments", TokenizerArguments, PretrainArguments)
+
+
+def identity_of(arguments: PretrainArguments) -> dict[str, Any]:
+    """The values of the fields that define the experiment."""
+    return {f.name: v for f in fields(arguments) if f.metadata.get("identity") for v in [asdict(arguments)[f.name]]}
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+
+
+def known_names(cls: type) -> dict[str, type]:
+    """Field name -> type of a dataclass, and of the dataclasses in its lists."""
+    names = {}
+    for f in fields(cls):
+        names[f.name] = f.type
+        for inner in typing.get_args(f.type):
+            if is_dataclass(inner):
+                names |= known_names(inner)
+    return names
+
+
+def explain(error: Exception, cls: type, arguments: list[str], files: list[Any]) -> str:
+    """The parser's message as ours: the field, where it was given, the value, the nearest right name."""
+    text = str(error)
+    where = " and ".join(str(file) for file in files) or "the command line"
+
+    def source(name: str) -> str:
+        on_line = any(a.startswith(f"--{name}") for a in arguments)
+        return "on the command line" if on_line or not files else f"in {where}"
+
+    if unknown := re.search(r"Option '([^']+)' is not accepted|[Uu]nrecognized arguments: --([^\s=]+)", text):
+        name = unknown[1] or unknown[2]
+        parent = re.search(r'Parser key "([^"]+)"', text)
+        place = f" in `{parent[1]}`" if parent else ""
+        return f"there is no field `{name}`{place} ({source(parent[1] if parent else name)}){did_you_mean(name, known_names(cls))}"
+    if missing := re.search(r"arguments are required: (.+)", text):
+        return f"{missing[1]} must be given, as a flag or in the YAML of --config (read: {where})"
+    if wrong := re.search(r'Parser key "([^"]+)":\s*(.*)', text, re.DOTALL):
+        name, detail = wrong[1], " ".join(wrong[2].split()).replace("typing.", "").replace("<class '", "'")
+        detail = detail.replace("'>", "'")
+        return f"`{name}` ({source(name.split('.')[0])}): {detail}"
+    return f"{where}: {text}"
+
+
+def parse_config(cls: type[Arguments], description: str, arguments: list[str] | None = None) -> Arguments:
+    """Read `cls` from the command line and the YAML of `--config`; flags win over the YAML, the YAML over defaults.
+
+    Args:
+        cls: the dataclass to fill.
+        description: shown by `--help`.
+        arguments: the command line without the program's name; `sys.argv[1:]` if None.
+
+    Raises:
+        UserError: unknown or misspelt field, wrong type, bad choice, missing file, or values that contradict.
+    """
+    logging.getLogger("jsonargparse").setLevel(logging.ERROR)
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
+    parser.add_class_arguments(cls, as_group=False)
+    # A run's config.yaml can be given to --config again; what it ran on is no option.
+    parser.add_argument("--environment", type=dict, help=SUPPRESS)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # A flag that is true or false may stand alone, as in `--dry_run`.
+    switches = {f"--{f.name}" for f in fields(cls) if f.type is bool}
+    for i, argument in enumerate(arguments):
+        if argument in switches and (arguments[i + 1 : i + 2] or ["--"])[0].startswith("--"):
+            arguments[i] = f"{argument}=true"
+    config_files = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
+    config_files += [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
+    for file in config_files:
+        if not Path(file).is_file():
+            raise UserError(f"--config {file}: there is no such file")
+    try:
+        namespace = parser.parse_args(arguments)
+    except (ArgumentError, TypeError) as error:
+        raise UserError(explain(error, cls, arguments, config_files)) from None
+    values = dict(vars(parser.instantiate(namespace)))
+    del values["config"], values["environment"]
+    return cls(**values)

@@ -1,0 +1,156 @@
+"""Sums between two lines of the log, throughput, and the line itself."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """How far a run is; everything of it is in the checkpoint, so that a resume writes the same metrics.
+
+    The `window` values are sums since the last line of the log.
+    """
+
+    step: int = 0
+    tokens: int = 0  # seen in all, without padding
+    nonfinite_updates: int = 0  # skipped in all
+    nonfinite_in_a_row: int = 0
+    overflows: int = 0  # updates that fp16's gradient scaler skipped
+    window_loss: float = 0.0
+    window_masked: int = 0
+
+    def count(self, loss_sum: float, masked: int, tokens: int, skipped: str | None) -> None:
+        """Take in one update; what was skipped is counted and its loss left out."""
+        self.step += 1
+        self.tokens += tokens
+        self.nonfinite_updates += skipped == "nonfinite"
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if skipped == "nonfinite" else 0
+        self.overflows += skipped == "overflow"
+        if skipped is None:
+            self.window_loss += loss_sum
+            self.window_masked += masked
+
+    def take_window_loss(self) -> float | None:
+        """Mean loss since the last time, in nats; None if every update was skipped."""
+        mean = self.window_loss / self.window_masked if self.window_masked else None
+        self.window_loss, self.window_masked = 0.0, 0
+        return mean
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of training since it was made."""
+
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    tokens: int = 0
+    waited: float = 0.0
+
+    def count(self, tokens: int) -> None:
+        self.steps += 1
+        self.tokens += tokens
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time that training stands still for data."""
+        asked = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - asked
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not training."""
+        stopped = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - stopped
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+
+def train_record(
+    state: TrainState, watch: Stopwatch, learning_rate: float, grad_norm: float, epoch: float
+) -> dict[str, Any]:
+    """A training line of metrics.jsonl; it ends the window of `state`."""
+    return {
+        "step": state.step,
+        "loss": state.take_window_loss(),
+        "learning_rate": learning_rate,
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # JSON has no NaN
+        "tokens": state.tokens,
+        "epoch": round(epoch, 4),
+        "nonfinite_updates": state.nonfinite_updates,
+        "overflows": state.overflows,
+        "tokens_per_second": round(watch.tokens / watch.seconds, 1),
+        "data_wait_share": round(watch.waited / watch.seconds, 4),
+        "seconds_per_update": round(watch.seconds / watch.steps, 4),
+    }
+
+
+def eval_record(state: TrainState, loss_sum: float, count: int, unigram_loss: float) -> dict[str, Any]:
+    """An evaluation line of metrics.jsonl."""
+    loss = loss_sum / count
+    finite = math.isfinite(loss)
+    return {
+        "step": state.step,
+        "tokens": state.tokens,
+        "eval_loss": loss if finite else None,
+        "eval_perplexity": math.exp(loss) if finite and loss < 700 else None,
+        "unigram_loss": unigram_loss,
+    }
+
+
+def format_duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return (f"{days}d " if days else "") + f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def format_count(number: float) -> str:
+    """Three to four digits and a unit: 1,234 as `1.23K`."""
+    for unit in ("", "K", "M", "B", "T"):
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number * 1e12:.3g}"
+
+
+def number(value: float | None, form: str) -> str:
+    """A number in this format, or `none` in its width."""
+    return "none".rjust(len(format(0.0, form))) if value is None else format(value, form)
+
+
+def format_train_line(record: dict[str, Any], max_steps: int) -> str:
+    """One aligned line of the log."""
+    left = (max_steps - record["step"]) * record["seconds_per_update"]
+    skipped = [f"{record[name]} {name}" for name in ("nonfinite_updates", "overflows") if record[name]]
+    return "  ".join(
+        [
+            f"step {record['step']:>{len(str(max_steps))}}/{max_steps}",
+            f"loss {number(record['loss'], '6.3f')}",
+            f"lr {record['learning_rate']:.2e}",
+            f"grad norm {number(record['grad_norm'], '6.2f')}",
+            f"{format_count(record['tokens']):>5} tokens",
+            f"{format_count(record['tokens_per_second']):>5} tokens/s",
+            f"data wait {record['data_wait_share']:4.0%}",
+            f"left {format_duration(left)}",
+            *skipped,
+        ]
+    )
+
+
+def format_eval_line(record: dict[str, Any], max_steps: int) -> str:
+    return "  ".join(
+        [
+            f"step {record['step']:>{len(str(max_steps))}}/{max_steps}",
+            f"held-out loss {number(record['eval_loss'], '.3f')}",
+            f"perplexity {number(record['eval_perplexity'], '.2f')}",
+            f"(unigram model: loss {record['unigram_loss']:.3f})",
+        ]
+    )

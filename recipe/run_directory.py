@@ -1,0 +1,111 @@
+"""What a run leaves behind beside checkpoints and model: config.yaml, status.json, metrics.jsonl."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from recipe.config import UserError, to_yaml
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "sentencex", "numpy")
+
+
+def git_commit() -> str | None:
+    """The commit of this code, `-dirty` if files differ from it; None outside a git checkout."""
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result.stdout.strip() or None
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """What a run runs on and with: engine, precision, processes, device, versions, commit."""
+    device = accelerator.device
+    return {
+        "distributed_type": accelerator.distributed_type.value,
+        "num_processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "git_commit": git_commit(),
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Readers see the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+class RunDirectory:
+    """The folder of one run; only the main process writes to it.
+
+    Args:
+        path: the folder.
+        is_main: whether this is the main process.
+        pids: of all training processes, for whoever has to signal them.
+    """
+
+    def __init__(self, path: str | Path, is_main: bool, pids: list[int]) -> None:
+        self.path = Path(path)
+        self.is_main = is_main
+        self.pids = pids
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.loss_plot = self.path / "loss.png"
+
+    def refuse_existing_run(self) -> None:
+        """
+        Raises:
+            UserError: the folder already holds a run.
+        """
+        if any((self.path / name).exists() for name in ("status.json", "metrics.jsonl", "checkpoints", "model")):
+            raise UserError(
+                f"`output_dir` {self.path} already holds a run; go on with it by --resume_from_checkpoint latest, "
+                "or choose another folder"
+            )
+
+    def write_config(self, arguments: dict[str, Any], environment: dict[str, Any]) -> None:
+        """config.yaml: the resolved arguments, and under `environment` what they ran on. `--config` reads it back."""
+        if self.is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "config.yaml", to_yaml(arguments | {"environment": environment}))
+
+    def write_status(self, state: str, step: int, reason: str | None = None) -> None:
+        """status.json: `state` is running, complete, preempted or failed; `pids` are the training processes'."""
+        if self.is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            status = {"state": state, "step": step, "reason": reason, "pids": self.pids}
+            write_atomically(self.path / "status.json", json.dumps(status) + "\n")
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        if self.is_main:
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl; a last line torn by a crash is left out."""
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text().split("\n")
+        # What stands behind the last line break was not written to its end.
+        return [json.loads(line) for line in lines[:-1]]
+
+    def cut_metrics(self, step: int) -> None:
+        """Forget the lines of later updates, which a resume from `step` writes again."""
+        if self.is_main and self.metrics_file.exists():
+            kept = [record for record in self.read_metrics() if record["step"] <= step]
+            write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))

@@ -1,0 +1,265 @@
+"""Train a byte-level BPE vocabulary, save it as the fast tokenizer that `AutoTokenizer` finds, and encode documents.
+
+The special tokens stand where the released RoBERTa has them: `<s>`=0, `<pad>`=1, `</s>`=2, `<unk>`=3 and `<mask>` last.
+(`ByteLevelBPETokenizer` given all five would put `<mask>` at 4.)
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import sentencex
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizerFast
+
+from recipe.config import UserError
+
+LEADING_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
+MASK_TOKEN = AddedToken("<mask>", lstrip=True, rstrip=False, normalized=False, special=True)
+
+
+def split_text(text: str, max_characters: int) -> Iterator[str]:
+    """Cut a long text at spaces between two letters, where byte-level BPE never joins: the pieces' tokens are the
+    text's tokens. A stretch of `max_characters` without such a space is cut at its end all the same,
+    which can change the tokens at the cut.
+    """
+    start = 0
+    while len(text) - start > max_characters:
+        end = start + max_characters
+        cut = text.rfind(" ", start + 1, end)
+        while cut > start and not (text[cut - 1].isalpha() and text[cut + 1].isalpha()):
+            cut = text.rfind(" ", start + 1, cut)
+        yield text[start : cut if cut > start else end]
+        start = cut if cut > start else end
+    yield text[start:]
+
+
+def train_byte_level_bpe(
+    texts: Iterable[list[str]],
+    vocab_size: int,
+    min_frequency: int,
+    add_prefix_space: bool,
+    max_document_characters: int,
+) -> Tokenizer:
+    """Learn a byte-level BPE with RoBERTa's special tokens.
+
+    Args:
+        texts: batches of texts.
+        vocab_size: entries in all; fewer come out where the text has too few pairs to merge.
+        min_frequency: occurrences that a pair needs before it is merged.
+        add_prefix_space: treat the first word of a text as if a space stood before it.
+        max_document_characters: longer texts are cut, so that no worker of the trainer holds more.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,  # <mask> comes after the merges
+        min_frequency=min_frequency,
+        special_tokens=LEADING_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=True,
+    )
+    pieces = ([piece for text in batch for piece in split_text(text, max_document_characters)] for batch in texts)
+    tokenizer.train_from_iterator(pieces, trainer)
+    tokenizer.add_special_tokens([MASK_TOKEN])
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=add_prefix_space
+    )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, output_dir: Path, add_prefix_space: bool, model_max_length: int) -> None:
+    """Write `tokenizer.json`, `tokenizer_config.json`, `vocab.json` and `merges.txt`."""
+    model = json.loads(tokenizer.to_str())["model"]
+    fast = RobertaTokenizerFast(
+        vocab=model["vocab"],
+        merges=[tuple(merge) for merge in model["merges"]],
+        mask_token=MASK_TOKEN,
+        add_prefix_space=add_prefix_space,
+        model_max_length=model_max_length,
+    )
+    fast.save_pretrained(output_dir)
+    tokenizer.model.save(str(output_dir))
+
+
+def check_saved_tokenizer(tokenizer: Tokenizer, output_dir: Path, texts: list[str], add_prefix_space: bool) -> None:
+    """Reload what was saved, both ways, and compare with the tokenizer that was trained.
+
+    Raises:
+        RuntimeError: ids, special tokens or settings differ; loading a byte-level tokenizer has turned silently
+            character-level upstream before (transformers#47706).
+    """
+    expected = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "unk_token_id": 3}
+    special |= {"cls_token_id": 0, "sep_token_id": 2, "mask_token_id": tokenizer.get_vocab_size() - 1}
+    for loader in (AutoTokenizer, RobertaTokenizerFast):
+        loaded = loader.from_pretrained(output_dir)
+        if [loaded(text, verbose=False)["input_ids"] for text in texts] != expected:
+            raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) does not give the trained ids")
+        found = {name: getattr(loaded, name) for name in special}
+        if found != special or len(loaded) != tokenizer.get_vocab_size():
+            raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) moved the special tokens: {found}")
+        if not loaded.added_tokens_decoder[loaded.mask_token_id].lstrip:
+            raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) lost `lstrip` of <mask>")
+        if loaded.add_prefix_space != add_prefix_space:
+            raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) lost `add_prefix_space`")
+
+
+def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
+    """Check that the commonest words of the text became single tokens.
+
+    A count that overflows in the trainer loses them without a word (tokenizers#2058: "the" was missing). Only as many
+    words are asked for as the vocabulary surely has room for: the commonest of each 100 entries beyond bytes and specials.
+
+    Raises:
+        RuntimeError: naming the words.
+    """
+    wanted = [word for word, _ in word_counts.most_common(min(100, (tokenizer.get_vocab_size() - 261) // 100))]
+    lost = [word for word in wanted if len(tokenizer.encode(" " + word, add_special_tokens=False).ids) != 1]
+    if lost:
+        raise RuntimeError(f"the commonest words {lost} did not become single tokens; lower `max_train_bytes`")
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
+    """A fast tokenizer from a folder or the hub, with every special token that masked language modelling needs.
+
+    Text that spells a special token stays text: a document's `<mask>` never becomes the mask.
+
+    Raises:
+        UserError: there is none, or it is not fit for the purpose.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"`tokenizer_name` {name_or_path}: no tokenizer there, as a folder or on the hub: {error}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"`tokenizer_name` {name_or_path}: not a fast tokenizer; save it with a tokenizer.json")
+    for name in ("cls_token", "sep_token", "pad_token", "mask_token"):
+        if getattr(tokenizer, name) is None:
+            raise UserError(f"`tokenizer_name` {name_or_path}: it has no `{name}`, which the blocks need")
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    backend.no_truncation()  # some tokenizers come with either switched on
+    backend.no_padding()
+    return tokenizer
+
+
+def tokenizer_checksum(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of everything that decides a text's ids."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
+    """UTF-8 bytes of each token of a byte-level tokenizer, by id; None for any other kind."""
+    pre_tokenizer = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if not any(part.get("type") == "ByteLevel" for part in parts):
+        return None
+    # In the byte-level alphabet a character stands for a byte. Special tokens never come out of text.
+    lengths = [0] * len(tokenizer)
+    for token, index in tokenizer.get_vocab().items():
+        lengths[index] = len(token)
+    return lengths
+
+
+class DocumentEncoder:
+    """Documents to rows of the token store: a document's ids, and where its sentences end among them.
+
+    The ids are those of the whole document with no special token added. Sentences are found in the text and their ends
+    carried over to the tokens; the white space before a sentence goes with it, as in `ĠThen`. A token that reaches over
+    an end belongs to the earlier sentence. Picklable, for `datasets.map`.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        sentence_splitter: `sentencex` or `newline`.
+        language: ISO 639-1 code for `sentencex`.
+        max_document_characters: longer documents are encoded in pieces (see `split_text`), for flat memory.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        sentence_splitter: str,
+        language: str,
+        max_document_characters: int = 1_000_000,
+    ) -> None:
+        self.backend = tokenizer.backend_tokenizer
+        self.dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
+        lengths = token_byte_lengths(tokenizer)
+        # A normalizer changes the bytes, and their sum then says nothing about the text.
+        self.byte_lengths = None if lengths is None or self.backend.normalizer else np.array(lengths, np.int64)
+        self.sentence_splitter = sentence_splitter
+        self.language = language
+        self.max_document_characters = max_document_characters
+
+    def __call__(self, batch: dict[str, list[str | None]]) -> pa.Table:
+        """Encode a batch of `text`; documents without a token are left out.
+
+        Returns:
+            `input_ids`: list of uint16 (int32 for vocabularies over 65,536), `sentence_ends`: list of int32, the
+            last of which is the number of ids.
+        """
+        pieces = [list(split_text(text, self.max_document_characters)) for text in batch["text"] if text]
+        flat = [piece for document in pieces for piece in document]
+        self.backend.encode_special_tokens = True  # does not survive pickling
+        encode = self.backend.encode_batch if self.byte_lengths is None else self.backend.encode_batch_fast
+        encodings = iter(encode(flat, add_special_tokens=False))
+
+        ids, ends = [], []
+        for document in pieces:
+            document_ids, document_ends, length = [], [], 0
+            for piece in document:
+                encoding = next(encodings)
+                document_ids.append(np.array(encoding.ids, self.dtype))
+                # A piece's end is a cut, not the end of a sentence; the document's end is added below.
+                piece_ends = self.sentence_ends(piece, encoding)
+                document_ends.append(piece_ends[piece_ends < len(encoding.ids)] + length)
+                length += len(encoding.ids)
+            if length:
+                ids.append(np.concatenate(document_ids))
+                ends.append(np.concatenate([*document_ends, [length]]))
+        return pa.table({"input_ids": list_array(ids, self.dtype), "sentence_ends": list_array(ends, np.int32)})
+
+    def sentence_ends(self, text: str, encoding: Encoding) -> np.ndarray:
+        """Ends of the sentences of a text, in tokens, ascending and distinct."""
+        if self.sentence_splitter == "newline":
+            sentences = text.split("\n")
+        else:
+            sentences = sentencex.segment(self.language, text)
+        character_ends, start = [], 0
+        for sentence in sentences:
+            # sentencex leaves out some paragraph breaks, so lengths alone do not tell where a sentence stands.
+            start = text.index(sentence, start)
+            if stripped := sentence.rstrip():
+                character_ends.append(start + len(stripped))
+            start += len(sentence)
+        if self.byte_lengths is None:
+            token_ends = np.array([end for _, end in encoding.offsets], np.int64)
+            ends = np.array(character_ends, np.int64)
+        else:
+            token_ends = np.cumsum(self.byte_lengths[encoding.ids])
+            ends = byte_positions(text, character_ends)
+            if token_ends.size:
+                # `add_prefix_space` puts one byte in front that the text does not have.
+                token_ends -= token_ends[-1] - len(text.encode())
+        return np.unique(np.searchsorted(token_ends, ends) + 1)
+
+
+def byte_positions(text: str, character_positions: list[int]) -> np.ndarray:
+    """UTF-8 byte positions of ascending character positions."""
+    if text.isascii():
+        return np.array(character_positions, np.int64)
+    starts = [0, *character_positions]
+    lengths = [len(text[a:b].encode()) for a, b in zip(starts, character_positions, strict=False)]
+    return np.cumsum(np.array(lengths, np.int64))
+
+
+def list_array(rows: list[np.ndarray], dtype: type) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    values = np.concatenate(rows).astype(dtype, copy=False) if rows else np.empty(0, dtype)
+    return pa.ListArray.from_arrays(offsets, values)

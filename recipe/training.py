@@ -1,0 +1,229 @@
+"""The training loop, straight down: `train` calls `train_step` and `evaluate`."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from recipe.checkpoint import save_checkpoint
+from recipe.config import PretrainArguments
+from recipe.hashing import hash64
+from recipe.loader import CachedData, MicroBatches
+from recipe.metrics import Stopwatch, TrainState, eval_record, format_eval_line, format_train_line, train_record
+from recipe.plots import plot_loss
+from recipe.run_directory import RunDirectory
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Set by a signal, looked at once an update. A second SIGINT ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal and number == signal.SIGINT:
+            signal.default_int_handler(number, frame)
+        self.signal = signal.Signals(number).name
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass
+class Update:
+    """What an update did, the same on all ranks.
+
+    `loss_sum` in nats over the `masked` tokens of the whole update, `tokens` without padding; `skipped` is None,
+    `nonfinite` or `overflow`; `stopping` says that some rank was asked to stop.
+    """
+
+    loss_sum: float
+    masked: int
+    tokens: int
+    grad_norm: float
+    skipped: str | None
+    stopping: bool
+
+
+def train(
+    accelerator: Accelerator,
+    args: PretrainArguments,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LambdaLR,
+    data: CachedData,
+    state: TrainState,
+    run: RunDirectory,
+    identity: dict[str, Any],
+) -> bool:
+    """Train from `state.step` to `max_steps`, logging, evaluating and saving on the way.
+
+    Args:
+        objective, optimizer: prepared by the accelerator.
+        scheduler: not prepared; stepped once an update.
+        state: advanced in place.
+        identity: of the run, kept in its checkpoints.
+
+    Returns:
+        whether the run is complete; False after a signal, with a checkpoint of the last update.
+
+    Raises:
+        FloatingPointError: too many updates in a row were not finite.
+    """
+    process = accelerator.process_index, accelerator.num_processes
+    updates = data.train_batches(*process).iterate(state.step, args.max_steps, args.dataloader_num_workers)
+    eval_batches = data.eval_batches(*process)
+    unigram_loss = data.unigram_loss() if args.eval_blocks and accelerator.is_main_process else math.nan
+    request, watch, saved_step = StopRequest(), Stopwatch(), state.step
+    quiet = None if accelerator.is_main_process else True  # None: a bar on a terminal, none in a log file
+    bar = tqdm(total=args.max_steps, initial=state.step, unit="update", disable=quiet)
+
+    def report(record: dict[str, Any], line: str) -> None:
+        run.append_metrics(record)
+        if accelerator.is_main_process:
+            bar.write(line)
+
+    with bar, request.listening():
+        while state.step < args.max_steps:
+            with watch.waiting():
+                micro_batches = next(updates)
+            seed_dropout(args.seed, state.step, accelerator.process_index)
+            update = train_step(accelerator, objective, optimizer, micro_batches, args.max_grad_norm, request)
+            learning_rate = scheduler.get_last_lr()[0]
+            scheduler.step()
+            state.count(update.loss_sum, update.masked, update.tokens, update.skipped)
+            watch.count(update.tokens)
+            bar.update()
+            is_last = state.step == args.max_steps
+
+            if state.nonfinite_in_a_row >= args.max_nonfinite_updates:
+                raise FloatingPointError(
+                    f"{state.nonfinite_in_a_row} updates in a row had a non-finite loss or gradient, up to update "
+                    f"{state.step}; the last good checkpoint is of update {saved_step}. Go on from there with a lower "
+                    "--learning_rate, a longer --warmup_steps or, in place of fp16, --mixed_precision bf16"
+                )
+            if state.step % args.logging_steps == 0 or is_last:
+                epoch = state.step * args.train_batch_size / data.blocks_per_epoch
+                record = train_record(state, watch, learning_rate, update.grad_norm, epoch)
+                report(record, format_train_line(record, args.max_steps))
+                watch = Stopwatch()
+            with watch.paused():
+                if args.eval_blocks and (state.step % args.eval_steps == 0 or is_last):
+                    record = eval_record(state, *evaluate(accelerator, objective, eval_batches), unigram_loss)
+                    report(record, format_eval_line(record, args.max_steps))
+                if state.step % args.save_steps == 0 or is_last or update.stopping:
+                    save(accelerator, args, objective, optimizer, state, run, identity)
+                    saved_step = state.step
+            if update.stopping and not is_last:
+                run.write_status("preempted", state.step, request.signal or "a signal to another process")
+                return False
+    return True
+
+
+def train_step(
+    accelerator: Accelerator,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[dict[str, torch.Tensor]],
+    max_grad_norm: float,
+    request: StopRequest,
+) -> Update:
+    """One update, the gradient that of the mean loss over the masked tokens of all its micro-batches on all ranks.
+
+    The micro-batches' losses are sums, divided in the loss by the count of the whole update; gradients are never
+    rescaled afterwards. Whatever an engine averages over (accumulation, processes) is multiplied in beforehand. There
+    is one wait for the device, at the end.
+
+    Args:
+        micro_batches: of this rank, from the collator.
+        max_grad_norm: 0 for no clipping.
+    """
+    counts = torch.zeros(2, dtype=torch.int64)
+    for batch in micro_batches:
+        counts += torch.stack([(batch["labels"] != -100).sum(), count_tokens(batch)])
+    counts = accelerator.reduce(counts.to(accelerator.device), "sum")
+    scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / counts[0]
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for number, batch in enumerate(micro_batches):
+        is_last = number == len(micro_batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(objective):
+            micro_loss, _ = objective(**send_to_device(batch, accelerator.device, non_blocking=True))
+            accelerator.backward(micro_loss * scale)
+            loss_sum += micro_loss.detach()
+
+    grad_norm = accelerator.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
+    stopping = torch.tensor(float(request.signal is not None), device=accelerator.device)
+    totals = accelerator.reduce(torch.stack([loss_sum, stopping]), "sum")
+    loss, stopping, norm = torch.cat([totals, grad_norm[None]]).tolist()
+    masked, tokens = counts.tolist()
+    skipped = None if math.isfinite(loss) and (accelerator.scaler or math.isfinite(norm)) else "nonfinite"
+    # A scaler has to see an overflow, to lower its scale; it leaves out the step by itself.
+    if skipped is None or accelerator.scaler:
+        optimizer.step()
+    if skipped is None and accelerator.optimizer_step_was_skipped:
+        skipped = "overflow"
+    optimizer.zero_grad()
+    return Update(loss, masked, tokens, norm, skipped, stopping > 0)
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, objective: nn.Module, batches: MicroBatches) -> tuple[float, int]:
+    """Sum of the loss over the held-out blocks' masked tokens, in nats, and their number. Every block counts once."""
+    objective.eval()
+    sums = torch.zeros(2, device=accelerator.device)
+    for batch in next(batches.iterate(0, 1, num_workers=0)):
+        sums += torch.stack(objective(**send_to_device(batch, accelerator.device)))
+    objective.train()
+    loss_sum, count = accelerator.reduce(sums, "sum").tolist()
+    return loss_sum, int(count)
+
+
+def count_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Positions that are not padding."""
+    return batch["attention_mask"].sum() if "attention_mask" in batch else torch.tensor(batch["input_ids"].numel())
+
+
+def seed_dropout(seed: int, step: int, process_index: int) -> None:
+    """Make dropout a function of the update, so that a resume needs no generator state."""
+    torch.manual_seed(int(hash64(seed, step, process_index) >> 1))
+
+
+def save(
+    accelerator: Accelerator,
+    args: PretrainArguments,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    run: RunDirectory,
+    identity: dict[str, Any],
+) -> None:
+    """Checkpoint, status and plot."""
+    if accelerator.is_main_process:
+        tensors = {"optimizer": optimizer.state_dict()}
+        if accelerator.scaler is not None:
+            tensors["scaler"] = accelerator.scaler.state_dict()
+        kept = {"train_state": asdict(state), "identity": identity, "arguments": asdict(args)}
+        model = accelerator.unwrap_model(objective).model
+        save_checkpoint(run.checkpoints, state.step, model, tensors, kept, args.save_total_limit)
+        run.write_status("running", state.step)
+        plot_loss(run.read_metrics(), args.expected_loss, str(run.path), run.loss_plot)
+    accelerator.wait_for_everyone()

@@ -1,0 +1,73 @@
+"""Train a byte-level BPE vocabulary with RoBERTa's special tokens.
+
+python train_tokenizer.py --config recipe/configs/tokenizer/bbpe-50k.yaml
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from recipe.config import TokenizerArguments, UserError, parse_config, report_user_errors
+from recipe.corpora import check_corpus, corpus_bytes, sample_texts
+from recipe.tokenizer import check_common_words, check_saved_tokenizer, save_tokenizer, train_byte_level_bpe
+
+CHECK_BYTES = 5_000_000  # of each corpus: its words are counted for the check after training
+
+
+def main() -> None:
+    args = parse_config(TokenizerArguments, __doc__)
+    output_dir = Path(args.output_dir)
+    if (output_dir / "tokenizer.json").exists():
+        raise UserError(f"`output_dir` {output_dir} already holds a tokenizer; remove it or choose another folder")
+
+    available = {corpus.name: corpus_bytes(corpus) for corpus in args.corpora if corpus.weight is None}
+    for corpus in args.corpora:
+        check_corpus(corpus)
+        size = f", about {available[corpus.name] / 1e6:,.0f} MB" if corpus.name in available else ""
+        print(f"corpus {corpus.name}: {corpus.path}{size}")
+    expected_bytes = min(args.max_train_bytes, round(sum(available.values())) or args.max_train_bytes)
+    print(f"{args.vocab_size:,} entries from at most {args.max_train_bytes / 1e6:,.0f} MB of text -> {output_dir}")
+    if args.dry_run:
+        return
+
+    read_bytes: Counter[str] = Counter()
+    word_counts: Counter[str] = Counter()
+    sample: list[str] = []
+
+    def texts() -> Iterator[list[str]]:
+        with tqdm(total=expected_bytes, desc="reading", unit="B", unit_scale=True) as bar:
+            for name, batch, size in sample_texts(args.corpora, args.max_train_bytes):
+                if not read_bytes[name]:
+                    sample.extend(batch[:50])
+                if read_bytes[name] < CHECK_BYTES:
+                    word_counts.update(word for text in batch for word in re.findall(r"(?<= )[^\W\d_]+", text))
+                read_bytes[name] += size
+                bar.update(size)
+                yield batch
+
+    tokenizer = train_byte_level_bpe(
+        texts(),
+        vocab_size=args.vocab_size,
+        min_frequency=args.min_frequency,
+        add_prefix_space=args.add_prefix_space,
+        max_document_characters=args.max_document_characters,
+    )
+    check_common_words(tokenizer, word_counts)
+    save_tokenizer(tokenizer, output_dir, args.add_prefix_space, args.model_max_length)
+    check_saved_tokenizer(tokenizer, output_dir, sample, args.add_prefix_space)
+
+    for name, size in read_bytes.items():
+        print(f"read {size / 1e6:,.1f} MB of {name}")
+    entries = tokenizer.get_vocab_size()
+    if entries < args.vocab_size:
+        print(f"warning: the text had pairs for {entries:,} of {args.vocab_size:,} entries only")
+    tokens = sum(len(encoding) for encoding in tokenizer.encode_batch(sample, add_special_tokens=False))
+    print(f"{output_dir}: {entries:,} entries, {sum(len(t.encode()) for t in sample) / tokens:.2f} bytes a token")
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main()
