@@ -153,7 +153,9 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], path: Path) -
     if different:
         lines = [f"  `{name}`: {saved.get(name)} in the checkpoint, {current[name]} now" for name in different]
         raise UserError(
-            f"{path} is of another experiment:\n" + "\n".join(lines) + "\ngive these the checkpoint's values, or start a "
+            f"{path} is of another experiment:\n"
+            + "\n".join(lines)
+            + "\ngive these the checkpoint's values, or start a "
             "new run in another `output_dir`"
         )
 

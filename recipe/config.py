@@ -115,7 +115,12 @@ class TokenizerArguments:
         require(self.vocab_size >= 261, "vocab_size", self.vocab_size, "5 special tokens and 256 bytes need 261")
         require(self.min_frequency >= 1, "min_frequency", self.min_frequency, "give 1 or more")
         require(self.max_train_bytes >= 1, "max_train_bytes", self.max_train_bytes, "give a positive number of bytes")
-        require(self.max_document_characters >= 1000, "max_document_characters", self.max_document_characters, "give 1000 or more")
+        require(
+            self.max_document_characters >= 1000,
+            "max_document_characters",
+            self.max_document_characters,
+            "give 1000 or more",
+        )
         require(self.model_max_length >= 4, "model_max_length", self.model_max_length, "give 4 or more")
 
 

@@ -41,7 +41,9 @@ def local_files(corpus: CorpusArguments) -> list[Path] | None:
     else:
         raise UserError(f"`path` of corpus {corpus.name!r}: {corpus.path} does not exist")
     if not files:
-        raise UserError(f"`path` of corpus {corpus.name!r}: {corpus.path} holds no file ending in {', '.join(SUFFIXES)}")
+        raise UserError(
+            f"`path` of corpus {corpus.name!r}: {corpus.path} holds no file ending in {', '.join(SUFFIXES)}"
+        )
     for file in files:
         if not file.name.endswith(SUFFIXES):
             raise UserError(f"`path` of corpus {corpus.name!r}: {file} does not end in one of {', '.join(SUFFIXES)}")

@@ -234,7 +234,9 @@ class CachedData:
         self.order = BlockOrder(sizes, held_out, None if None in weights else weights, args.seed)
         if args.eval_corpora:
             eval_sizes = [len(packed) for packed in self.eval_packed]
-            eval_held_out = [min(pair) for pair in zip(self.shares(args.eval_corpora, eval_sizes), eval_sizes, strict=True)]
+            eval_held_out = [
+                min(pair) for pair in zip(self.shares(args.eval_corpora, eval_sizes), eval_sizes, strict=True)
+            ]
             corpora, self.eval_blocks = BlockOrder(eval_sizes, eval_held_out, None, args.seed).held_out()
             self.eval_corpora = corpora + len(self.packed)
         else:

@@ -46,7 +46,9 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         """The most tokens that a row can have masked."""
         return int(np.ceil(self.mlm_probability * self.max_seq_length))
 
-    def __call__(self, examples: Sequence[dict[str, Any]], return_tensors: str | None = None) -> dict[str, torch.Tensor]:
+    def __call__(
+        self, examples: Sequence[dict[str, Any]], return_tensors: str | None = None
+    ) -> dict[str, torch.Tensor]:
         """Collate and mask.
 
         Args:

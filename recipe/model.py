@@ -26,7 +26,9 @@ def build_config(
     known = RobertaConfig().to_dict() | {"attn_implementation": None}
     for name in model_config:
         if name not in known:
-            raise UserError(f"`model_config` has a field `{name}` that RobertaConfig does not know{did_you_mean(name, known)}")
+            raise UserError(
+                f"`model_config` has a field `{name}` that RobertaConfig does not know{did_you_mean(name, known)}"
+            )
     try:
         if model_name_or_path is None:
             ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "pad", "eos")}
@@ -34,7 +36,9 @@ def build_config(
         else:
             config = AutoConfig.from_pretrained(model_name_or_path, **model_config)
     except OSError as error:
-        raise UserError(f"`model_name_or_path` {model_name_or_path}: no model there, as a folder or on the hub: {error}") from None
+        raise UserError(
+            f"`model_name_or_path` {model_name_or_path}: no model there, as a folder or on the hub: {error}"
+        ) from None
     except (TypeError, ValueError) as error:  # transformers checks the types of its fields
         raise UserError(f"`model_config` {model_config}: {error}") from None
     if not isinstance(config, RobertaConfig):

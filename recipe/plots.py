@@ -36,7 +36,9 @@ def plot_loss(metrics: list[dict[str, Any]], expected_loss: float | None, title:
         unigram = last["unigram_loss"]
         axes.axhline(unigram, color="tab:gray", linestyle=":", label=f"unigram model ({unigram:.3f})")
     if expected_loss is not None:
-        axes.axhline(expected_loss, color="tab:green", linestyle="--", label=f"expected at the end ({expected_loss:.3f})")
+        axes.axhline(
+            expected_loss, color="tab:green", linestyle="--", label=f"expected at the end ({expected_loss:.3f})"
+        )
     axes.set(xlabel="tokens", ylabel="masked-LM loss (nats a token)", title=title)
     axes.xaxis.set_major_formatter("{x:,.3g}")
     axes.grid(alpha=0.3)

@@ -72,9 +72,7 @@ class BlockOrder:
         seed: of the run.
     """
 
-    def __init__(
-        self, num_blocks: list[int], num_held_out: list[int], weights: list[float] | None, seed: int
-    ) -> None:
+    def __init__(self, num_blocks: list[int], num_held_out: list[int], weights: list[float] | None, seed: int) -> None:
         self.num_blocks = np.array(num_blocks, np.int64)
         self.num_held_out = np.array(num_held_out, np.int64)
         self.num_train = self.num_blocks - self.num_held_out

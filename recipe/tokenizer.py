@@ -136,7 +136,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"`tokenizer_name` {name_or_path}: no tokenizer there, as a folder or on the hub: {error}") from None
+        raise UserError(
+            f"`tokenizer_name` {name_or_path}: no tokenizer there, as a folder or on the hub: {error}"
+        ) from None
     if not tokenizer.is_fast:
         raise UserError(f"`tokenizer_name` {name_or_path}: not a fast tokenizer; save it with a tokenizer.json")
     for name in ("cls_token", "sep_token", "pad_token", "mask_token"):

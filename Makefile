@@ -1,0 +1,27 @@
+# make demo: from nothing to a filled mask.   make test: lint and all tests.   Both make .venv first.
+PYTHON ?= python3
+BIN := .venv/bin
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+
+.PHONY: demo test lint
+
+demo: .venv/installed
+	test -e runs/demo-tokenizer/tokenizer.json || \
+		$(BIN)/python train_tokenizer.py --config recipe/configs/tokenizer/tiny.yaml
+	$(LAUNCH) pretrain.py --config recipe/configs/pretrain/tiny.yaml --resume_from_checkpoint latest
+	$(BIN)/python -m recipe.demo runs/demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
+		"error: Python 3.11 or newer is needed, $(PYTHON) is %d.%d; name another: make PYTHON=python3.11" \
+		% sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	touch $@

@@ -1,0 +1,36 @@
+"""Show what a finished run has learnt, with nothing but transformers and the run's own files.
+
+python -m recipe.demo runs/demo
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from transformers import pipeline
+
+SENTENCES = [
+    "“What do you think of it, Mr.<mask>?” said I.",
+    "There was once a king who had a<mask>, and she was very beautiful.",
+    "Alice looked at the White<mask> in great surprise.",
+]
+
+
+def main() -> None:
+    run = Path(sys.argv[1])
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if "eval_loss" in record][-1]
+    gain = last["unigram_loss"] - last["eval_loss"]
+    print(
+        f"\nheld-out loss {last['eval_loss']:.3f} nats a token after {last['step']:,} updates; a unigram model has "
+        f"{last['unigram_loss']:.3f} on the same tokens, {gain:.3f} more"
+    )
+    fill_mask = pipeline("fill-mask", model=str(run / "model"))
+    for sentence in SENTENCES:
+        answers = ", ".join(f"{answer['token_str'].strip()} {answer['score']:.0%}" for answer in fill_mask(sentence))
+        print(f"  {sentence}\n    -> {answers}")
+    print(f"model:     {run / 'model'}\nloss plot: {run / 'loss.png'}")
+
+
+if __name__ == "__main__":
+    main()

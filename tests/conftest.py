@@ -1,0 +1,131 @@
+"""Shared fixtures: a small corpus, a small tokenizer, and a run of pretrain.py."""
+
+import os
+import tempfile
+
+# Before `datasets` is imported: a cache of our own, and no waiting for a hub that is not there.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="recipe-test-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from transformers import PreTrainedTokenizerFast
+
+from recipe.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
+
+ROOT = Path(__file__).parent.parent
+SAMPLE = ROOT / "sample_data"
+
+
+def make_text(rng: random.Random, sentences: int) -> str:
+    words = ["the", "of", "a", "to", "and", "in", "that", "was", "he", "it", "his", "is", "with", "as", "had", "for", "she", "not", "at", "but", "be", "on", "they"]
+    names = [f"{a}{b}" for a in ("bel", "mor", "tan", "ri") for b in ("da", "ko", "lin", "su", "ve")]
+    out = []
+    for _ in range(sentences):
+        sentence = " ".join(rng.choice(words + names) for _ in range(rng.randint(3, 14)))
+        out.append(sentence.capitalize() + rng.choice(".?!"))
+    return " ".join(out)
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    rng = random.Random(0)
+    return [make_text(rng, rng.randint(1, 40)) for _ in range(120)]
+
+
+@pytest.fixture(scope="session")
+def corpus_file(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "text.jsonl", texts)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    trained = train_byte_level_bpe([texts], 400, 2, add_prefix_space=False, max_document_characters=10_000)
+    save_tokenizer(trained, folder, add_prefix_space=False, model_max_length=64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerFast:
+    return load_tokenizer(str(tokenizer_dir))
+
+
+SMALL_MODEL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+@pytest.fixture
+def flags(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> dict[str, object]:
+    """Flags of a small run into `tmp_path / "run"`."""
+    return {
+        "output_dir": tmp_path / "run",
+        "corpora": json.dumps([{"name": "sample", "path": str(corpus_file)}]),
+        "tokenizer_name": tokenizer_dir,
+        "model_config": json.dumps(SMALL_MODEL),
+        "max_seq_length": 32,
+        "eval_blocks": 10,
+        "train_batch_size": 8,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "dataloader_num_workers": 0,
+        "learning_rate": 1e-3,
+        "max_steps": 6,
+        "warmup_steps": 2,
+        "logging_steps": 2,
+        "eval_steps": 3,
+        "save_steps": 3,
+    }
+
+
+def command_line(flags: dict[str, object]) -> list[str]:
+    return [f"--{name}={value}" for name, value in flags.items()]
+
+
+def reset_accelerate() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def run_pretrain(monkeypatch: pytest.MonkeyPatch):
+    """Run pretrain.py's `main` in this process, on the CPU, as its command line would."""
+    import pretrain
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+    def run(flags: dict[str, object]) -> None:
+        reset_accelerate()
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *command_line(flags)])
+        pretrain.main()
+        reset_accelerate()
+
+    yield run
+    reset_accelerate()
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def learning(path: Path) -> list[dict]:
+    """metrics.jsonl without what a clock decides."""
+    timed = {"tokens_per_second", "data_wait_share", "seconds_per_update"}
+    return [{name: value for name, value in line.items() if name not in timed} for line in read_lines(path)]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(run / "model" / "model.safetensors")

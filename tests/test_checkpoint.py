@@ -1,0 +1,133 @@
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import RobertaConfig, RobertaForMaskedLM
+
+from recipe.checkpoint import (
+    check_identity,
+    describe_changes,
+    find_checkpoint,
+    find_fault,
+    list_checkpoints,
+    load_tensors,
+    load_weights,
+    read_state,
+    save_checkpoint,
+)
+from recipe.config import UserError
+from tests.conftest import SMALL_MODEL
+
+
+def make_model(seed: int) -> RobertaForMaskedLM:
+    torch.manual_seed(seed)
+    return RobertaForMaskedLM(RobertaConfig(**SMALL_MODEL, vocab_size=100))
+
+
+def save(folder: Path, step: int, limit: int = 5) -> Path:
+    return save_checkpoint(folder, step, make_model(step), {"t": torch.arange(step)}, {"note": step}, limit)
+
+
+def test_checkpoint_comes_back(tmp_path: Path):
+    path = save(tmp_path, 7)
+    assert path.name == "step-00000007"
+    assert read_state(path) == {"note": 7, "format": 1, "step": 7}
+    assert torch.equal(load_tensors(path)["t"], torch.arange(7))
+    other = make_model(99)
+    load_weights(path, other)
+    for one, two in zip(make_model(7).parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert other.lm_head.decoder.weight is other.roberta.embeddings.word_embeddings.weight
+    RobertaForMaskedLM.from_pretrained(path)
+
+
+def test_old_checkpoints_go_and_the_newest_is_found(tmp_path: Path):
+    for step in (5, 10, 20, 100):
+        save(tmp_path, step, limit=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000020", "step-00000100"]
+    assert find_checkpoint(tmp_path, "latest") == (tmp_path / "step-00000100", [])
+
+
+def test_new_checkpoint_stays_beside_later_ones(tmp_path: Path):
+    save(tmp_path, 20)
+    save(tmp_path, 30)
+    save(tmp_path, 10, limit=2)
+    assert (tmp_path / "step-00000010").is_dir()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json", "config.json", "manifest.json"])
+@pytest.mark.parametrize("harm", ["truncate", "empty", "remove", "flip"])
+def test_damage_is_recognised_and_the_one_before_used(tmp_path: Path, name: str, harm: str):
+    save(tmp_path, 1)
+    path = save(tmp_path, 2) / name
+    content = bytearray(path.read_bytes())
+    if harm == "remove":
+        path.unlink()
+    elif harm == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.write_bytes(content[: len(content) // 2] if harm == "truncate" else b"")
+    found, warnings = find_checkpoint(tmp_path, "latest")
+    assert found == tmp_path / "step-00000001"
+    assert "step-00000002 is damaged" in warnings[0]
+    with pytest.raises(UserError, match="is damaged"):
+        find_checkpoint(tmp_path, str(tmp_path / "step-00000002"))
+
+
+def test_half_written_checkpoint_is_absent(tmp_path: Path):
+    save(tmp_path, 1)
+    (tmp_path / ".step-00000002").mkdir()
+    assert find_checkpoint(tmp_path, "latest")[0] == tmp_path / "step-00000001"
+    save(tmp_path, 3)
+    assert not (tmp_path / ".step-00000002").exists()
+
+
+def test_only_damaged_ones_and_missing_ones_are_errors(tmp_path: Path):
+    assert find_checkpoint(tmp_path, "latest") == (None, [])
+    with pytest.raises(UserError, match="there is no such checkpoint"):
+        find_checkpoint(tmp_path, str(tmp_path / "step-00000009"))
+    (save(tmp_path, 1) / "state.json").unlink()
+    with pytest.raises(UserError, match="every checkpoint"):
+        find_checkpoint(tmp_path, "latest")
+
+
+def test_other_format_is_refused(tmp_path: Path):
+    path = save(tmp_path, 1)
+    (path / "state.json").write_text(json.dumps({"format": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        read_state(path)
+
+
+def test_pickle_does_not_run(tmp_path: Path):
+    path = save(tmp_path, 1)
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"optimizer": Evil()}, path / "optimizer.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        load_tensors(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_identity_error_lists_every_difference(tmp_path: Path):
+    check_identity({"seed": 1, "language": "en"}, {"seed": 1, "language": "en"}, tmp_path)
+    with pytest.raises(UserError) as caught:
+        check_identity({"seed": 1, "language": "en", "x": 0}, {"seed": 2, "language": "de", "x": 0}, tmp_path)
+    message = str(caught.value)
+    assert "`seed`: 1 in the checkpoint, 2 now" in message
+    assert "`language`: en in the checkpoint, de now" in message
+    assert "`x`" not in message
+
+
+def test_changes_that_may_be_are_described():
+    lines = describe_changes({"max_steps": 5, "seed": 1}, {"max_steps": 9, "seed": 1})
+    assert lines == ["changed since the checkpoint: `max_steps` 5 -> 9"]
+
+
+def test_nothing_is_found_wrong_with_a_good_one(tmp_path: Path):
+    assert find_fault(save(tmp_path, 1)) is None

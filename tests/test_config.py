@@ -1,0 +1,134 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recipe.config import PretrainArguments, TokenizerArguments, UserError, identity_of, parse_config, to_yaml
+from tests.conftest import ROOT
+
+BASE = {
+    "output_dir": "runs/x",
+    "tokenizer_name": "runs/tokenizer",
+    "corpora": [{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}],
+    "learning_rate": 0.0006,
+    "model_config": {"num_hidden_layers": 3},
+}
+
+
+@pytest.fixture
+def config_file(tmp_path: Path):
+    def write(**changes: object) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(BASE | changes))
+        return path
+
+    return write
+
+
+def parse(*arguments: object) -> PretrainArguments:
+    return parse_config(PretrainArguments, "test", [str(argument) for argument in arguments])
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(config_file):
+    args = parse("--config", config_file(), "--learning_rate", "4e-4", "--model_config.hidden_size", 64)
+    assert args.learning_rate == 4e-4
+    assert args.model_config == {"num_hidden_layers": 3, "hidden_size": 64}
+    assert args.train_batch_size == 8192
+    assert [corpus.name for corpus in args.corpora] == ["a", "b"]
+
+
+def test_switch_may_stand_alone(config_file):
+    assert parse("--dry_run", "--config", config_file()).dry_run
+    assert not parse("--config", config_file(), "--dry_run", "false").dry_run
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "expected"),
+    [
+        ({"lerning_rate": 1}, [], ["lerning_rate", "config.yaml", "did you mean `learning_rate`?"]),
+        ({}, ["--lerning_rate=1"], ["lerning_rate", "on the command line", "did you mean `learning_rate`?"]),
+        ({"corpora": [{"name": "a", "pth": "b"}]}, [], ["pth", "`corpora`", "did you mean `path`?"]),
+        ({"learning_rate": "fast"}, [], ["learning_rate", "fast", "config.yaml"]),
+        ({}, ["--max_steps=1.5"], ["max_steps", "1.5", "on the command line"]),
+        ({"sentence_splitter": "period"}, [], ["sentence_splitter", "period", "sentencex", "config.yaml"]),
+        ({}, ["--sentence_splitter=period"], ["sentence_splitter", "period", "on the command line"]),
+        ({"corpora": []}, [], ["corpora", "at least one"]),
+        ({"corpora": [{"name": "a", "path": "x"}] * 2}, [], ["two corpora named 'a'"]),
+        ({"corpora": [{"name": "a", "path": "x", "weight": -1}]}, [], ["weight", "'a'", "-1"]),
+        (
+            {"corpora": [{"name": "a", "path": "x", "weight": 1}, {"name": "b", "path": "y"}]},
+            [],
+            ["b has no `weight`", "all or none"],
+        ),
+        ({"train_batch_size": 0}, [], ["train_batch_size", "0", "1 or more"]),
+        ({"warmup_steps": 11, "max_steps": 10}, [], ["warmup_steps", "11", "max_steps", "10"]),
+        ({"mlm_probability": 1.5}, [], ["mlm_probability", "1.5"]),
+        ({"tokenizer_name": None}, [], ["tokenizer_name", "missing"]),
+        ({"model_name_or_path": "m"}, [], ["tokenizer_name", "model_name_or_path", "both"]),
+    ],
+)
+def test_bad_input_is_named(config_file, changes, arguments, expected):
+    with pytest.raises(UserError) as caught:
+        parse("--config", config_file(**changes), *arguments)
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_missing_field_and_file_are_named(tmp_path):
+    with pytest.raises(UserError, match="output_dir"):
+        parse("--tokenizer_name=x")
+    with pytest.raises(UserError, match=r"no\.yaml: there is no such file"):
+        parse("--config", tmp_path / "no.yaml")
+
+
+def test_broken_yaml_names_file_and_line(tmp_path):
+    (tmp_path / "broken.yaml").write_text("output_dir: x\nmodel_config: {a: 1\n")
+    with pytest.raises(UserError, match=r"(?s)broken\.yaml.*line"):
+        parse("--config", tmp_path / "broken.yaml")
+
+
+def test_accumulation_is_derived(config_file):
+    args = parse("--config", config_file(), "--per_device_train_batch_size=32")
+    assert args.gradient_accumulation_steps(8) == 32
+    assert args.gradient_accumulation_steps(64) == 4
+    with pytest.raises(UserError, match=r"8192.*32.*3 processes"):
+        args.gradient_accumulation_steps(3)
+
+
+def test_indivisible_micro_batch_gets_a_suggestion(config_file):
+    args = parse("--config", config_file(train_batch_size=96, per_device_train_batch_size=20))
+    with pytest.raises(UserError, match="nearest smaller `per_device_train_batch_size` is 16"):
+        args.gradient_accumulation_steps(2)
+
+
+def test_identity_holds_the_experiment_and_nothing_else(config_file):
+    args = parse("--config", config_file())
+    identity = identity_of(args)
+    assert {"corpora", "tokenizer_name", "model_config", "train_batch_size", "mlm_probability", "seed"} <= set(identity)
+    assert not {"max_steps", "per_device_train_batch_size", "logging_steps", "output_dir"} & set(identity)
+
+
+def test_config_of_a_run_can_be_given_again(config_file, tmp_path):
+    args = parse("--config", config_file())
+    path = tmp_path / "again.yaml"
+    path.write_text(to_yaml(dataclasses.asdict(args) | {"environment": {"num_processes": 1}}))
+    assert parse("--config", path) == args
+
+
+SHIPPED = sorted((ROOT / "recipe" / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_shipped_config_is_complete_and_opens_with_its_command(path: Path):
+    cls = {"tokenizer": TokenizerArguments, "pretrain": PretrainArguments}[path.parent.name]
+    given = yaml.safe_load(path.read_text())
+    transient = {"resume_from_checkpoint", "dry_run"}
+    assert set(given) | transient == {field.name for field in dataclasses.fields(cls)} | transient
+    parse_config(cls, "test", ["--config", str(path)])
+    head = path.read_text().split("\n\n")[0]
+    assert str(path.relative_to(ROOT)) in head
+    assert "Hardware:" in head
+    if cls is PretrainArguments:
+        assert "Batch:" in head
+        assert "Expected held-out loss:" in head

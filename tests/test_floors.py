@@ -1,0 +1,57 @@
+"""The layout of the code: a floor imports only lower floors, and modules of a floor do not import each other."""
+
+import ast
+from pathlib import Path
+
+from tests.conftest import ROOT
+
+FLOORS = [
+    {"config", "hashing"},
+    {
+        "tokenizer",
+        "corpora",
+        "packing",
+        "sampling",
+        "masking",
+        "objectives",
+        "model",
+        "optimizer",
+        "checkpoint",
+        "metrics",
+        "plots",
+        "run_directory",
+    },
+    {"loader", "plan"},
+    {"training"},
+    {"demo"},
+]
+
+
+def imported_modules(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("recipe"):
+            found.add(node.module.removeprefix("recipe").removeprefix("."))
+        if isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("recipe.") for alias in node.names if alias.name.startswith("recipe.")}
+    return found
+
+
+def test_every_module_has_a_floor():
+    modules = {path.stem for path in (ROOT / "recipe").glob("*.py")} - {"__init__"}
+    assert modules == set().union(*FLOORS)
+
+
+def test_floors_import_only_lower_floors():
+    for number, floor in enumerate(FLOORS):
+        below = set().union(*FLOORS[:number])
+        for module in floor:
+            upward = imported_modules(ROOT / "recipe" / f"{module}.py") - below
+            assert not upward, f"recipe/{module}.py imports {upward}, which is not below it"
+
+
+def test_scripts_are_tables_of_contents():
+    for script in ("train_tokenizer.py", "pretrain.py"):
+        lines = len((ROOT / script).read_text().splitlines())
+        assert lines < 140, f"{script} has {lines} lines"

@@ -1,0 +1,77 @@
+import math
+
+import pytest
+
+from recipe.metrics import (
+    Stopwatch,
+    TrainState,
+    eval_record,
+    format_count,
+    format_duration,
+    format_eval_line,
+    format_train_line,
+    train_record,
+)
+
+
+def test_window_is_the_mean_over_tokens_and_leaves_out_skipped_updates():
+    state = TrainState()
+    state.count(10.0, 2, 100, None)
+    state.count(math.nan, 5, 100, "nonfinite")
+    state.count(2.0, 4, 100, None)
+    state.count(1.0, 4, 100, "overflow")
+    assert (state.step, state.tokens, state.nonfinite_updates, state.overflows) == (4, 400, 1, 1)
+    assert state.take_window_loss() == 2.0
+    assert state.take_window_loss() is None
+
+
+def test_nonfinite_updates_in_a_row_are_counted():
+    state = TrainState()
+    for skipped in ("nonfinite", "nonfinite", None, "nonfinite"):
+        state.count(1.0, 1, 1, skipped)
+    assert state.nonfinite_in_a_row == 1
+
+
+def test_eval_record_has_the_perplexity_of_its_loss():
+    record = eval_record(TrainState(step=3), 20.0, 10, 6.5)
+    assert record["eval_loss"] == 2.0
+    assert record["eval_perplexity"] == pytest.approx(math.exp(2))
+    assert eval_record(TrainState(), math.inf, 10, 6.5)["eval_loss"] is None
+
+
+def test_lines_are_aligned():
+    state = TrainState(step=5, tokens=1_234_567)
+    state.window_loss, state.window_masked = 30.0, 10
+    watch = Stopwatch()
+    watch.count(1000)
+    record = train_record(state, watch, 6e-4, 1.25, 0.5)
+    line = format_train_line(record, 100_000)
+    assert "step      5/100000" in line
+    assert "loss  3.000" in line
+    assert "1.23M tokens" in line
+    later = format_train_line(record | {"step": 99_999, "loss": None, "grad_norm": None}, 100_000)
+    assert line.index("grad norm") == later.index("grad norm")
+    assert line.index("tokens/s") == later.index("tokens/s")
+    assert "perplexity none" in format_eval_line(
+        {"step": 1, "eval_loss": 1.0, "eval_perplexity": None, "unigram_loss": 6.0}, 10
+    ).replace("  none", "none").replace("perplexity  ", "perplexity ")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0"), (999, "999"), (1234, "1.23K"), (5.5e6, "5.5M"), (1.26e21, "1.26e+21"), (2e12, "2T")]
+)
+def test_counts_are_short(number, text):
+    assert format_count(number) == text
+
+
+def test_durations():
+    assert format_duration(59.6) == "0:01:00"
+    assert format_duration(90_061) == "1d 1:01:01"
+
+
+def test_pauses_do_not_count():
+    watch = Stopwatch()
+    before = watch.started
+    with watch.paused():
+        pass
+    assert watch.started > before

@@ -1,0 +1,93 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, RobertaConfig, RobertaForSequenceClassification
+
+from recipe.config import PretrainArguments, UserError, parse_config
+from recipe.model import ROBERTA_DEFAULTS, build_config, build_model, count_parameters, model_flops_per_token
+from recipe.objectives import MaskedLMObjective
+from tests.conftest import ROOT, SMALL_MODEL
+
+
+@pytest.mark.parametrize(("name", "millions"), [("roberta-base", 124.7), ("roberta-large", 355.4)])
+def test_shipped_configs_have_the_papers_size(name, millions):
+    path = ROOT / "recipe" / "configs" / "pretrain" / f"{name}.yaml"
+    args = parse_config(PretrainArguments, "test", ["--config", str(path)])
+    config = RobertaConfig(vocab_size=50265, **args.model_config)
+    with torch.device("meta"):
+        model = build_model(config, None)
+    assert count_parameters(model) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_tiny_config_builds(tokenizer):
+    path = ROOT / "recipe" / "configs" / "pretrain" / "tiny.yaml"
+    args = parse_config(PretrainArguments, "test", ["--config", str(path)])
+    with torch.device("meta"):
+        build_model(build_config(args.model_config, None, tokenizer, args.max_seq_length), None)
+
+
+def test_defaults_are_the_released_models(tokenizer):
+    config = build_config({}, None, tokenizer, 512)
+    assert (config.max_position_embeddings, config.type_vocab_size, config.layer_norm_eps) == (514, 1, 1e-5)
+    assert config.vocab_size == len(tokenizer)
+
+
+def test_short_blocks_keep_514_positions(tokenizer):
+    assert build_config({}, None, tokenizer, 128).max_position_embeddings == 514
+    assert build_config({"max_position_embeddings": 130}, None, tokenizer, 128).max_position_embeddings == 130
+
+
+@pytest.mark.parametrize(
+    ("model_config", "length", "expected"),
+    [
+        ({"num_layers": 2}, 128, ["num_layers", "RobertaConfig", "did you mean `num_hidden_layers`?"]),
+        ({"vocab_size": 100}, 128, ["400 entries", "`vocab_size` is 100"]),
+        ({"max_position_embeddings": 512}, 512, ["`max_seq_length` (512)", ">= 514", "got 512"]),
+        ({}, 1024, ["`max_seq_length` (1024)", ">= 1026", "got 514"]),
+        ({"hidden_size": 100, "num_attention_heads": 3}, 128, ["`hidden_size` (100)", "`num_attention_heads` (3)"]),
+        ({"hidden_size": "wide"}, 128, ["model_config", "wide"]),
+        ({"pad_token_id": 0}, 128, ["pads with 1", "`pad_token_id` is 0"]),
+    ],
+)
+def test_what_does_not_fit_is_named(tokenizer, model_config, length, expected):
+    with pytest.raises(UserError) as caught:
+        build_config(model_config, None, tokenizer, length)
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_missing_or_other_checkpoint_is_named(tokenizer, tmp_path):
+    with pytest.raises(UserError, match="no model there"):
+        build_config({}, str(tmp_path / "nothing"), tokenizer, 128)
+    BertConfig().save_pretrained(tmp_path / "bert")
+    with pytest.raises(UserError, match="is a bert, not a roberta"):
+        build_config({}, str(tmp_path / "bert"), tokenizer, 128)
+
+
+def test_checkpoint_without_a_head_is_refused(tokenizer, tmp_path):
+    config = RobertaConfig(**ROBERTA_DEFAULTS, **SMALL_MODEL, vocab_size=len(tokenizer))
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="lacks weights of a masked language model"):
+        build_model(build_config({}, str(tmp_path), tokenizer, 128), str(tmp_path))
+
+
+def test_checkpoint_comes_as_float32(tokenizer, tmp_path):
+    config = RobertaConfig(**ROBERTA_DEFAULTS, **SMALL_MODEL, vocab_size=len(tokenizer))
+    build_model(config, None).half().save_pretrained(tmp_path)
+    model = build_model(build_config({}, str(tmp_path), tokenizer, 128), str(tmp_path))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_flops_are_those_of_a_counter():
+    config = RobertaConfig(vocab_size=1000, **SMALL_MODEL, **ROBERTA_DEFAULTS, attn_implementation="eager")
+    length, slots = 40, 6
+    with torch.device("meta"):
+        objective = MaskedLMObjective(build_model(config, None), slots)
+        ids = torch.zeros(3, length, dtype=torch.long)
+        counter = FlopCounterMode(display=False)
+        with counter:
+            loss, _ = objective(ids, ids, ids)
+            loss.backward()
+    assert counter.get_total_flops() == pytest.approx(
+        3 * length * model_flops_per_token(config, length, slots / length)
+    )

@@ -1,0 +1,268 @@
+"""The real command line, from corpora to an exported model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForMaskedLM, pipeline
+
+from recipe.config import UserError
+from tests.conftest import ROOT, SAMPLE, command_line, learning, read_lines, weights, write_jsonl
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    assert learning(one / "metrics.jsonl") == learning(two / "metrics.jsonl")
+    first, second = weights(one), weights(two)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def launch(flags: dict[str, object], processes: int = 1, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--mixed_precision=no"]
+    command += ["--dynamo_backend=no", f"--num_processes={processes}", *(["--multi_gpu"] if processes > 1 else [])]
+    command += ["--main_process_port=0"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "pretrain.py", *command_line(flags)], cwd=ROOT, env=environment, text=True, check=True, **kwargs
+    )
+
+
+def test_run_leaves_what_it_promises(flags, run_pretrain, tmp_path: Path, capsys):
+    run_pretrain(flags)
+    run = tmp_path / "run"
+    assert json.loads((run / "status.json").read_text())["state"] == "complete"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["max_steps"] == 6
+    assert config["environment"]["num_processes"] == 1
+    assert {"torch", "transformers", "datasets"} <= set(config["environment"]["versions"])
+    metrics = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in metrics if "loss" in line] == [2, 4, 6]
+    assert [line["step"] for line in metrics if "eval_loss" in line] == [3, 6]
+    assert all(line["tokens_per_second"] > 0 for line in metrics if "loss" in line)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "held-out loss" in printed
+    assert str(run / "model") in printed
+
+
+def test_exported_model_needs_none_of_our_code(flags, run_pretrain, tmp_path: Path):
+    run_pretrain(flags)
+    model = str(tmp_path / "run" / "model")
+    _, loading = AutoModelForMaskedLM.from_pretrained(model, output_loading_info=True)
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    script = "import sys; from transformers import pipeline; print(pipeline('fill-mask', sys.argv[1])('He<mask> it.'))"
+    result = subprocess.run(
+        [sys.executable, "-c", script, model], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "token_str" in result.stdout
+    assert len(pipeline("fill-mask", model=model)("He<mask> it.")) == 5
+
+
+def test_training_learns(flags, run_pretrain, tmp_path: Path):
+    run_pretrain(flags | {"max_steps": 150, "learning_rate": 1e-2, "eval_steps": 1000, "save_steps": 1000})
+    last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["eval_loss"] < last["unigram_loss"] + 0.05
+
+
+def test_same_seed_gives_the_same_run_and_another_another(flags, run_pretrain, tmp_path: Path):
+    run_pretrain(flags)
+    run_pretrain(flags | {"output_dir": tmp_path / "again", "dataloader_num_workers": 2})
+    run_pretrain(flags | {"output_dir": tmp_path / "other", "seed": 1})
+    assert_same_run(tmp_path / "run", tmp_path / "again")
+    assert learning(tmp_path / "run" / "metrics.jsonl") != learning(tmp_path / "other" / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("stop_at", [3, 5, "edge"])
+def test_resume_matches_uninterrupted_run(flags, run_pretrain, tmp_path: Path, texts, stop_at):
+    if stop_at == "edge":
+        # As many training blocks as five updates take: the first epoch ends where the run is stopped.
+        path = write_jsonl(tmp_path / "small.jsonl", texts[:6])
+        flags |= {"corpora": json.dumps([{"name": "small", "path": str(path)}]), "eval_blocks": 2}
+        run_pretrain(flags | {"output_dir": tmp_path / "probe", "max_steps": 2})
+        blocks = read_state(tmp_path / "probe")["identity"]["data"]["small"][2] - 2
+        flags |= {"train_batch_size": blocks, "per_device_train_batch_size": blocks}
+        stop_at = 3
+    # Saved between two lines of the log, so that half a window of losses has to be kept.
+    run_pretrain(flags | {"save_steps": stop_at})
+    stopped = flags | {"output_dir": tmp_path / "stopped", "save_steps": stop_at, "resume_from_checkpoint": "latest"}
+    run_pretrain(stopped | {"max_steps": 6})
+    checkpoint = tmp_path / "stopped" / "checkpoints" / f"step-{stop_at:08d}"
+    first = (checkpoint / "model.safetensors").read_bytes()
+    later = tmp_path / "stopped" / "checkpoints" / "step-00000006"
+    for file in later.iterdir():
+        file.unlink()
+    later.rmdir()
+    run_pretrain(stopped)
+    assert (checkpoint / "model.safetensors").read_bytes() == first
+    assert_same_run(tmp_path / "run", tmp_path / "stopped")
+
+
+def read_state(run: Path) -> dict:
+    return json.loads((sorted((run / "checkpoints").iterdir())[-1] / "state.json").read_text())
+
+
+def test_killed_run_goes_on_to_the_same_end(flags, run_pretrain, tmp_path: Path):
+    flags |= {"max_steps": 30, "save_steps": 4, "eval_steps": 7, "logging_steps": 3}
+    run_pretrain(flags)
+    killed = flags | {"output_dir": tmp_path / "killed", "resume_from_checkpoint": "latest"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen([sys.executable, "pretrain.py", *command_line(killed)], cwd=ROOT, env=environment)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "killed" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert json.loads((tmp_path / "killed" / "status.json").read_text())["state"] == "running"
+    run_pretrain(killed)
+    assert_same_run(tmp_path / "run", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_saves_and_ends_the_run_as_preempted(flags, run_pretrain, tmp_path: Path, number: signal.Signals):
+    flags |= {"max_steps": 100_000, "save_steps": 100_000, "resume_from_checkpoint": "latest", "logging_steps": 1}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen([sys.executable, "pretrain.py", *command_line(flags)], cwd=ROOT, env=environment)
+    run = tmp_path / "run"
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pids = json.loads((run / "status.json").read_text())["pids"]
+    assert pids == [process.pid]
+    os.kill(pids[0], number)
+    assert process.wait(timeout=60) == 0
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "preempted"
+    assert status["reason"] == number.name
+    assert (run / "checkpoints" / f"step-{status['step']:08d}").is_dir()
+    run_pretrain(flags | {"max_steps": status["step"] + 1, "warmup_steps": 1})
+    assert json.loads((run / "status.json").read_text())["state"] == "complete"
+
+
+def test_two_processes_give_the_losses_of_one(flags, run_pretrain, tmp_path: Path, tokenizer_dir: Path):
+    flags |= {
+        "corpora": json.dumps([{"name": "tales", "path": str(SAMPLE / "tales.jsonl.gz")}]),
+        "train_batch_size": 32,
+        "per_device_train_batch_size": 8,
+        "model_config": json.dumps(
+            json.loads(flags["model_config"]) | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        ),
+        "logging_steps": 1,
+    }
+    run_pretrain(flags)
+    two = flags | {"output_dir": tmp_path / "two"}
+    launch(two, processes=2)
+    one, both = (learning(tmp_path / name / "metrics.jsonl") for name in ("run", "two"))
+    assert len(one) == len(both)
+    for line, other in zip(one, both, strict=True):
+        assert line["tokens"] == other["tokens"]
+        for name in ("loss", "grad_norm", "eval_loss"):
+            assert line.get(name) == (pytest.approx(other[name], rel=1e-5) if name in line else None)
+    assert len(json.loads((tmp_path / "two" / "status.json").read_text())["pids"]) == 2
+
+
+def test_pretrained_model_goes_on_with_its_own_tokenizer(flags, run_pretrain, tmp_path: Path):
+    run_pretrain(flags)
+    domain = flags | {
+        "output_dir": tmp_path / "domain",
+        "model_name_or_path": tmp_path / "run" / "model",
+        "max_steps": 4,
+        "learning_rate": 1e-4,
+    }
+    del domain["tokenizer_name"], domain["model_config"]
+    run_pretrain(domain)
+    before = [line["eval_loss"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "eval_loss" in line]
+    after = [line["eval_loss"] for line in read_lines(tmp_path / "domain" / "metrics.jsonl") if "eval_loss" in line]
+    assert abs(after[-1] - before[-1]) < 0.5
+
+
+def test_dry_run_prints_the_plan_and_leaves_nothing(flags, run_pretrain, tmp_path: Path, capsys):
+    run_pretrain(flags | {"dry_run": "true"})
+    printed = capsys.readouterr().out
+    assert "8 blocks of 32 = 1 processes x 4 a micro-batch x 2 accumulated" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_existing_run_is_refused(flags, run_pretrain):
+    run_pretrain(flags)
+    with pytest.raises(UserError, match="already holds a run"):
+        run_pretrain(flags)
+
+
+def test_resume_with_another_identity_names_the_fields(flags, run_pretrain):
+    run_pretrain(flags)
+    changed = flags | {"resume_from_checkpoint": "latest", "seed": 7, "mlm_probability": 0.2, "max_steps": 8}
+    with pytest.raises(UserError) as caught:
+        run_pretrain(changed)
+    assert "`seed`: 42 in the checkpoint, 7 now" in str(caught.value)
+    assert "`mlm_probability`: 0.15 in the checkpoint, 0.2 now" in str(caught.value)
+    assert "max_steps" not in str(caught.value)
+
+
+def test_resume_with_changed_data_is_refused(flags, run_pretrain, tmp_path: Path, texts):
+    path = write_jsonl(tmp_path / "mine.jsonl", texts)
+    flags |= {"corpora": json.dumps([{"name": "mine", "path": str(path)}])}
+    run_pretrain(flags)
+    write_jsonl(path, texts[:-1])
+    with pytest.raises(UserError, match="`data`"):
+        run_pretrain(flags | {"resume_from_checkpoint": "latest"})
+
+
+def test_what_may_change_on_resume_changes(flags, run_pretrain, tmp_path: Path, capsys):
+    run_pretrain(flags)
+    more = {"resume_from_checkpoint": "latest", "max_steps": 9, "per_device_train_batch_size": 2, "save_steps": 9}
+    run_pretrain(flags | more)
+    assert read_state(tmp_path / "run")["step"] == 9
+    assert "changed since the checkpoint: `max_steps` 6 -> 9" in capsys.readouterr().out
+
+
+def test_diverged_run_stops_and_says_where_to_go_on(flags, run_pretrain, tmp_path: Path, monkeypatch):
+    import recipe.training
+
+    real = recipe.training.train_step
+
+    def diverge(*arguments):
+        update = real(*arguments)
+        update.skipped = "nonfinite"
+        return update
+
+    monkeypatch.setattr(recipe.training, "train_step", diverge)
+    with pytest.raises(FloatingPointError, match="3 updates in a row"):
+        run_pretrain(flags | {"max_nonfinite_updates": 3, "save_steps": 2})
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert "the last good checkpoint is of update 2" in status["reason"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"corpora": '[{"name": "a", "path": "no/such/file.jsonl"}]'}, "no/such/file.jsonl does not exist"),
+        ({"max_seq_length": 600}, "`max_seq_length` (600) needs `max_position_embeddings` >= 602, got 514"),
+        ({"train_batch_size": 9}, "`train_batch_size` (9) is not a multiple"),
+        ({"model_config": '{"vocab_size": 10}'}, "the tokenizer has 400 entries"),
+        ({"tokenizer_name": "no/such/tokenizer"}, "`tokenizer_name` no/such/tokenizer"),
+        ({"learning_rat": "1"}, "did you mean `learning_rate`?"),
+        ({"resume_from_checkpoint": "no/such/checkpoint"}, "there is no such checkpoint"),
+    ],
+)
+def test_bad_input_leaves_nothing_behind(flags, run_pretrain, tmp_path: Path, changes, expected):
+    with pytest.raises(UserError) as caught:
+        run_pretrain(flags | changes)
+    assert expected in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_script_prints_the_error_alone(flags):
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "pretrain.py", *command_line(flags | {"max_steps": 0})]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip() == "error: `max_steps` is 0; give 1 or more"

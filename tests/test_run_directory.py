@@ -1,0 +1,51 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from recipe.config import UserError
+from recipe.run_directory import RunDirectory, git_commit
+
+
+def test_metrics_are_cut_back_and_a_torn_line_forgotten(tmp_path: Path):
+    run = RunDirectory(tmp_path, is_main=True, pids=[1])
+    for step in (1, 2, 2, 3):
+        run.append_metrics({"step": step})
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [line["step"] for line in run.read_metrics()] == [1, 2, 2, 3]
+    run.cut_metrics(2)
+    run.append_metrics({"step": 3})
+    assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [1, 2, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["status.json", "metrics.jsonl", "checkpoints", "model"])
+def test_folder_with_a_run_is_refused(tmp_path: Path, name: str):
+    run = RunDirectory(tmp_path, is_main=True, pids=[])
+    run.refuse_existing_run()
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="already holds a run.*--resume_from_checkpoint latest"):
+        run.refuse_existing_run()
+
+
+def test_only_the_main_process_writes(tmp_path: Path):
+    run = RunDirectory(tmp_path / "run", is_main=False, pids=[])
+    run.write_config({"a": 1}, {})
+    run.write_status("running", 0)
+    run.append_metrics({"step": 1})
+    assert not (tmp_path / "run").exists()
+
+
+def test_status_names_state_reason_and_processes(tmp_path: Path):
+    RunDirectory(tmp_path, is_main=True, pids=[11, 12]).write_status("preempted", 7, "SIGTERM")
+    assert json.loads((tmp_path / "status.json").read_text()) == {
+        "state": "preempted",
+        "step": 7,
+        "reason": "SIGTERM",
+        "pids": [11, 12],
+    }
+
+
+def test_commit_is_a_commit():
+    commit = git_commit()
+    assert commit is None or len(commit.removesuffix("-dirty")) == 40

@@ -1,0 +1,221 @@
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizerFast
+
+from recipe.config import UserError
+from recipe.tokenizer import (
+    DocumentEncoder,
+    check_common_words,
+    check_saved_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    split_text,
+    train_byte_level_bpe,
+)
+from tests.conftest import ROOT, SAMPLE
+
+SPECIALS = "text with <s> and </s>, <pad>, <unk> and <mask> in it. Another <mask>"
+any_text = st.text(min_size=1, max_size=300)
+sentences = st.lists(
+    st.sampled_from(
+        ["He went. ", "Née à Paris!\n\n", "  Then — so  he said: “No.” ", "Dr. Who?\n", "😀😀. ", "<mask> </s> "]
+    ),
+    min_size=1,
+    max_size=30,
+).map("".join)
+
+
+def test_special_tokens_stand_where_roberta_has_them(tokenizer_dir: Path):
+    for loader in (AutoTokenizer, RobertaTokenizerFast):
+        loaded = loader.from_pretrained(tokenizer_dir)
+        assert loaded.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]) == [0, 1, 2, 3, 399]
+        assert len(loaded) == 400
+        assert loaded.added_tokens_decoder[399].lstrip
+        assert loaded("a <mask>.")["input_ids"][0] == 0
+        assert loaded("a <mask>.")["input_ids"][-1] == 2
+        assert 399 in loaded("a <mask>.")["input_ids"]
+    assert {"tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"} <= set(os.listdir(tokenizer_dir))
+    from_files = RobertaTokenizerFast(vocab=str(tokenizer_dir / "vocab.json"), merges=str(tokenizer_dir / "merges.txt"))
+    assert from_files("He was there.")["input_ids"] == loaded("He was there.")["input_ids"]
+
+
+@given(any_text)
+@settings(max_examples=200, deadline=None)
+def test_no_text_is_unknown_and_decoding_gives_it_back(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+@pytest.mark.parametrize("add_prefix_space", [False, True])
+def test_add_prefix_space_survives_the_round_trip(texts, tmp_path: Path, add_prefix_space: bool):
+    trained = train_byte_level_bpe([texts], 350, 2, add_prefix_space, max_document_characters=10_000)
+    save_tokenizer(trained, tmp_path, add_prefix_space, model_max_length=64)
+    check_saved_tokenizer(trained, tmp_path, texts[:20], add_prefix_space)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    first = loaded.convert_ids_to_tokens(loaded("the", add_special_tokens=False)["input_ids"])[0]
+    assert first.startswith("Ġ") == add_prefix_space
+
+
+def test_check_after_saving_sees_a_different_tokenizer(texts, tokenizer_dir: Path):
+    other = train_byte_level_bpe([texts[:10]], 300, 2, add_prefix_space=False, max_document_characters=10_000)
+    with pytest.raises(RuntimeError, match="does not give the trained ids"):
+        check_saved_tokenizer(other, tokenizer_dir, texts[:20], add_prefix_space=False)
+
+
+def test_lost_common_word_is_noticed(tokenizer: PreTrainedTokenizerFast):
+    check_common_words(tokenizer.backend_tokenizer, Counter({"the": 10}))
+    with pytest.raises(RuntimeError, match="zyzzyva"):
+        check_common_words(tokenizer.backend_tokenizer, Counter({"zyzzyva": 10}))
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "3"])
+def test_vocabulary_is_the_same_for_any_thread_count(tmp_path: Path, threads: str):
+    corpora = json.dumps([{"name": "tales", "path": str(SAMPLE / "tales.jsonl.gz")}])
+    command = [sys.executable, "train_tokenizer.py", f"--output_dir={tmp_path}", f"--corpora={corpora}"]
+    environment = os.environ | {"RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"}
+    subprocess.run([*command, "--vocab_size=1000", "--max_train_bytes=300000"], cwd=ROOT, env=environment, check=True)
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    once_more = train_byte_level_bpe(
+        [[text for _, batch, _ in sample() for text in batch]], 1000, 2, False, max_document_characters=1_000_000
+    )
+    assert {token: id for token, id in once_more.get_vocab().items() if token != "<mask>"} == vocab
+
+
+def sample():
+    from recipe.config import CorpusArguments
+    from recipe.corpora import sample_texts
+
+    return sample_texts([CorpusArguments(name="tales", path=str(SAMPLE / "tales.jsonl.gz"))], 300_000)
+
+
+def test_tokenizer_script_refuses_an_existing_one(tokenizer_dir: Path, corpus_file: Path):
+    corpora = json.dumps([{"name": "a", "path": str(corpus_file)}])
+    command = [sys.executable, "train_tokenizer.py", f"--output_dir={tokenizer_dir}", f"--corpora={corpora}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: `output_dir`")
+    assert "already holds a tokenizer" in result.stderr
+
+
+@given(st.text(alphabet="ab. \n1é", min_size=1, max_size=400), st.integers(5, 60))
+@settings(max_examples=200, deadline=None)
+def test_pieces_of_a_text_have_its_ids(tokenizer, text, limit):
+    pieces = list(split_text(text, limit))
+    assert "".join(pieces) == text
+    assert all(len(piece) <= limit for piece in pieces)
+    # Cut at a space between letters wherever there is one in reach; ids then cannot differ.
+    if all(p[-1].isalpha() and q[:1] == " " and q[1:2].isalpha() for p, q in zip(pieces, pieces[1:], strict=False)):
+        whole = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        parts = [tokenizer.backend_tokenizer.encode(p, add_special_tokens=False).ids for p in pieces]
+        assert [id for ids in parts for id in ids] == whole
+
+
+def test_special_tokens_in_the_text_stay_text(tokenizer: PreTrainedTokenizerFast):
+    encoder = pickle.loads(pickle.dumps(DocumentEncoder(tokenizer, "sentencex", "en")))
+    ids = encoder({"text": [SPECIALS]}).column("input_ids")[0].as_py()
+    assert not set(ids) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == SPECIALS
+
+
+@given(st.lists(sentences, min_size=1, max_size=5), st.sampled_from(["sentencex", "newline"]))
+@settings(max_examples=100, deadline=None)
+def test_rows_are_the_documents_own_ids(tokenizer, documents, splitter):
+    rows = DocumentEncoder(tokenizer, splitter, "en")({"text": documents}).to_pylist()
+    assert len(rows) == len(documents)
+    for row, document in zip(rows, documents, strict=True):
+        assert row["input_ids"] == tokenizer.backend_tokenizer.encode(document, add_special_tokens=False).ids
+        ends = row["sentence_ends"]
+        assert ends == sorted(set(ends))
+        assert ends[0] > 0
+        assert ends[-1] == len(row["input_ids"])
+
+
+def test_space_before_a_sentence_goes_with_it(tokenizer: PreTrainedTokenizerFast):
+    text = "He was. Then — née — she was! “The end.”\n\nIt is."
+    row = DocumentEncoder(tokenizer, "sentencex", "en")({"text": [text]}).to_pylist()[0]
+    starts = [0, *row["sentence_ends"][:-1]]
+    found = [tokenizer.decode(row["input_ids"][a:b]) for a, b in zip(starts, row["sentence_ends"], strict=True)]
+    assert found == ["He was.", " Then — née — she was!", " “The end.”", "\n\nIt is."]
+
+
+def test_newline_splitter_ends_sentences_at_line_ends(tokenizer: PreTrainedTokenizerFast):
+    row = DocumentEncoder(tokenizer, "newline", "en")({"text": ["One. Two.\nThree."]}).to_pylist()[0]
+    assert len(row["sentence_ends"]) == 2
+
+
+def test_byte_lengths_and_offsets_find_the_same_sentence_ends(tokenizer, texts):
+    by_bytes = DocumentEncoder(tokenizer, "sentencex", "en")
+    by_offsets = DocumentEncoder(tokenizer, "sentencex", "en")
+    by_offsets.byte_lengths = None
+    documents = [*texts, "Née à Paris. 😀 Then! " * 5]
+    assert by_bytes({"text": documents}).equals(by_offsets({"text": documents}))
+
+
+def test_prefix_space_does_not_move_sentence_ends(texts):
+    tokenizers = [
+        RobertaTokenizerFast(
+            **{
+                name: value if name == "vocab" else [tuple(m) for m in value]
+                for name, value in json.loads(
+                    train_byte_level_bpe([texts], 350, 2, prefix, max_document_characters=10_000).to_str()
+                )["model"].items()
+                if name in ("vocab", "merges")
+            },
+            add_prefix_space=prefix,
+        )
+        for prefix in (True,)
+    ]
+    encoder = DocumentEncoder(tokenizers[0], "sentencex", "en")
+    by_offsets = DocumentEncoder(tokenizers[0], "sentencex", "en")
+    by_offsets.byte_lengths = None
+    assert encoder({"text": texts}).equals(by_offsets({"text": texts}))
+
+
+def test_other_tokenizers_get_their_ends_from_offsets(texts):
+    wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    wordpiece.normalizer = normalizers.BertNormalizer()
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    wordpiece.train_from_iterator([texts], trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials))
+    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    fast = PreTrainedTokenizerFast(tokenizer_object=wordpiece, **dict(zip(names, specials, strict=True)))
+    row = DocumentEncoder(fast, "sentencex", "en")({"text": ["He was. Then she was!"]}).to_pylist()[0]
+    tokens = fast.convert_ids_to_tokens(row["input_ids"])
+    assert tokens[row["sentence_ends"][0] - 1] == "."
+    assert row["sentence_ends"][1] == len(tokens)
+
+
+@pytest.mark.parametrize("limit", [50, 333])
+def test_long_documents_are_encoded_in_pieces_with_the_same_rows(tokenizer, texts, limit: int):
+    whole = DocumentEncoder(tokenizer, "newline", "en")
+    pieces = DocumentEncoder(tokenizer, "newline", "en", max_document_characters=limit)
+    documents = ["\n".join(texts[:20])]
+    assert whole({"text": documents}).equals(pieces({"text": documents}))
+
+
+def test_empty_documents_leave_no_row(tokenizer: PreTrainedTokenizerFast):
+    assert len(DocumentEncoder(tokenizer, "sentencex", "en")({"text": ["", None]})) == 0
+
+
+def test_ids_of_large_vocabularies_are_int32(tokenizer: PreTrainedTokenizerFast):
+    encoder = DocumentEncoder(tokenizer, "sentencex", "en")
+    assert encoder({"text": ["a"]}).column("input_ids").type.value_type == "uint16"
+    encoder.dtype = np.int32
+    assert encoder({"text": ["a"]}).column("input_ids").type.value_type == "int32"
+
+
+def test_missing_tokenizer_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="tokenizer_name"):
+        load_tokenizer(str(tmp_path / "nothing"))

@@ -1,0 +1,218 @@
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import RobertaConfig, RobertaForMaskedLM
+
+from recipe.masking import DynamicMaskingCollator
+from recipe.model import ROBERTA_DEFAULTS
+from recipe.objectives import MaskedLMObjective
+from recipe.optimizer import build_optimizer
+from recipe.training import StopRequest, seed_dropout, train_step
+from tests.conftest import ROOT, SMALL_MODEL, reset_accelerate
+from tests.test_masking import make_examples
+
+LENGTH = 32
+
+
+def make_batches(tokenizer, micro_batch: int) -> list[dict[str, torch.Tensor]]:
+    """Eight rows of unlike lengths, and so of unlike counts of masked tokens."""
+    collator = DynamicMaskingCollator(tokenizer, max_seq_length=LENGTH)
+    examples = [make_examples(tokenizer, 8, length=8 + 3 * n)[n] for n in range(8)]
+    return [collator(examples[i : i + micro_batch]) for i in range(0, 8, micro_batch)]
+
+
+def make_model(tokenizer) -> RobertaForMaskedLM:
+    torch.manual_seed(0)
+    sizes = SMALL_MODEL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return RobertaForMaskedLM(RobertaConfig(**ROBERTA_DEFAULTS, **sizes, vocab_size=len(tokenizer)))
+
+
+class KeepGradients(torch.optim.Optimizer):
+    """Takes no step, and keeps the gradients that it would have taken it with."""
+
+    def __init__(self, parameters):
+        super().__init__(list(parameters), {"lr": 1.0})
+        self.gradients: list[torch.Tensor] | None = None
+
+    def step(self, closure=None):
+        self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    reset_accelerate()
+    yield Accelerator()
+    reset_accelerate()
+
+
+def stock_gradients(tokenizer) -> tuple[float, list[torch.Tensor]]:
+    model = make_model(tokenizer)
+    loss = model(**make_batches(tokenizer, 8)[0]).loss
+    loss.backward()
+    return loss.item(), [p.grad for p in model.parameters()]
+
+
+def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    for one, two in zip(ours, theirs, strict=True):
+        assert (one - two).abs().max() <= 1e-5 * two.abs().max() + 1e-9
+
+
+def step_in_this_process(accelerator, tokenizer, micro_batches, model=None):
+    objective = MaskedLMObjective(model or make_model(tokenizer), 5)
+    keeper = KeepGradients(objective.parameters())
+    prepared, optimizer = accelerator.prepare(objective, keeper)
+    update = train_step(accelerator, prepared, optimizer, micro_batches, 0.0, StopRequest())
+    return update, keeper.gradients
+
+
+@pytest.mark.parametrize("micro_batch", [8, 4, 2, 1])
+def test_gradients_are_those_of_one_big_batch_through_the_stock_loss(accelerator, tokenizer, micro_batch):
+    loss, expected = stock_gradients(tokenizer)
+    update, gradients = step_in_this_process(accelerator, tokenizer, make_batches(tokenizer, micro_batch))
+    assert update.loss_sum / update.masked == pytest.approx(loss, rel=1e-5)
+    assert update.skipped is None
+    assert_close(gradients, expected)
+    norm = torch.cat([g.flatten() for g in expected]).norm().item()
+    assert update.grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+def test_accumulation_set_by_the_launcher_changes_nothing(monkeypatch, tokenizer):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    reset_accelerate()
+    accelerator = Accelerator()
+    assert accelerator.gradient_accumulation_steps == 3
+    _, gradients = step_in_this_process(accelerator, tokenizer, make_batches(tokenizer, 2))
+    reset_accelerate()
+    assert_close(gradients, stock_gradients(tokenizer)[1])
+
+
+TWO_PROCESSES = """
+import sys
+import torch
+from accelerate import Accelerator
+from recipe.tokenizer import load_tokenizer
+from tests.test_training import make_batches, step_in_this_process
+
+accelerator = Accelerator()
+assert accelerator.num_processes == 2
+tokenizer = load_tokenizer(sys.argv[1])
+batches = make_batches(tokenizer, int(sys.argv[3]))[accelerator.process_index :: 2]
+update, gradients = step_in_this_process(accelerator, tokenizer, batches)
+if accelerator.is_main_process:
+    torch.save({"loss": update.loss_sum / update.masked, "gradients": gradients}, sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("micro_batch", [4, 1])
+def test_two_processes_give_the_gradients_of_one(tokenizer, tokenizer_dir: Path, tmp_path: Path, micro_batch: int):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "out.pt"
+    subprocess.run([*launch, script, tokenizer_dir, out, str(micro_batch)], cwd=ROOT, env=environment, check=True)
+    found = torch.load(out, weights_only=True)
+    loss, expected = stock_gradients(tokenizer)
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    assert_close(found["gradients"], expected)
+
+
+def test_clipping_keeps_the_direction(accelerator, tokenizer):
+    objective = MaskedLMObjective(make_model(tokenizer), 5)
+    keeper = KeepGradients(objective.parameters())
+    prepared, optimizer = accelerator.prepare(objective, keeper)
+    update = train_step(accelerator, prepared, optimizer, make_batches(tokenizer, 4), 0.01, StopRequest())
+    assert update.grad_norm > 0.01
+    assert torch.cat([g.flatten() for g in keeper.gradients]).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+def spoil(model: RobertaForMaskedLM, value: float) -> RobertaForMaskedLM:
+    with torch.no_grad():
+        model.lm_head.bias[7] = value
+    return model
+
+
+def test_nonfinite_loss_never_reaches_the_optimizer(accelerator, tokenizer):
+    model = spoil(make_model(tokenizer), float("nan"))
+    update, gradients = step_in_this_process(accelerator, tokenizer, make_batches(tokenizer, 4), model)
+    assert update.skipped == "nonfinite"
+    assert gradients is None
+
+
+def prepare_with_scaler(accelerator, tokenizer, scale: float):
+    """What accelerate prepares for fp16 on a GPU; it makes no scaler for a CPU."""
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    objective = MaskedLMObjective(make_model(tokenizer), 5)
+    raw = build_optimizer(objective, 1e-3, (0.9, 0.98), 1e-6, 0.0)
+    prepared, optimizer = accelerator.prepare(objective, raw)
+    return prepared, optimizer
+
+
+def test_gradient_scaler_changes_nothing(accelerator, tokenizer):
+    plain = MaskedLMObjective(make_model(tokenizer), 5)
+    plain, plain_optimizer = accelerator.prepare(plain, build_optimizer(plain, 1e-3, (0.9, 0.98), 1e-6, 0.0))
+    scaled, scaled_optimizer = prepare_with_scaler(accelerator, tokenizer, 1024.0)
+    plain_optimizer.scaler = None
+    for _ in range(3):
+        batches = make_batches(tokenizer, 2)
+        accelerator.scaler, scaler = None, accelerator.scaler
+        expected = train_step(accelerator, plain, plain_optimizer, batches, 0.0, StopRequest())
+        accelerator.scaler = scaler
+        found = train_step(accelerator, scaled, scaled_optimizer, batches, 0.0, StopRequest())
+        assert found.loss_sum == pytest.approx(expected.loss_sum, rel=1e-6)
+        assert found.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+        assert found.skipped is None
+
+
+def test_overflow_is_left_to_the_scaler_and_counted_apart(accelerator, tokenizer):
+    prepared, optimizer = prepare_with_scaler(accelerator, tokenizer, 2.0**127)
+    before = copy.deepcopy(prepared.state_dict())
+    update = train_step(accelerator, prepared, optimizer, make_batches(tokenizer, 4), 0.0, StopRequest())
+    assert update.skipped == "overflow"
+    assert accelerator.scaler.get_scale() == 2.0**126
+    assert all(torch.equal(before[name], value) for name, value in prepared.state_dict().items())
+
+
+def test_dropout_is_a_function_of_seed_update_and_rank():
+    draws = {}
+    for key in [(1, 0, 0), (1, 1, 0), (1, 0, 1), (2, 0, 0)]:
+        seed_dropout(*key)
+        draws[key] = torch.rand(3)
+        seed_dropout(*key)
+        assert torch.equal(torch.rand(3), draws[key])
+    assert len({tuple(values.tolist()) for values in draws.values()}) == 4
+
+
+def test_second_interrupt_ends_at_once():
+    request = StopRequest()
+    with request.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signal == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_update_reports_a_stop_request(accelerator, tokenizer):
+    objective = MaskedLMObjective(make_model(tokenizer), 5)
+    prepared, optimizer = accelerator.prepare(objective, KeepGradients(objective.parameters()))
+    request = StopRequest()
+    batches = make_batches(tokenizer, 8)
+    assert not train_step(accelerator, prepared, optimizer, batches, 0.0, request).stopping
+    request.signal = "SIGTERM"
+    assert train_step(accelerator, prepared, optimizer, batches, 0.0, request).stopping
+    assert json.dumps(update_fields(train_step(accelerator, prepared, optimizer, batches, 0.0, request)))
+
+
+def update_fields(update) -> dict:
+    return vars(update)
