@@ -9,6 +9,7 @@ from dataclasses import asdict
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
+from transformers.utils.logging import disable_progress_bar
 
 from recipe.checkpoint import (
     check_identity,
@@ -19,7 +20,7 @@ from recipe.checkpoint import (
     load_weights,
     read_state,
 )
-from recipe.config import PretrainArguments, identity_of, parse_config, report_user_errors
+from recipe.config import PretrainArguments, UserError, identity_of, parse_config, report_user_errors
 from recipe.corpora import check_corpus
 from recipe.loader import CachedData
 from recipe.metrics import TrainState
@@ -34,9 +35,12 @@ from recipe.training import train
 
 def main() -> None:
     args = parse_config(PretrainArguments, __doc__)
+    disable_progress_bar()  # transformers' own, one for each file that it writes
     # No buffer of the model ever changes, so none has to be sent around at each forward.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(kwargs_handlers=[ddp])
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("`mixed_precision` is fp16, which needs a GPU; give accelerate --mixed_precision no or bf16")
     run = RunDirectory(args.output_dir, accelerator.is_main_process, gather_object([os.getpid()]))
 
     def log(lines: list[str]) -> None:

@@ -1,8 +1,8 @@
 """Checkpoints: complete or absent, verified before use, a plain model inside.
 
-A checkpoint is written to a temporary folder, its files synced to disk, a manifest of sizes and checksums last, and then
-renamed into place. What a crash leaves is a temporary folder, or a folder whose manifest does not match: the one before
-it is used.
+A checkpoint is written to a temporary folder, its files synced to disk, a manifest of sizes and checksums last, and
+then renamed into place. What a crash leaves is a temporary folder, or a folder whose manifest does not match: the one
+before it is used.
 
     step-00010000/
       config.json, model.safetensors   the model, loadable by `from_pretrained`

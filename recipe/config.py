@@ -6,6 +6,7 @@ a checkpoint can only be resumed with the same values; everything else may chang
 """
 
 import difflib
+import itertools
 import logging
 import re
 import sys
@@ -214,8 +215,9 @@ class PretrainArguments:
                 f"`tokenizer_name` ({self.tokenizer_name}) and `model_name_or_path` ({self.model_name_or_path}) are "
                 "both given; a pretrained model goes on with its own tokenizer: leave `tokenizer_name` out"
             )
-        for name in ("train_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps",
-                     "logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_nonfinite_updates"):  # fmt: skip
+        counts = ("train_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps")
+        intervals = ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_nonfinite_updates")
+        for name in counts + intervals:
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
         for name in ("warmup_steps", "eval_blocks", "dataloader_num_workers", "weight_decay", "max_grad_norm", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
@@ -291,7 +293,8 @@ def explain(error: Exception, cls: type, arguments: list[str], files: list[Any])
         name = unknown[1] or unknown[2]
         parent = re.search(r'Parser key "([^"]+)"', text)
         place = f" in `{parent[1]}`" if parent else ""
-        return f"there is no field `{name}`{place} ({source(parent[1] if parent else name)}){did_you_mean(name, known_names(cls))}"
+        hint = did_you_mean(name, known_names(cls))
+        return f"there is no field `{name}`{place} ({source(parent[1] if parent else name)}){hint}"
     if missing := re.search(r"arguments are required: (.+)", text):
         return f"{missing[1]} must be given, as a flag or in the YAML of --config (read: {where})"
     if wrong := re.search(r'Parser key "([^"]+)":\s*(.*)', text, re.DOTALL):
@@ -326,7 +329,7 @@ def parse_config(cls: type[Arguments], description: str, arguments: list[str] | 
         if argument in switches and (arguments[i + 1 : i + 2] or ["--"])[0].startswith("--"):
             arguments[i] = f"{argument}=true"
     config_files = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
-    config_files += [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
+    config_files += [b for a, b in itertools.pairwise(arguments) if a == "--config"]
     for file in config_files:
         if not Path(file).is_file():
             raise UserError(f"--config {file}: there is no such file")

@@ -17,8 +17,8 @@ COUNT, CHOICE, REPLACEMENT, TOKEN = range(4)  # what a hash decides
 class DynamicMaskingCollator(DataCollatorForLanguageModeling):
     """Blocks to a masked batch of fixed shape, in the format of the stock collator and model.
 
-    Which tokens are masked, and what replaces them, is a hash of (seed, corpus, block, visit, position): no matter which
-    process draws it, and with no generator to save.
+    Which tokens are masked, and what replaces them, is a hash of (seed, corpus, block, visit, position): no matter
+    which process draws it, and with no generator to save.
 
     Departures from `DataCollatorForLanguageModeling`: each row masks `int(p * n + u)` of its `n` maskable tokens,
     `u` uniform in [0, 1), without replacement, in place of one coin a token: unbiased, with a number of masked tokens

@@ -118,7 +118,7 @@ def format_count(number: float) -> str:
         if number < 999.5:
             return f"{number:.3g}{unit}"
         number /= 1000
-    return f"{number * 1e12:.3g}"
+    return f"{number * 1e15:.3g}"
 
 
 def number(value: float | None, form: str) -> str:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
@@ -39,8 +40,8 @@ def build_config(
         raise UserError(
             f"`model_name_or_path` {model_name_or_path}: no model there, as a folder or on the hub: {error}"
         ) from None
-    except (TypeError, ValueError) as error:  # transformers checks the types of its fields
-        raise UserError(f"`model_config` {model_config}: {error}") from None
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise UserError(f"`model_config` {model_config}: {' '.join(str(error).split())}") from None
     if not isinstance(config, RobertaConfig):
         raise UserError(f"`model_name_or_path` {model_name_or_path} is a {config.model_type}, not a roberta")
     if config.vocab_size < len(tokenizer):

@@ -45,7 +45,7 @@ def plot_loss(metrics: list[dict[str, Any]], expected_loss: float | None, title:
     axes.legend()
     perplexity = axes.secondary_yaxis("right")
     low, high = axes.get_ylim()
-    ticks = [nats for nats in range(math.ceil(low), math.floor(high) + 1)]
+    ticks = list(range(math.ceil(low), math.floor(high) + 1))
     perplexity.set_yticks(ticks, labels=[f"{math.exp(nats):,.3g}" for nats in ticks])
     perplexity.set_ylabel("perplexity")
     figure.savefig(path, dpi=120)

@@ -114,7 +114,7 @@ def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
     """Check that the commonest words of the text became single tokens.
 
     A count that overflows in the trainer loses them without a word (tokenizers#2058: "the" was missing). Only as many
-    words are asked for as the vocabulary surely has room for: the commonest of each 100 entries beyond bytes and specials.
+    words are asked for as the vocabulary surely has room for: one for each 100 entries beyond bytes and specials.
 
     Raises:
         RuntimeError: naming the words.

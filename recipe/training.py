@@ -174,12 +174,13 @@ def train_step(
     totals = accelerator.reduce(torch.stack([loss_sum, stopping]), "sum")
     loss, stopping, norm = torch.cat([totals, grad_norm[None]]).tolist()
     masked, tokens = counts.tolist()
-    skipped = None if math.isfinite(loss) and (accelerator.scaler or math.isfinite(norm)) else "nonfinite"
-    # A scaler has to see an overflow, to lower its scale; it leaves out the step by itself.
-    if skipped is None or accelerator.scaler:
+    skipped = None
+    if not math.isfinite(norm) or not math.isfinite(loss):
+        skipped = "overflow" if accelerator.scaler is not None and math.isfinite(loss) else "nonfinite"
+    if skipped is None or accelerator.scaler is not None:
+        # A scaler has to see an overflow, to lower its scale, and leaves out the update by itself. (Under a fused
+        # optimizer accelerate does not notice, and its `optimizer_step_was_skipped` says nothing.)
         optimizer.step()
-    if skipped is None and accelerator.optimizer_step_was_skipped:
-        skipped = "overflow"
     optimizer.zero_grad()
     return Update(loss, masked, tokens, norm, skipped, stopping > 0)
 

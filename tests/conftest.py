@@ -25,7 +25,7 @@ SAMPLE = ROOT / "sample_data"
 
 
 def make_text(rng: random.Random, sentences: int) -> str:
-    words = ["the", "of", "a", "to", "and", "in", "that", "was", "he", "it", "his", "is", "with", "as", "had", "for", "she", "not", "at", "but", "be", "on", "they"]
+    words = "the of a to and in that was he it his is with as had for she not at but be on they".split()  # noqa: SIM905
     names = [f"{a}{b}" for a in ("bel", "mor", "tan", "ri") for b in ("da", "ko", "lin", "su", "ve")]
     out = []
     for _ in range(sentences):

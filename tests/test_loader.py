@@ -130,7 +130,7 @@ def test_unigram_loss_is_that_of_the_counts(make_data):
         np.add.at(counts, data.read_train(np.array([n]))[0]["input_ids"], 1)
     counts[data.collator.tokenizer.all_special_ids] = 0
     labels = np.concatenate([b["labels"].numpy().ravel() for b in next(data.eval_batches(0, 1).iterate(0, 1, 0))])
-    expected = -np.log(counts / counts.sum())[labels[labels != -100]].mean()
+    expected = -np.log((counts / counts.sum())[labels[labels != -100]]).mean()
     assert data.unigram_loss() == pytest.approx(expected)
 
 

@@ -24,7 +24,7 @@ def test_folder_with_a_run_is_refused(tmp_path: Path, name: str):
     run = RunDirectory(tmp_path, is_main=True, pids=[])
     run.refuse_existing_run()
     (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match="already holds a run.*--resume_from_checkpoint latest"):
+    with pytest.raises(UserError, match=r"already holds a run.*--resume_from_checkpoint latest"):
         run.refuse_existing_run()
 
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import pickle
@@ -116,7 +117,7 @@ def test_pieces_of_a_text_have_its_ids(tokenizer, text, limit):
     assert "".join(pieces) == text
     assert all(len(piece) <= limit for piece in pieces)
     # Cut at a space between letters wherever there is one in reach; ids then cannot differ.
-    if all(p[-1].isalpha() and q[:1] == " " and q[1:2].isalpha() for p, q in zip(pieces, pieces[1:], strict=False)):
+    if all(p[-1].isalpha() and q[:1] == " " and q[1:2].isalpha() for p, q in itertools.pairwise(pieces)):
         whole = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         parts = [tokenizer.backend_tokenizer.encode(p, add_special_tokens=False).ids for p in pieces]
         assert [id for ids in parts for id in ids] == whole
