@@ -47,6 +47,9 @@ def main() -> None:
         for line in lines:
             accelerator.print(line, flush=True)
 
+    cores = (os.cpu_count() or 1) // accelerator.num_processes
+    if accelerator.device.type == "cpu" and torch.get_num_threads() < cores:
+        log([f"warning: {torch.get_num_threads()} of {cores} cores in use; set OMP_NUM_THREADS={cores}"])
     tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path)
     model_config = build_config(args.model_config, args.model_name_or_path, tokenizer, args.max_seq_length)
     log(describe_plan(args, model_config, accelerator.num_processes))
