@@ -14,7 +14,9 @@ from recipe.config import TokenizerArguments, UserError, parse_config, report_us
 from recipe.corpora import check_corpus, corpus_bytes, sample_texts
 from recipe.tokenizer import check_common_words, check_saved_tokenizer, save_tokenizer, train_byte_level_bpe
 
-CHECK_BYTES = 5_000_000  # of each corpus: its words are counted for the check after training
+# Of each corpus, for the checks after training:
+COUNTED_BYTES = 1_000_000  # text whose words are counted
+COMPARED_TEXTS, COMPARED_CHARACTERS = 50, 2000  # texts encoded with the trained and the saved tokenizer
 
 
 def main() -> None:
@@ -41,8 +43,8 @@ def main() -> None:
         with tqdm(total=expected_bytes, desc="reading", unit="B", unit_scale=True) as bar:
             for name, batch, size in sample_texts(args.corpora, args.max_train_bytes):
                 if not read_bytes[name]:
-                    sample.extend(batch[:50])
-                if read_bytes[name] < CHECK_BYTES:
+                    sample.extend(text[:COMPARED_CHARACTERS] for text in batch[:COMPARED_TEXTS])
+                if read_bytes[name] < COUNTED_BYTES:
                     word_counts.update(word for text in batch for word in re.findall(r"(?<= )[^\W\d_]+", text))
                 read_bytes[name] += size
                 bar.update(size)

@@ -221,6 +221,7 @@ class PretrainArguments:
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
         for name in ("warmup_steps", "eval_blocks", "dataloader_num_workers", "weight_decay", "max_grad_norm", "seed"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
+        require(self.seed < 2**63, "seed", self.seed, "give less than 2**63")
         for name in ("learning_rate", "adam_epsilon"):
             require(getattr(self, name) > 0, name, getattr(self, name), "give a positive number")
         for name in ("adam_beta1", "adam_beta2"):

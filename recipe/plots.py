@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 
 def plot_loss(metrics: list[dict[str, Any]], expected_loss: float | None, title: str, path: Path) -> None:
@@ -40,12 +41,12 @@ def plot_loss(metrics: list[dict[str, Any]], expected_loss: float | None, title:
             expected_loss, color="tab:green", linestyle="--", label=f"expected at the end ({expected_loss:.3f})"
         )
     axes.set(xlabel="tokens", ylabel="masked-LM loss (nats a token)", title=title)
-    axes.xaxis.set_major_formatter("{x:,.3g}")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.legend()
     perplexity = axes.secondary_yaxis("right")
     low, high = axes.get_ylim()
-    ticks = list(range(math.ceil(low), math.floor(high) + 1))
-    perplexity.set_yticks(ticks, labels=[f"{math.exp(nats):,.3g}" for nats in ticks])
+    ticks = [nats for nats in axes.get_yticks() if low <= nats <= high]
+    perplexity.set_yticks(ticks, labels=[f"{math.exp(nats):,.{0 if nats > 4 else 1}f}" for nats in ticks])
     perplexity.set_ylabel("perplexity")
     figure.savefig(path, dpi=120)
