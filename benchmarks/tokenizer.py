@@ -3,8 +3,8 @@
 python benchmarks/tokenizer.py --files 'corpus/*.jsonl.gz' --rounds 5
 
 Every round runs both in turn, each in a process of its own. `training_seconds` is reading and training,
-`script_seconds` adds our checks and saving, `process_seconds` the imports too. `training_mib` is what training adds to the process's
-peak memory, `process_mib` the peak: ours has torch and datasets loaded, which neither grows nor shrinks with the text.
+`script_seconds` adds our checks and saving, `process_seconds` the imports too. `training_mib` is what training adds to
+the process's peak memory, `process_mib` the peak: ours has torch and datasets loaded, whatever the size of the text.
 The median of the ratios, round by round, is what counts.
 """
 

@@ -218,11 +218,12 @@ class CachedData:
                 )
             return packed
 
-        self.packed = [pack(corpus) for corpus in args.corpora]
-        self.eval_packed = [pack(corpus) for corpus in args.eval_corpora]
+        # Corpora to train on, then those to evaluate on; a block's masks depend on its corpus's place here.
+        self.names = [c.name for c in args.corpora] + [f"eval {c.name}" for c in args.eval_corpora]
+        self.packed = [pack(corpus) for corpus in [*args.corpora, *args.eval_corpora]]
         self.empty_block = np.array(special)
 
-        sizes = [len(packed) for packed in self.packed]
+        sizes = [len(packed) for packed in self.packed[: len(args.corpora)]]
         held_out = [0] * len(sizes) if args.eval_corpora else self.shares(args.corpora, sizes)
         for corpus, size, held in zip(args.corpora, sizes, held_out, strict=True):
             if held >= size:
@@ -233,12 +234,12 @@ class CachedData:
         weights = [c.weight for c in args.corpora]
         self.order = BlockOrder(sizes, held_out, None if None in weights else weights, args.seed)
         if args.eval_corpora:
-            eval_sizes = [len(packed) for packed in self.eval_packed]
+            eval_sizes = [len(packed) for packed in self.packed[len(sizes) :]]
             eval_held_out = [
                 min(pair) for pair in zip(self.shares(args.eval_corpora, eval_sizes), eval_sizes, strict=True)
             ]
             corpora, self.eval_blocks = BlockOrder(eval_sizes, eval_held_out, None, args.seed).held_out()
-            self.eval_corpora = corpora + len(self.packed)
+            self.eval_corpora = corpora + len(sizes)
         else:
             self.eval_corpora, self.eval_blocks = self.order.held_out()
 
@@ -254,9 +255,8 @@ class CachedData:
 
     def identity(self) -> dict[str, list[int]]:
         """Documents, tokens and blocks of each corpus, by which a resume recognises its data."""
-        names = [f"{c.name}" for c in self.args.corpora] + [f"eval {c.name}" for c in self.args.eval_corpora]
-        packed = self.packed + self.eval_packed
-        return {n: [len(p.document_ends), p.num_tokens, len(p)] for n, p in zip(names, packed, strict=True)}
+        sizes = [[len(packed.document_ends), packed.num_tokens, len(packed)] for packed in self.packed]
+        return dict(zip(self.names, sizes, strict=True))
 
     def describe(self) -> list[str]:
         """A line a corpus for the log."""
@@ -271,8 +271,7 @@ class CachedData:
         return lines
 
     def example(self, corpus: int, block: int, visit: int) -> dict[str, Any]:
-        packed = (self.packed + self.eval_packed)[corpus]
-        return {"input_ids": packed.block(block), "corpus": corpus, "block": block, "visit": visit}
+        return {"input_ids": self.packed[corpus].block(block), "corpus": corpus, "block": block, "visit": visit}
 
     def read_train(self, positions: np.ndarray) -> list[dict[str, Any]]:
         corpora, visits, blocks = self.order.locate(positions)

@@ -109,7 +109,7 @@ def test_eval_corpora_are_used_whole_for_evaluation_alone(make_data, tmp_path: P
     path = write_jsonl(tmp_path / "eval.jsonl", texts[:10])
     data = make_data(eval_corpora=[CorpusArguments(name="other", path=str(path))], eval_blocks=10_000)
     assert data.order.num_held_out.tolist() == [0]
-    assert len(data.eval_blocks) == len(data.eval_packed[0])
+    assert len(data.eval_blocks) == len(data.packed[1])
     example = data.read_eval(np.array([0]))[0]
     assert example["corpus"] == 1
 

@@ -1,0 +1,47 @@
+"""What a CPU cannot show: mixed precision, fused AdamW and resume on CUDA."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import ROOT, command_line, learning, read_lines, weights
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+def launch(flags: dict[str, object], precision: str) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--num_processes=1"]
+    command += [f"--mixed_precision={precision}", "--dynamo_backend=no", "pretrain.py", *command_line(flags)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_precisions_learn_alike(flags, tmp_path: Path, precision: str):
+    launch(flags | {"max_steps": 100, "learning_rate": 1e-2, "eval_steps": 1000, "save_steps": 1000}, precision)
+    environment = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["environment"]
+    assert environment["mixed_precision"] == precision
+    last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert last["eval_loss"] < last["unigram_loss"] + 0.1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_resume_on_cuda_matches_uninterrupted_run(flags, tmp_path: Path, precision: str):
+    launch(flags, precision)
+    resumed = flags | {"output_dir": tmp_path / "resumed", "resume_from_checkpoint": "latest"}
+    launch(resumed | {"max_steps": 3, "warmup_steps": 2}, precision)
+    state = json.loads((tmp_path / "resumed" / "checkpoints" / "step-00000003" / "state.json").read_text())
+    assert state["step"] == 3
+    launch(resumed, precision)
+    uninterrupted, other = (learning(tmp_path / name / "metrics.jsonl") for name in ("run", "resumed"))
+    assert uninterrupted[-1]["eval_loss"] == pytest.approx(other[-1]["eval_loss"], rel=0.05)
+    one, two = weights(tmp_path / "run"), weights(tmp_path / "resumed")
+    assert one.keys() == two.keys()
