@@ -1,7 +1,7 @@
 """What a CPU cannot show: mixed precision, fused AdamW and resume on CUDA."""
 
-import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,11 +37,11 @@ def test_precisions_learn_alike(flags, tmp_path: Path, precision: str):
 def test_resume_on_cuda_matches_uninterrupted_run(flags, tmp_path: Path, precision: str):
     launch(flags, precision)
     resumed = flags | {"output_dir": tmp_path / "resumed", "resume_from_checkpoint": "latest"}
-    launch(resumed | {"max_steps": 3, "warmup_steps": 2}, precision)
-    state = json.loads((tmp_path / "resumed" / "checkpoints" / "step-00000003" / "state.json").read_text())
-    assert state["step"] == 3
     launch(resumed, precision)
-    uninterrupted, other = (learning(tmp_path / name / "metrics.jsonl") for name in ("run", "resumed"))
-    assert uninterrupted[-1]["eval_loss"] == pytest.approx(other[-1]["eval_loss"], rel=0.05)
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000006")
+    launch(resumed, precision)
+    # Kernels may add in another order from run to run.
+    for line, other in zip(*(learning(tmp_path / name / "metrics.jsonl") for name in ("run", "resumed")), strict=True):
+        assert line == pytest.approx(other, rel=1e-3)
     one, two = weights(tmp_path / "run"), weights(tmp_path / "resumed")
-    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[name], two[name], rtol=1e-2, atol=1e-4) for name in one)
