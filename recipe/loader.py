@@ -168,7 +168,10 @@ class MicroBatches(torch.utils.data.Dataset):
         return self.collator(self.read(np.arange(first, first + self.micro_batch_size)))
 
     def iterate(self, first_update: int, last_update: int, num_workers: int) -> Iterator[list[dict[str, torch.Tensor]]]:
-        """The micro-batches of each update from `first_update` to before `last_update`, an update at a time."""
+        """The micro-batches of each update from `first_update` to before `last_update`, an update at a time.
+
+        Workers stay one update ahead.
+        """
         # The tokenizer's threads have been used by now, and each forked worker would warn about that.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         loader = iter(
@@ -176,14 +179,23 @@ class MicroBatches(torch.utils.data.Dataset):
                 self,
                 sampler=range(first_update * self.per_update, last_update * self.per_update),
                 batch_size=None,
+                collate_fn=to_numpy,
                 num_workers=num_workers,
-                pin_memory=torch.cuda.is_available(),
+                prefetch_factor=max(2, -(-self.per_update // num_workers)) if num_workers else None,
                 # DataLoader draws a seed for its workers; not from the generator that dropout uses.
                 generator=torch.Generator(),
             )
         )
         for _ in range(first_update, last_update):
-            yield [next(loader) for _ in range(self.per_update)]
+            arrays = [next(loader) for _ in range(self.per_update)]
+            yield [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in arrays]
+
+
+def to_numpy(batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """What a worker sends by value. A tensor would hold an open file and shared memory until it is freed, and an update
+    of 8,192 rows on one device is more of them than most systems allow.
+    """
+    return {name: tensor.numpy() for name, tensor in batch.items()}
 
 
 class CachedData:

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,15 @@ def test_iteration_goes_on_from_any_update(make_data):
     for one, two in zip(whole[4:], resumed, strict=True):
         for a, b in zip(one, two, strict=True):
             assert torch.equal(a["input_ids"], b["input_ids"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
+def test_update_of_many_micro_batches_keeps_no_file_open(make_data):
+    data = make_data(train_batch_size=512, per_device_train_batch_size=1)
+    before = len(os.listdir("/proc/self/fd"))
+    batches = next(data.train_batches(0, 1).iterate(0, 1, num_workers=2))
+    assert len(batches) == 512
+    assert len(os.listdir("/proc/self/fd")) < before + 50
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
