@@ -7,20 +7,11 @@ import os
 from dataclasses import asdict
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
 from transformers.utils.logging import disable_progress_bar
 
-from recipe.checkpoint import (
-    check_identity,
-    describe_changes,
-    export_model,
-    find_checkpoint,
-    load_tensors,
-    load_weights,
-    read_state,
-)
-from recipe.config import PretrainArguments, UserError, identity_of, parse_config, report_user_errors
+from recipe import checkpoint as ckpt
+from recipe.config import PretrainArguments, identity_of, parse_config, report_user_errors
 from recipe.corpora import check_corpus
 from recipe.loader import CachedData
 from recipe.metrics import TrainState
@@ -30,72 +21,57 @@ from recipe.optimizer import build_optimizer, build_scheduler
 from recipe.plan import describe_plan
 from recipe.run_directory import RunDirectory, environment
 from recipe.tokenizer import load_tokenizer, tokenizer_checksum
-from recipe.training import train
+from recipe.training import start_accelerator, train
 
 
 def main() -> None:
     args = parse_config(PretrainArguments, __doc__)
     disable_progress_bar()  # transformers' own, one for each file that it writes
-    # No buffer of the model ever changes, so none has to be sent around at each forward.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(kwargs_handlers=[ddp])
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("`mixed_precision` is fp16, which needs a GPU; give accelerate --mixed_precision no or bf16")
+    accelerator = start_accelerator()
     run = RunDirectory(args.output_dir, accelerator.is_main_process, gather_object([os.getpid()]))
+    run.check(args.resume_from_checkpoint)
 
     def log(lines: list[str]) -> None:
         for line in lines:
             accelerator.print(line, flush=True)
 
-    cores = (os.cpu_count() or 1) // accelerator.num_processes
-    if accelerator.device.type == "cpu" and torch.get_num_threads() < cores:
-        log([f"warning: {torch.get_num_threads()} of {cores} cores in use; set OMP_NUM_THREADS={cores}"])
     tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path)
     model_config = build_config(args.model_config, args.model_name_or_path, tokenizer, args.max_seq_length)
     log(describe_plan(args, model_config, accelerator.num_processes))
     for corpus in [*args.corpora, *args.eval_corpora]:
         check_corpus(corpus)
-
     identity = identity_of(args) | {"tokenizer": tokenizer_checksum(tokenizer)}
-    checkpoint = None
-    if args.resume_from_checkpoint is None:
-        run.refuse_existing_run()
-    else:
-        checkpoint, warnings = find_checkpoint(run.checkpoints, args.resume_from_checkpoint)
-        log(warnings)
-    saved = read_state(checkpoint) if checkpoint else {}
-    if checkpoint:
-        check_identity(saved["identity"], identity, checkpoint)
-        log(describe_changes(saved["arguments"], asdict(args)))
+    checkpoint, saved = None, {}
+    if args.resume_from_checkpoint is not None:
+        checkpoint, saved, lines = ckpt.open_checkpoint(
+            run.checkpoints, args.resume_from_checkpoint, identity, asdict(args)
+        )
+        log(lines)
+    torch.manual_seed(args.seed)
+    model = build_model(model_config, args.model_name_or_path)
     if args.dry_run:
         return
 
     data = CachedData(args, tokenizer)
     log(data.describe())
     identity |= {"data": data.identity()}
+    state = TrainState()
     if checkpoint:
-        check_identity(saved["identity"], identity, checkpoint)
-
-    torch.manual_seed(args.seed)
-    model = build_model(model_config, args.model_name_or_path)
-    if checkpoint:
-        load_weights(checkpoint, model)
+        ckpt.check_identity(saved["identity"], identity, checkpoint)
+        ckpt.load_weights(checkpoint, model)
+        state = TrainState(**saved["train_state"])
     objective = MaskedLMObjective(model, data.collator.max_masked)
     betas = (args.adam_beta1, args.adam_beta2)
     adamw = build_optimizer(objective, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
     objective, optimizer = accelerator.prepare(objective, adamw)
-    state = TrainState()
     if checkpoint:
-        tensors = load_tensors(checkpoint)
-        optimizer.load_state_dict(tensors["optimizer"])
-        if accelerator.scaler is not None and "scaler" in tensors:
-            accelerator.scaler.load_state_dict(tensors["scaler"])
-        state = TrainState(**saved["train_state"])
-        log([f"resuming from {checkpoint}: {state.step:,} of {args.max_steps:,} updates done"])
+        ckpt.load_optimizer(checkpoint, adamw, accelerator.scaler)
     scheduler = build_scheduler(adamw, args.warmup_steps, args.max_steps, state.step)
 
     run.write_config(asdict(args), environment(accelerator))
     run.cut_metrics(state.step)
+    if accelerator.is_main_process:
+        ckpt.set_aside_later(run.checkpoints, state.step)
     run.write_status("running", state.step)
     try:
         is_complete = train(accelerator, args, objective, optimizer, scheduler, data, state, run, identity)
@@ -106,7 +82,7 @@ def main() -> None:
         log([f"stopped after update {state.step:,}; go on with --resume_from_checkpoint latest"])
         return
     if accelerator.is_main_process:
-        export_model(run.model, accelerator.unwrap_model(objective).model, tokenizer)
+        ckpt.export_model(run.model, accelerator.unwrap_model(objective).model, tokenizer)
     run.write_status("complete", state.step)
     log([f"model: {run.model}", f"loss plot: {run.loss_plot}"])
 

@@ -4,13 +4,14 @@ python train_tokenizer.py --config recipe/configs/tokenizer/bbpe-50k.yaml
 """
 
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
-from recipe.config import TokenizerArguments, UserError, parse_config, report_user_errors
+from recipe.config import TokenizerArguments, UserError, check_output_dir, parse_config, report_user_errors
 from recipe.corpora import check_corpus, corpus_bytes, sample_texts
 from recipe.tokenizer import check_common_words, check_saved_tokenizer, save_tokenizer, train_byte_level_bpe
 
@@ -22,6 +23,7 @@ COMPARED_TEXTS, COMPARED_CHARACTERS = 50, 2000  # texts encoded with the trained
 def main() -> None:
     args = parse_config(TokenizerArguments, __doc__)
     output_dir = Path(args.output_dir)
+    check_output_dir(output_dir)
     if (output_dir / "tokenizer.json").exists():
         raise UserError(f"`output_dir` {output_dir} already holds a tokenizer; remove it or choose another folder")
 
@@ -57,9 +59,13 @@ def main() -> None:
         add_prefix_space=args.add_prefix_space,
         max_document_characters=args.max_document_characters,
     )
+    # Not under its name before the checks are through; what fails them is kept to look at.
+    unchecked = output_dir.with_name(f".{output_dir.name}.unchecked")
+    save_tokenizer(tokenizer, unchecked, args.add_prefix_space, args.model_max_length)
     check_common_words(tokenizer, word_counts)
-    save_tokenizer(tokenizer, output_dir, args.add_prefix_space, args.model_max_length)
-    check_saved_tokenizer(tokenizer, output_dir, sample, args.add_prefix_space)
+    check_saved_tokenizer(tokenizer, unchecked, sample, args.add_prefix_space)
+    shutil.copytree(unchecked, output_dir, dirs_exist_ok=True)
+    shutil.rmtree(unchecked)
 
     for name, size in read_bytes.items():
         print(f"read {size / 1e6:,.1f} MB of {name}")

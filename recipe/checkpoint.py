@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,13 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders by update, oldest first."""
     return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+
+
+def set_aside_later(folder: Path, step: int) -> None:
+    """After going back to `step`, rename later checkpoints to `abandoned-…`, so that `latest` is of this branch."""
+    for path in list_checkpoints(folder):
+        if path.name > checkpoint_path(folder, step).name:
+            path.rename(path.with_name(f"abandoned-{time.time_ns()}-{path.name}"))
 
 
 def checksum(path: Path) -> str:
@@ -83,8 +91,7 @@ def save_checkpoint(
     temporary.rename(final)
     sync(folder)
     for old in list_checkpoints(folder)[:-limit]:
-        if old != final:  # later ones are there after a resume from an earlier one
-            shutil.rmtree(old)
+        shutil.rmtree(old)
     return final
 
 
@@ -169,12 +176,47 @@ def describe_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str
     ]
 
 
+def open_checkpoint(
+    folder: Path, wanted: str, identity: dict[str, Any], arguments: dict[str, Any]
+) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """Find the checkpoint to resume from and check that it is of the same experiment.
+
+    Args:
+        folder: where checkpoints of the run lie.
+        wanted: `latest` or a path.
+        identity, arguments: of the run now.
+
+    Returns:
+        its path (None where `latest` finds none), its state, and lines for the log.
+
+    Raises:
+        UserError: see `find_checkpoint`, `read_state`, `check_identity`; or it is past `max_steps`.
+    """
+    path, lines = find_checkpoint(folder, wanted)
+    if path is None:
+        return None, {}, lines
+    state = read_state(path)
+    check_identity(state["identity"], identity, path)
+    if state["step"] > arguments["max_steps"]:
+        raise UserError(f"`max_steps` ({arguments['max_steps']}) is less than the updates done in {path}")
+    lines += describe_changes(state["arguments"], arguments)
+    return path, state, [*lines, f"resuming from {path}: {state['step']:,} of {arguments['max_steps']:,} updates done"]
+
+
 def load_weights(path: Path, model: PreTrainedModel) -> None:
     load_model(model, path / "model.safetensors")
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
     return torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+    """Moments and scale of a checkpoint. Learning rate, decay and the like stay as they are now: they may change."""
+    tensors = load_tensors(path)
+    optimizer.load_state_dict(tensors["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
+    if scaler is not None and "scaler" in tensors:
+        scaler.load_state_dict(tensors["scaler"])
 
 
 def export_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,6 +8,7 @@ a checkpoint can only be resumed with the same values; everything else may chang
 import difflib
 import itertools
 import logging
+import os
 import re
 import sys
 import typing
@@ -66,6 +67,8 @@ class CorpusArguments:
     """Relative share of this corpus; without it, its size. Give it to all corpora or to none."""
 
     def __post_init__(self) -> None:
+        if not self.path:
+            raise UserError(f"`path` of corpus {self.name!r} is empty; name a data set, a file, a folder or a glob")
         if self.weight is not None and not 0 < self.weight < float("inf"):
             raise UserError(f"`weight` of corpus {self.name!r} is {self.weight}; give a positive number or none")
 
@@ -86,6 +89,18 @@ def require(condition: bool, name: str, value: Any, remedy: str) -> None:
     """Raise a `UserError` about the field `name` unless the condition holds."""
     if not condition:
         raise UserError(f"`{name}` is {value}; {remedy}")
+
+
+def check_output_dir(path: Path) -> None:
+    """
+    Raises:
+        UserError: there is a file of that name, or no right to write.
+    """
+    there = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+    if not there.is_dir():
+        raise UserError(f"`output_dir` {path}: {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"`output_dir` {path}: {there} cannot be written")
 
 
 @dataclass(kw_only=True)
@@ -111,6 +126,7 @@ class TokenizerArguments:
     """Check everything, print the plan and stop."""
 
     def __post_init__(self) -> None:
+        require(bool(self.output_dir), "output_dir", "empty", "name a folder")
         require(bool(self.corpora), "corpora", "empty", "name at least one corpus")
         check_corpora("corpora", self.corpora)
         require(self.vocab_size >= 261, "vocab_size", self.vocab_size, "5 special tokens and 256 bytes need 261")
@@ -168,19 +184,19 @@ class PretrainArguments:
     """Blocks in an evaluation micro-batch."""
     max_steps: int = 500_000
     """Updates in all (paper: 500K)."""
-    learning_rate: float = identity(default=6e-4)
+    learning_rate: float = 6e-4
     """Peak learning rate (paper: 6e-4 base, 4e-4 large)."""
     warmup_steps: int = 24_000
     """Updates of linear warmup; then linear decay to zero at `max_steps` (paper: 24K base, 30K large)."""
-    adam_beta1: float = identity(default=0.9)
+    adam_beta1: float = 0.9
     """Adam's first decay rate."""
-    adam_beta2: float = identity(default=0.98)
+    adam_beta2: float = 0.98
     """Adam's second decay rate (paper: 0.98)."""
-    adam_epsilon: float = identity(default=1e-6)
+    adam_epsilon: float = 1e-6
     """Adam's epsilon (paper: 1e-6)."""
-    weight_decay: float = identity(default=0.01)
+    weight_decay: float = 0.01
     """Decoupled weight decay; none on biases and layer norms (fairseq decays those too)."""
-    max_grad_norm: float = identity(default=0.0)
+    max_grad_norm: float = 0.0
     """Gradient norm to clip to; 0: no clipping (the paper's choice)."""
     max_nonfinite_updates: int = 20
     """Updates with a non-finite loss or gradient that may be skipped in a row before the run stops."""
@@ -205,6 +221,7 @@ class PretrainArguments:
     """Check everything, print the plan and stop."""
 
     def __post_init__(self) -> None:
+        require(bool(self.output_dir), "output_dir", "empty", "name a folder")
         require(bool(self.corpora), "corpora", "empty", "name at least one corpus")
         check_corpora("corpora", self.corpora)
         check_corpora("eval_corpora", self.eval_corpora)
@@ -228,6 +245,11 @@ class PretrainArguments:
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "give a number from 0 up to 1")
         require(0 < self.mlm_probability < 1, "mlm_probability", self.mlm_probability, "give a number between 0 and 1")
         require(self.max_seq_length >= 8, "max_seq_length", self.max_seq_length, "give 8 or more")
+        if self.mlm_probability * (self.max_seq_length - 2) < 1:
+            raise UserError(
+                f"`mlm_probability` ({self.mlm_probability}) of `max_seq_length` ({self.max_seq_length}) is less than "
+                "one masked token in a block; raise either"
+            )
         workers = self.preprocessing_num_workers
         require(workers is None or workers >= 1, "preprocessing_num_workers", workers, "give 1 or more, or null")
         if self.warmup_steps > self.max_steps:
@@ -296,6 +318,8 @@ def explain(error: Exception, cls: type, arguments: list[str], files: list[Any])
         place = f" in `{parent[1]}`" if parent else ""
         hint = did_you_mean(name, known_names(cls))
         return f"there is no field `{name}`{place} ({source(parent[1] if parent else name)}){hint}"
+    if wrong := re.search(r"given class_path '([^']+)'", text):
+        return f"`corpora` ({source('corpora')}): {wrong[1]!r} is no corpus; write {{name: ..., path: {wrong[1]}}}"
     if missing := re.search(r"arguments are required: (.+)", text):
         return f"{missing[1]} must be given, as a flag or in the YAML of --config (read: {where})"
     if wrong := re.search(r'Parser key "([^"]+)":\s*(.*)', text, re.DOTALL):
@@ -336,8 +360,14 @@ def parse_config(cls: type[Arguments], description: str, arguments: list[str] | 
             raise UserError(f"--config {file}: there is no such file")
     try:
         namespace = parser.parse_args(arguments)
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {' and '.join(config_files)}: not valid UTF-8 at byte {error.start}") from None
     except (ArgumentError, TypeError) as error:
         raise UserError(explain(error, cls, arguments, config_files)) from None
     values = dict(vars(parser.instantiate(namespace)))
     del values["config"], values["environment"]
+    for f in fields(cls):
+        # The parser lets a null of the YAML through for every type.
+        if values[f.name] is None and type(None) not in typing.get_args(f.type):
+            raise UserError(f"`{f.name}` is null; give a value, or leave it out for the default")
     return cls(**values)

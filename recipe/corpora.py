@@ -33,7 +33,8 @@ def local_files(corpus: CorpusArguments) -> list[Path] | None:
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name.endswith(SUFFIXES)]
+        below = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name.endswith(SUFFIXES))
+        files = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     elif glob.has_magic(corpus.path):
         files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", corpus.path) and not corpus.path.endswith(SUFFIXES):
@@ -87,7 +88,7 @@ def parse_line(line: bytes, text_column: str, place: str) -> str:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: not valid UTF-8 at byte {error.start} of the line") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not a JSON object: {error}") from None
     if not isinstance(record, dict):
         raise UserError(f"{place}: a {type(record).__name__} where a JSON object should be; write one object a line")
@@ -153,6 +154,9 @@ def open_hub_corpus(corpus: CorpusArguments, streaming: bool) -> Dataset | Itera
             f"corpus {corpus.name!r}: {corpus.path} has no column {corpus.text_column!r} among {columns}; "
             "set the corpus's `text_column`"
         )
+    kind = rows.features[corpus.text_column] if rows.features else Value("string")
+    if kind not in (Value("string"), Value("large_string")):
+        raise UserError(f"corpus {corpus.name!r}: column {corpus.text_column!r} of {corpus.path} is {kind}, not text")
     rows = rows.select_columns([corpus.text_column])
     return rows if corpus.text_column == "text" else rows.rename_column(corpus.text_column, "text")
 
@@ -163,7 +167,13 @@ def check_corpus(corpus: CorpusArguments) -> None:
     Raises:
         UserError: the corpus cannot be opened or holds no text.
     """
-    if next(iter(open_corpus(corpus, streaming=True)), None) is None:
+    try:
+        first = next(iter(open_corpus(corpus, streaming=True)), None)
+    except UserError:
+        raise
+    except Exception as error:  # of whatever the hub's connection is made of
+        raise UserError(f"corpus {corpus.name!r}: {corpus.path} cannot be read: {error}") from error
+    if first is None:
         raise UserError(f"corpus {corpus.name!r}: {corpus.path} holds no text")
 
 

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+import transformers
 from transformers import pipeline
 
 SENTENCES = [
@@ -25,6 +26,7 @@ def main() -> None:
         f"\nheld-out loss {last['eval_loss']:.3f} nats a token after {last['step']:,} updates; a unigram model has "
         f"{last['unigram_loss']:.3f} on the same tokens, {gain:.3f} more"
     )
+    transformers.utils.logging.disable_progress_bar()
     fill_mask = pipeline("fill-mask", model=str(run / "model"))
     for sentence in SENTENCES:
         answers = ", ".join(f"{answer['token_str'].strip()} {answer['score']:.0%}" for answer in fill_mask(sentence))

@@ -338,4 +338,4 @@ class CachedData:
             labels = labels[labels != -100]
             total += float(nats[labels].sum())
             targets += len(labels)
-        return total / targets
+        return total / max(1, targets)

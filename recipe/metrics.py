@@ -18,8 +18,8 @@ class TrainState:
     step: int = 0
     tokens: int = 0  # seen in all, without padding
     nonfinite_updates: int = 0  # skipped in all
-    nonfinite_in_a_row: int = 0
     overflows: int = 0  # updates that fp16's gradient scaler skipped
+    skipped_in_a_row: int = 0
     window_loss: float = 0.0
     window_masked: int = 0
 
@@ -28,8 +28,8 @@ class TrainState:
         self.step += 1
         self.tokens += tokens
         self.nonfinite_updates += skipped == "nonfinite"
-        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if skipped == "nonfinite" else 0
         self.overflows += skipped == "overflow"
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if skipped is None:
             self.window_loss += loss_sum
             self.window_masked += masked
@@ -94,7 +94,7 @@ def train_record(
 
 def eval_record(state: TrainState, loss_sum: float, count: int, unigram_loss: float) -> dict[str, Any]:
     """An evaluation line of metrics.jsonl."""
-    loss = loss_sum / count
+    loss = loss_sum / count if count else math.nan
     finite = math.isfinite(loss)
     return {
         "step": state.step,

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 from recipe.config import UserError, did_you_mean
 
+NOT_FOR_MASKED_LM = {"is_decoder", "add_cross_attention", "use_cache"}
 # The released models' values where `RobertaConfig` has BERT's.
 ROBERTA_DEFAULTS = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 
@@ -24,7 +26,7 @@ def build_config(
         UserError: a field that `RobertaConfig` does not have or take, a checkpoint that is no RoBERTa, a tokenizer or a
             length that does not fit.
     """
-    known = RobertaConfig().to_dict() | {"attn_implementation": None}
+    known = RobertaConfig().to_dict().keys() - NOT_FOR_MASKED_LM
     for name in model_config:
         if name not in known:
             raise UserError(
@@ -53,6 +55,9 @@ def build_config(
         raise UserError(
             f"the tokenizer pads with {tokenizer.pad_token_id} and the model's `pad_token_id` is {config.pad_token_id}"
         )
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "type_vocab_size"):
+        if getattr(config, name) < 1:
+            raise UserError(f"`model_config`: `{name}` is {getattr(config, name)}; give 1 or more")
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
             f"`model_config`: `hidden_size` ({config.hidden_size}) is not a multiple of `num_attention_heads` "
@@ -64,6 +69,11 @@ def build_config(
             f"`max_seq_length` ({max_seq_length}) needs `max_position_embeddings` >= {needed}, "
             f"got {config.max_position_embeddings}"
         )
+    try:
+        with torch.device("meta"):
+            RobertaForMaskedLM(config)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(f"`model_config` {model_config}: no model can be built: {error}") from None
     return config
 
 
@@ -71,13 +81,16 @@ def build_model(config: RobertaConfig, model_name_or_path: str | None) -> Robert
     """New float32 weights under torch's current seed, or those of a checkpoint.
 
     Raises:
-        UserError: the checkpoint lacks weights of the masked language model.
+        UserError: the checkpoint has no weights, lacks some, or has them in another shape.
     """
     if model_name_or_path is None:
         return RobertaForMaskedLM(config)
-    model, loading = RobertaForMaskedLM.from_pretrained(
-        model_name_or_path, config=config, dtype="float32", output_loading_info=True
-    )
+    try:
+        model, loading = RobertaForMaskedLM.from_pretrained(
+            model_name_or_path, config=config, dtype="float32", output_loading_info=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"`model_name_or_path` {model_name_or_path} cannot be loaded: {error}") from None
     if loading["missing_keys"]:
         raise UserError(
             f"`model_name_or_path` {model_name_or_path} lacks weights of a masked language model: "

@@ -7,7 +7,7 @@ are added when a block is read (`assemble_block`), and the formats leave room fo
 
 import numpy as np
 
-DOCUMENTS_IN_UNIT = 10_000  # one short block each; bounds the memory of packing whatever the corpus
+DOCUMENTS_IN_UNIT = 10_000  # one short block each; packing works on so many at a time
 
 
 def pack_full_sentences(document_ends: np.ndarray, sentence_ends: np.ndarray, max_seq_length: int) -> np.ndarray:
@@ -15,7 +15,7 @@ def pack_full_sentences(document_ends: np.ndarray, sentence_ends: np.ndarray, ma
 
     A block holds `<s>`, its sentences, `</s>` where a document ends inside it, and `</s>`; it is closed when the next
     sentence does not fit. A sentence longer than a block is cut into full blocks and a rest that packing goes on with.
-    The last block of every 10,000 documents is closed short, so that packing needs no more than those at a time.
+    The last block of every 10,000 documents is closed short, so that packing works on those alone.
 
     Args:
         document_ends: (documents,) int64, ascending and distinct, in tokens from the start of the corpus.

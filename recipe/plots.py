@@ -8,6 +8,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 
+def perplexity_of(nats: float) -> str:
+    if nats > 20:  # a run that diverged
+        return f"e^{nats:.0f}"
+    return f"{math.exp(nats):,.{0 if nats > 4 else 1}f}"
+
+
 def plot_loss(metrics: list[dict[str, Any]], expected_loss: float | None, title: str, path: Path) -> None:
     """Training and held-out loss over tokens, perplexity on the right axis.
 
@@ -18,7 +24,7 @@ def plot_loss(metrics: list[dict[str, Any]], expected_loss: float | None, title:
         path: PNG file to write.
     """
     train = [record for record in metrics if record.get("loss") is not None]
-    held_out = [record for record in metrics if "eval_loss" in record]
+    held_out = [record for record in metrics if record.get("eval_loss") is not None]
     if not train and not held_out:
         return
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -32,7 +38,7 @@ def plot_loss(metrics: list[dict[str, Any]], expected_loss: float | None, title:
             color="tab:orange",
             marker="o",
             markersize=3,
-            label=f"held out (last: {last['eval_loss']:.3f}, perplexity {last['eval_perplexity']:.1f})",
+            label=f"held out (last: {last['eval_loss']:.3f}, perplexity {perplexity_of(last['eval_loss'])})",
         )
         unigram = last["unigram_loss"]
         axes.axhline(unigram, color="tab:gray", linestyle=":", label=f"unigram model ({unigram:.3f})")
@@ -47,6 +53,6 @@ def plot_loss(metrics: list[dict[str, Any]], expected_loss: float | None, title:
     perplexity = axes.secondary_yaxis("right")
     low, high = axes.get_ylim()
     ticks = [nats for nats in axes.get_yticks() if low <= nats <= high]
-    perplexity.set_yticks(ticks, labels=[f"{math.exp(nats):,.{0 if nats > 4 else 1}f}" for nats in ticks])
+    perplexity.set_yticks(ticks, labels=[perplexity_of(nats) for nats in ticks])
     perplexity.set_ylabel("perplexity")
     figure.savefig(path, dpi=120)

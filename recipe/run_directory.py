@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from recipe.config import UserError, to_yaml
+from recipe.config import UserError, check_output_dir, to_yaml
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "sentencex", "numpy")
 
 
 def git_commit() -> str | None:
-    """The commit of this code, `-dirty` if files differ from it; None outside a git checkout."""
+    """The commit of this code, `-dirty` if files differ from it; None outside a git checkout or without git."""
+    if shutil.which("git") is None:
+        return None
     result = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
         cwd=Path(__file__).parent,
@@ -67,12 +70,20 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.jsonl"
         self.loss_plot = self.path / "loss.png"
 
-    def refuse_existing_run(self) -> None:
+    def check(self, resume_from_checkpoint: str | None) -> None:
         """
         Raises:
-            UserError: the folder already holds a run.
+            UserError: the folder cannot be written, or holds a run other than the one to resume.
         """
-        if any((self.path / name).exists() for name in ("status.json", "metrics.jsonl", "checkpoints", "model")):
+        check_output_dir(self.path)
+        holds_run = any(
+            (self.path / name).exists() for name in ("status.json", "metrics.jsonl", "checkpoints", "model")
+        )
+        goes_on = resume_from_checkpoint == "latest" or (
+            resume_from_checkpoint is not None
+            and Path(resume_from_checkpoint).resolve().parent == self.checkpoints.resolve()
+        )
+        if holds_run and not goes_on:
             raise UserError(
                 f"`output_dir` {self.path} already holds a run; go on with it by --resume_from_checkpoint latest, "
                 "or choose another folder"

@@ -110,8 +110,11 @@ def check_saved_tokenizer(tokenizer: Tokenizer, output_dir: Path, texts: list[st
             raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) lost `add_prefix_space`")
 
 
+COMMON = 100  # occurrences from which a word must not be missing
+
+
 def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
-    """Check that the commonest words of the text became single tokens.
+    """Check that the commonest words of the text, if they occur 100 times at least, became single tokens.
 
     A count that overflows in the trainer loses them without a word (tokenizers#2058: "the" was missing). Only as many
     words are asked for as the vocabulary surely has room for: one for each 100 entries beyond bytes and specials.
@@ -119,10 +122,14 @@ def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
     Raises:
         RuntimeError: naming the words.
     """
-    wanted = [word for word, _ in word_counts.most_common(min(100, (tokenizer.get_vocab_size() - 261) // 100))]
+    commonest = word_counts.most_common(min(100, (tokenizer.get_vocab_size() - 261) // 100))
+    wanted = [word for word, count in commonest if count >= COMMON]
     lost = [word for word in wanted if len(tokenizer.encode(" " + word, add_special_tokens=False).ids) != 1]
     if lost:
-        raise RuntimeError(f"the commonest words {lost} did not become single tokens; lower `max_train_bytes`")
+        raise RuntimeError(
+            f"the common words {lost} did not become single tokens, as when the trainer's counts overflow; lower "
+            "`max_train_bytes`"
+        )
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
@@ -139,6 +146,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         raise UserError(
             f"`tokenizer_name` {name_or_path}: no tokenizer there, as a folder or on the hub: {error}"
         ) from None
+    if len(tokenizer) == len(tokenizer.all_special_ids):
+        # What transformers makes of a folder with a config and no vocabulary.
+        raise UserError(f"`tokenizer_name` {name_or_path}: no vocabulary there, only {len(tokenizer)} special tokens")
     if not tokenizer.is_fast:
         raise UserError(f"`tokenizer_name` {name_or_path}: not a fast tokenizer; save it with a tokenizer.json")
     for name in ("cls_token", "sep_token", "pad_token", "mask_token"):

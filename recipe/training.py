@@ -1,6 +1,7 @@
 """The training loop, straight down: `train` calls `train_step` and `evaluate`."""
 
 import math
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,21 +10,53 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, send_to_device
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from recipe.checkpoint import save_checkpoint
-from recipe.config import PretrainArguments
+from recipe.checkpoint import checkpoint_path, save_checkpoint
+from recipe.config import PretrainArguments, UserError
 from recipe.hashing import hash64
 from recipe.loader import CachedData, MicroBatches
 from recipe.metrics import Stopwatch, TrainState, eval_record, format_eval_line, format_train_line, train_record
 from recipe.plots import plot_loss
 from recipe.run_directory import RunDirectory
 
+UNSERVED_ENGINES = {
+    DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
+    DistributedType.MEGATRON_LM,
+    DistributedType.XLA,
+}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def start_accelerator() -> Accelerator:
+    """The accelerator as the launcher set it up.
+
+    Raises:
+        UserError: an engine or a precision that this code does not serve.
+    """
+    # No buffer of the model ever changes, so none has to be sent around at each forward.
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    accelerator = Accelerator(kwargs_handlers=[ddp])
+    if accelerator.distributed_type in UNSERVED_ENGINES:
+        raise UserError(
+            f"`distributed_type` is {accelerator.distributed_type.value}; only DDP and one process are served"
+        )
+    if accelerator.device.type == "cpu":
+        if accelerator.mixed_precision == "fp16":
+            raise UserError(
+                "`mixed_precision` is fp16, which needs a GPU; give accelerate --mixed_precision no or bf16"
+            )
+        cores = (os.cpu_count() or 1) // accelerator.num_processes
+        if torch.get_num_threads() < cores:
+            accelerator.print(
+                f"warning: {torch.get_num_threads()} of {cores} cores in use; set OMP_NUM_THREADS={cores}"
+            )
+    return accelerator
 
 
 class StopRequest:
@@ -92,7 +125,8 @@ def train(
     updates = data.train_batches(*process).iterate(state.step, args.max_steps, args.dataloader_num_workers)
     eval_batches = data.eval_batches(*process)
     unigram_loss = data.unigram_loss() if args.eval_blocks and accelerator.is_main_process else math.nan
-    request, watch, saved_step = StopRequest(), Stopwatch(), state.step
+    request, watch = StopRequest(), Stopwatch()
+    saved = checkpoint_path(run.checkpoints, state.step) if state.step else None
     quiet = None if accelerator.is_main_process else True  # None: a bar on a terminal, none in a log file
     bar = tqdm(total=args.max_steps, initial=state.step, unit="update", disable=quiet)
 
@@ -114,10 +148,10 @@ def train(
             bar.update()
             is_last = state.step == args.max_steps
 
-            if state.nonfinite_in_a_row >= args.max_nonfinite_updates:
+            if state.skipped_in_a_row >= args.max_nonfinite_updates:
                 raise FloatingPointError(
-                    f"{state.nonfinite_in_a_row} updates in a row had a non-finite loss or gradient, up to update "
-                    f"{state.step}; the last good checkpoint is of update {saved_step}. Go on from there with a lower "
+                    f"{state.skipped_in_a_row} updates in a row had a non-finite loss or gradient, up to update "
+                    f"{state.step}; the last checkpoint is {saved or 'not there yet'}. Go on from there with a lower "
                     "--learning_rate, a longer --warmup_steps or, in place of fp16, --mixed_precision bf16"
                 )
             if state.step % args.logging_steps == 0 or is_last:
@@ -131,7 +165,7 @@ def train(
                     report(record, format_eval_line(record, args.max_steps))
                 if state.step % args.save_steps == 0 or is_last or update.stopping:
                     save(accelerator, args, objective, optimizer, state, run, identity)
-                    saved_step = state.step
+                    saved = checkpoint_path(run.checkpoints, state.step)
             if update.stopping and not is_last:
                 run.write_status("preempted", state.step, request.signal or "a signal to another process")
                 return False
@@ -165,7 +199,7 @@ def train_step(
     for number, batch in enumerate(micro_batches):
         is_last = number == len(micro_batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(objective):
-            micro_loss, _ = objective(**send_to_device(batch, accelerator.device, non_blocking=True))
+            micro_loss, _ = objective(**send_to_device(batch, accelerator.device))
             accelerator.backward(micro_loss * scale)
             loss_sum += micro_loss.detach()
 
@@ -174,13 +208,15 @@ def train_step(
     totals = accelerator.reduce(torch.stack([loss_sum, stopping]), "sum")
     loss, stopping, norm = torch.cat([totals, grad_norm[None]]).tolist()
     masked, tokens = counts.tolist()
-    skipped = None
+    skipped, scaler = None, accelerator.scaler
     if not math.isfinite(norm) or not math.isfinite(loss):
-        skipped = "overflow" if accelerator.scaler is not None and math.isfinite(loss) else "nonfinite"
-    if skipped is None or accelerator.scaler is not None:
-        # A scaler has to see an overflow, to lower its scale, and leaves out the update by itself. (Under a fused
-        # optimizer accelerate does not notice, and its `optimizer_step_was_skipped` says nothing.)
+        skipped = "overflow" if scaler is not None and math.isfinite(loss) else "nonfinite"
+    if skipped != "nonfinite":
+        # A scaler leaves out an overflowing update by itself and lowers its scale. (Under a fused optimizer accelerate
+        # does not notice, and its `optimizer_step_was_skipped` says nothing.)
         optimizer.step()
+    elif scaler is not None:
+        scaler.update()
     optimizer.zero_grad()
     return Update(loss, masked, tokens, norm, skipped, stopping > 0)
 

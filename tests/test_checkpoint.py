@@ -12,10 +12,12 @@ from recipe.checkpoint import (
     find_checkpoint,
     find_fault,
     list_checkpoints,
+    load_optimizer,
     load_tensors,
     load_weights,
     read_state,
     save_checkpoint,
+    set_aside_later,
 )
 from recipe.config import UserError
 from tests.conftest import SMALL_MODEL
@@ -50,11 +52,27 @@ def test_old_checkpoints_go_and_the_newest_is_found(tmp_path: Path):
     assert find_checkpoint(tmp_path, "latest") == (tmp_path / "step-00000100", [])
 
 
-def test_new_checkpoint_stays_beside_later_ones(tmp_path: Path):
-    save(tmp_path, 20)
-    save(tmp_path, 30)
-    save(tmp_path, 10, limit=2)
-    assert (tmp_path / "step-00000010").is_dir()
+def test_going_back_sets_later_checkpoints_aside(tmp_path: Path):
+    for step in (20, 30, 40):
+        save(tmp_path, step)
+    set_aside_later(tmp_path, 20)
+    save(tmp_path, 25, limit=2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000020", "step-00000025"]
+    assert len(list(tmp_path.glob("abandoned-*"))) == 2
+    assert find_checkpoint(tmp_path, "latest")[0] == tmp_path / "step-00000025"
+
+
+def test_settings_of_the_optimizer_may_change(tmp_path: Path):
+    model = make_model(1)
+    first = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    model(torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+    first.step()
+    path = save_checkpoint(tmp_path, 1, model, {"optimizer": first.state_dict()}, {}, 1)
+    second = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.2)
+    load_optimizer(path, second, None)
+    assert (second.param_groups[0]["lr"], second.param_groups[0]["weight_decay"]) == (5e-4, 0.2)
+    for one, two in zip(first.state.values(), second.state.values(), strict=True):
+        assert torch.equal(one["exp_avg_sq"], two["exp_avg_sq"])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "state.json", "config.json", "manifest.json"])

@@ -66,6 +66,9 @@ def test_switch_may_stand_alone(config_file):
         ({"mlm_probability": 1.5}, [], ["mlm_probability", "1.5"]),
         ({"tokenizer_name": None}, [], ["tokenizer_name", "missing"]),
         ({"model_name_or_path": "m"}, [], ["tokenizer_name", "model_name_or_path", "both"]),
+        ({"max_grad_norm": None}, [], ["max_grad_norm", "null"]),
+        ({"language": None}, [], ["language", "null"]),
+        ({"output_dir": ""}, [], ["output_dir", "empty"]),
     ],
 )
 def test_bad_input_is_named(config_file, changes, arguments, expected):
@@ -88,6 +91,12 @@ def test_broken_yaml_names_file_and_line(tmp_path):
         parse("--config", tmp_path / "broken.yaml")
 
 
+def test_yaml_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"output_dir: caf\xe9\n")
+    with pytest.raises(UserError, match=r"latin\.yaml.*UTF-8"):
+        parse("--config", tmp_path / "latin.yaml")
+
+
 def test_accumulation_is_derived(config_file):
     args = parse("--config", config_file(), "--per_device_train_batch_size=32")
     assert args.gradient_accumulation_steps(8) == 32
@@ -106,6 +115,7 @@ def test_identity_holds_the_experiment_and_nothing_else(config_file):
     args = parse("--config", config_file())
     identity = identity_of(args)
     assert {"corpora", "tokenizer_name", "model_config", "train_batch_size", "mlm_probability", "seed"} <= set(identity)
+    assert not {"learning_rate", "weight_decay", "max_grad_norm"} & set(identity)
     assert not {"max_steps", "per_device_train_batch_size", "logging_steps", "output_dir"} & set(identity)
 
 

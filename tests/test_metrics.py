@@ -25,11 +25,11 @@ def test_window_is_the_mean_over_tokens_and_leaves_out_skipped_updates():
     assert state.take_window_loss() is None
 
 
-def test_nonfinite_updates_in_a_row_are_counted():
+def test_skipped_updates_in_a_row_are_counted():
     state = TrainState()
-    for skipped in ("nonfinite", "nonfinite", None, "nonfinite"):
+    for skipped in ("nonfinite", "nonfinite", None, "overflow", "nonfinite"):
         state.count(1.0, 1, 1, skipped)
-    assert state.nonfinite_in_a_row == 1
+    assert state.skipped_in_a_row == 2
 
 
 def test_eval_record_has_the_perplexity_of_its_loss():

@@ -10,10 +10,11 @@ from tests.conftest import ROOT, SMALL_MODEL
 
 
 @pytest.mark.parametrize(("name", "millions"), [("roberta-base", 124.7), ("roberta-large", 355.4)])
-def test_shipped_configs_have_the_papers_size(name, millions):
+def test_shipped_configs_have_the_papers_size(name, millions, tokenizer):
     path = ROOT / "recipe" / "configs" / "pretrain" / f"{name}.yaml"
     args = parse_config(PretrainArguments, "test", ["--config", str(path)])
-    config = RobertaConfig(vocab_size=50265, **args.model_config)
+    model_config = args.model_config | {"vocab_size": 50265}  # the tokenizer of bbpe-50k.yaml
+    config = build_config(model_config, None, tokenizer, args.max_seq_length)
     with torch.device("meta"):
         model = build_model(config, None)
     assert count_parameters(model) / 1e6 == pytest.approx(millions, abs=0.05)

@@ -22,10 +22,26 @@ def test_metrics_are_cut_back_and_a_torn_line_forgotten(tmp_path: Path):
 @pytest.mark.parametrize("name", ["status.json", "metrics.jsonl", "checkpoints", "model"])
 def test_folder_with_a_run_is_refused(tmp_path: Path, name: str):
     run = RunDirectory(tmp_path, is_main=True, pids=[])
-    run.refuse_existing_run()
+    run.check(None)
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=r"already holds a run.*--resume_from_checkpoint latest"):
-        run.refuse_existing_run()
+        run.check(None)
+    with pytest.raises(UserError, match="already holds a run"):
+        run.check("another/run/checkpoints/step-00000001")
+    run.check("latest")
+    run.check(str(tmp_path / "checkpoints" / "step-00000001"))
+
+
+def test_folder_that_cannot_be_one_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"`output_dir` .* is a file"):
+            RunDirectory(path, is_main=True, pids=[]).check(None)
+
+
+def test_commit_is_none_without_git(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "")
+    assert git_commit() is None
 
 
 def test_only_the_main_process_writes(tmp_path: Path):

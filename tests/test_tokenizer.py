@@ -2,6 +2,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -76,9 +77,9 @@ def test_check_after_saving_sees_a_different_tokenizer(texts, tokenizer_dir: Pat
 
 
 def test_lost_common_word_is_noticed(tokenizer: PreTrainedTokenizerFast):
-    check_common_words(tokenizer.backend_tokenizer, Counter({"the": 10}))
+    check_common_words(tokenizer.backend_tokenizer, Counter({"the": 1000, "zyzzyva": 10}))
     with pytest.raises(RuntimeError, match="zyzzyva"):
-        check_common_words(tokenizer.backend_tokenizer, Counter({"zyzzyva": 10}))
+        check_common_words(tokenizer.backend_tokenizer, Counter({"zyzzyva": 1000}))
 
 
 @pytest.mark.parametrize("threads", ["1", "2", "3"])
@@ -217,6 +218,9 @@ def test_ids_of_large_vocabularies_are_int32(tokenizer: PreTrainedTokenizerFast)
     assert encoder({"text": ["a"]}).column("input_ids").type.value_type == "int32"
 
 
-def test_missing_tokenizer_is_named(tmp_path: Path):
+def test_missing_tokenizer_is_named(tmp_path: Path, tokenizer_dir: Path):
+    shutil.copy(tokenizer_dir / "tokenizer_config.json", tmp_path)
+    with pytest.raises(UserError, match="no vocabulary there"):
+        load_tokenizer(str(tmp_path))
     with pytest.raises(UserError, match="tokenizer_name"):
         load_tokenizer(str(tmp_path / "nothing"))

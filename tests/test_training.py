@@ -190,6 +190,23 @@ def test_overflow_is_left_to_the_scaler_and_counted_apart(fp16_accelerator, toke
     assert all(torch.equal(before[name], value) for name, value in prepared.state_dict().items())
 
 
+def test_infinite_loss_with_finite_gradients_never_reaches_the_optimizer(fp16_accelerator, tokenizer):
+    fp16_accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    batches = make_batches(tokenizer, 4)
+    label = batches[0]["labels"][batches[0]["labels"] != -100][0]
+    model = make_model(tokenizer)
+    with torch.no_grad():
+        model.lm_head.bias[label] = float("-inf")
+    objective = MaskedLMObjective(model, 5)
+    raw = build_optimizer(objective, 1e-3, (0.9, 0.98), 1e-6, 0.01)
+    prepared, optimizer = fp16_accelerator.prepare(objective, raw)
+    before = copy.deepcopy(prepared.state_dict())
+    for _ in range(2):  # the scaler, too, is ready for the next update
+        update = train_step(fp16_accelerator, prepared, optimizer, batches, 0.0, StopRequest())
+        assert update.skipped == "nonfinite"
+    assert all(torch.equal(before[name], value) for name, value in prepared.state_dict().items())
+
+
 def test_dropout_is_a_function_of_seed_update_and_rank():
     draws = {}
     for key in [(1, 0, 0), (1, 1, 0), (1, 0, 1), (2, 0, 0)]:
