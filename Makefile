@@ -6,11 +6,12 @@ LAUNCH := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(B
 
 .PHONY: demo test lint
 
-demo: .venv/installed
-	test -e runs/demo-tokenizer/tokenizer.json || \
-		$(BIN)/python train_tokenizer.py --config recipe/configs/tokenizer/tiny.yaml
+demo: .venv/installed runs/demo-tokenizer/tokenizer.json
 	$(LAUNCH) pretrain.py --config recipe/configs/pretrain/tiny.yaml --resume_from_checkpoint latest
 	$(BIN)/python -m recipe.demo runs/demo
+
+runs/demo-tokenizer/tokenizer.json: | .venv/installed
+	$(BIN)/python train_tokenizer.py --config recipe/configs/tokenizer/tiny.yaml
 
 test: lint
 	$(BIN)/python -m pytest
