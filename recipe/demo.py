@@ -11,9 +11,9 @@ import transformers
 from transformers import pipeline
 
 SENTENCES = [
-    "“What do you think of it, Mr.<mask>?” said I.",
-    "There was once a king who had a<mask>, and she was very beautiful.",
-    "Alice looked at the White<mask> in great surprise.",
+    "“What do you<mask>?” said Alice.",
+    "It seems<mask> me that you are right.",
+    "There<mask> a king who had three daughters.",
 ]
 
 
