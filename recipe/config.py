@@ -285,22 +285,18 @@ Arguments = TypeVar("Arguments", TokenizerArguments, PretrainArguments)
 
 def identity_of(arguments: PretrainArguments) -> dict[str, Any]:
     """The values of the fields that define the experiment."""
-    return {f.name: v for f in fields(arguments) if f.metadata.get("identity") for v in [asdict(arguments)[f.name]]}
+    values = asdict(arguments)
+    return {f.name: values[f.name] for f in fields(arguments) if f.metadata.get("identity")}
 
 
 def to_yaml(values: dict[str, Any]) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
-def known_names(cls: type) -> dict[str, type]:
-    """Field name -> type of a dataclass, and of the dataclasses in its lists."""
-    names = {}
-    for f in fields(cls):
-        names[f.name] = f.type
-        for inner in typing.get_args(f.type):
-            if is_dataclass(inner):
-                names |= known_names(inner)
-    return names
+def known_names(cls: type) -> list[str]:
+    """Field names of a dataclass, and of the dataclasses in its lists."""
+    inner = [t for f in fields(cls) for t in typing.get_args(f.type) if is_dataclass(t)]
+    return [f.name for f in fields(cls)] + [name for t in inner for name in known_names(t)]
 
 
 def explain(error: Exception, cls: type, arguments: list[str], files: list[Any]) -> str:
@@ -323,8 +319,7 @@ def explain(error: Exception, cls: type, arguments: list[str], files: list[Any])
     if missing := re.search(r"arguments are required: (.+)", text):
         return f"{missing[1]} must be given, as a flag or in the YAML of --config (read: {where})"
     if wrong := re.search(r'Parser key "([^"]+)":\s*(.*)', text, re.DOTALL):
-        name, detail = wrong[1], " ".join(wrong[2].split()).replace("typing.", "").replace("<class '", "'")
-        detail = detail.replace("'>", "'")
+        name, detail = wrong[1], re.sub(r"typing\.|<class '(\w+)'>", r"\1", " ".join(wrong[2].split()))
         return f"`{name}` ({source(name.split('.')[0])}): {detail}"
     return f"{where}: {text}"
 
