@@ -12,7 +12,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from recipe.tokenizer import DocumentEncoder
 
 STORE_FORMAT = 1  # part of every store's fingerprint: raise it when the rows come out differently
 EVAL_VISIT = -1  # held-out blocks have the masks of this visit, every time
+EMPTY = -1  # what fills the last evaluation micro-batches up
 UNIGRAM_BLOCKS = 20_000  # blocks of training text that the unigram baseline is counted on
 
 
@@ -144,19 +145,24 @@ class MicroBatches(torch.utils.data.Dataset):
     """Micro-batch `k` of one process, counted from the start of the run.
 
     Args:
-        read: positions (n,) -> n examples for the collator.
+        locate: positions (n,) -> corpus, visit and block of each, (n,) integers.
+        example: corpus, visit, block -> example for the collator.
         collator: examples -> batch.
         batch_size: blocks in an update.
         micro_batch_size: blocks in a micro-batch of one process.
         process_index, num_processes: which share of an update is this process's.
     """
 
-    read: Callable[[np.ndarray], list[dict[str, Any]]]
+    locate: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+    example: Callable[[int, int, int], dict[str, Any]]
     collator: DynamicMaskingCollator
     batch_size: int
     micro_batch_size: int
     process_index: int
     num_processes: int
+    # The blocks of one update: locating them all at once costs little more than a micro-batch's.
+    update: int = -1
+    located: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
     def per_update(self) -> int:
@@ -164,8 +170,12 @@ class MicroBatches(torch.utils.data.Dataset):
 
     def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
         update, number = divmod(k, self.per_update)
-        first = update * self.batch_size + (number * self.num_processes + self.process_index) * self.micro_batch_size
-        return self.collator(self.read(np.arange(first, first + self.micro_batch_size)))
+        if update != self.update:
+            positions = np.arange(update * self.batch_size, (update + 1) * self.batch_size)
+            self.located = list(zip(*(array.tolist() for array in self.locate(positions)), strict=True))
+            self.update = update
+        first = (number * self.num_processes + self.process_index) * self.micro_batch_size
+        return self.collator([self.example(*where) for where in self.located[first : first + self.micro_batch_size]])
 
     def iterate(self, first_update: int, last_update: int, num_workers: int) -> Iterator[list[dict[str, torch.Tensor]]]:
         """The micro-batches of each update from `first_update` to before `last_update`, an update at a time.
@@ -282,26 +292,22 @@ class CachedData:
             )
         return lines
 
-    def example(self, corpus: int, block: int, visit: int) -> dict[str, Any]:
-        return {"input_ids": self.packed[corpus].block(block), "corpus": corpus, "block": block, "visit": visit}
+    def example(self, corpus: int, visit: int, block: int) -> dict[str, Any]:
+        """A block as the collator takes it; `EMPTY` in place of its number gives one with nothing to predict."""
+        ids = self.empty_block if block == EMPTY else self.packed[corpus].block(block)
+        return {"input_ids": ids, "corpus": corpus, "block": block, "visit": visit}
 
-    def read_train(self, positions: np.ndarray) -> list[dict[str, Any]]:
-        corpora, visits, blocks = self.order.locate(positions)
-        return [self.example(*where) for where in zip(corpora.tolist(), blocks.tolist(), visits.tolist(), strict=True)]
-
-    def read_eval(self, positions: np.ndarray) -> list[dict[str, Any]]:
-        """Held-out blocks; behind the last one empty blocks, which have nothing to predict."""
-        empty = {"input_ids": self.empty_block, "corpus": 0, "block": 0, "visit": EVAL_VISIT}
-        return [
-            self.example(int(self.eval_corpora[p]), int(self.eval_blocks[p]), EVAL_VISIT)
-            if p < len(self.eval_blocks)
-            else empty
-            for p in positions
-        ]
+    def locate_eval(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Corpus, visit and block of held-out blocks; behind the last one `EMPTY` blocks."""
+        missing = max(0, int(positions[-1]) + 1 - len(self.eval_blocks))
+        corpora = np.pad(self.eval_corpora, (0, missing))[positions]
+        blocks = np.pad(self.eval_blocks, (0, missing), constant_values=EMPTY)[positions]
+        return corpora, np.full_like(blocks, EVAL_VISIT), blocks
 
     def train_batches(self, process_index: int, num_processes: int) -> MicroBatches:
         return MicroBatches(
-            read=self.read_train,
+            locate=self.order.locate,
+            example=self.example,
             collator=self.collator,
             batch_size=self.args.train_batch_size,
             micro_batch_size=self.args.per_device_train_batch_size,
@@ -313,7 +319,8 @@ class CachedData:
         """All held-out blocks as one update, with as many micro-batches in every process."""
         rows = self.args.per_device_eval_batch_size * num_processes
         return MicroBatches(
-            read=self.read_eval,
+            locate=self.locate_eval,
+            example=self.example,
             collator=self.collator,
             batch_size=-(-len(self.eval_blocks) // rows) * rows,
             micro_batch_size=self.args.per_device_eval_batch_size,
@@ -328,8 +335,8 @@ class CachedData:
         """
         counts = np.ones(len(self.collator.tokenizer))
         positions = np.arange(min(UNIGRAM_BLOCKS, self.blocks_per_epoch))
-        for example in self.read_train(positions):
-            counts += np.bincount(example["input_ids"], minlength=len(counts))
+        for corpus, _, block in zip(*self.order.locate(positions), strict=True):
+            counts += np.bincount(self.packed[corpus].block(block), minlength=len(counts))
         counts[self.collator.tokenizer.all_special_ids] = 0
         nats = -np.log(counts / counts.sum(), where=counts > 0, out=np.zeros_like(counts))
         total, targets = 0.0, 0

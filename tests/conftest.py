@@ -89,6 +89,27 @@ def flags(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> dict[str, o
     }
 
 
+@pytest.fixture
+def echo_flags(flags: dict[str, object], tmp_path: Path) -> dict[str, object]:
+    """Text whose sentences repeat one word: easy for a model that attends, hopeless for one that does not."""
+    rng = random.Random(1)
+    words = ["the", "was", "with", "they", "not", "had", "she", "be"]
+    texts = [" ".join([rng.choice(words)] * 6).capitalize() + "." for _ in range(2000)]
+    path = write_jsonl(tmp_path / "echo.jsonl", texts)
+    return flags | {
+        "corpora": json.dumps([{"name": "echo", "path": str(path)}]),
+        "max_seq_length": 10,
+        "train_batch_size": 64,
+        "per_device_train_batch_size": 64,
+        "max_steps": 150,
+        "learning_rate": 1e-2,
+        "warmup_steps": 10,
+        "eval_steps": 1000,
+        "save_steps": 1000,
+        "eval_blocks": 64,
+    }
+
+
 def command_line(flags: dict[str, object]) -> list[str]:
     return [f"--{name}={value}" for name, value in flags.items()]
 

@@ -120,8 +120,7 @@ def test_eval_corpora_are_used_whole_for_evaluation_alone(make_data, tmp_path: P
     data = make_data(eval_corpora=[CorpusArguments(name="other", path=str(path))], eval_blocks=10_000)
     assert data.order.num_held_out.tolist() == [0]
     assert len(data.eval_blocks) == len(data.packed[1])
-    example = data.read_eval(np.array([0]))[0]
-    assert example["corpus"] == 1
+    assert (data.locate_eval(np.arange(len(data.eval_blocks)))[0] == 1).all()
 
 
 def test_chunks_are_read_across_their_edges(make_data, monkeypatch):
@@ -137,7 +136,8 @@ def test_unigram_loss_is_that_of_the_counts(make_data):
     data = make_data()
     counts = np.ones(len(data.collator.tokenizer))
     for n in range(data.blocks_per_epoch):
-        np.add.at(counts, data.read_train(np.array([n]))[0]["input_ids"], 1)
+        corpus, _, block = (int(array[0]) for array in data.order.locate(np.array([n])))
+        np.add.at(counts, data.packed[corpus].block(block), 1)
     counts[data.collator.tokenizer.all_special_ids] = 0
     labels = np.concatenate([b["labels"].numpy().ravel() for b in next(data.eval_batches(0, 1).iterate(0, 1, 0))])
     expected = -np.log((counts / counts.sum())[labels[labels != -100]]).mean()
