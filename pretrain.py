@@ -12,8 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from recipe import checkpoint as ckpt
 from recipe.config import PretrainArguments, identity_of, parse_config, report_user_errors
-from recipe.corpora import check_corpus
-from recipe.loader import CachedData
+from recipe.loader import CachedData, StreamedData
 from recipe.metrics import TrainState
 from recipe.model import build_config, build_model
 from recipe.objectives import MaskedLMObjective
@@ -38,8 +37,8 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path)
     model_config = build_config(args.model_config, args.model_name_or_path, tokenizer, args.max_seq_length)
     log(describe_plan(args, model_config, accelerator.num_processes))
-    for corpus in [*args.corpora, *args.eval_corpora]:
-        check_corpus(corpus)
+    args.check_lanes(accelerator.num_processes)
+    data = (StreamedData if args.streaming else CachedData)(args, tokenizer)
     identity = identity_of(args) | {"tokenizer": tokenizer_checksum(tokenizer)}
     checkpoint, saved = None, {}
     if args.resume_from_checkpoint is not None:
@@ -52,20 +51,23 @@ def main() -> None:
     if args.dry_run:
         return
 
-    data = CachedData(args, tokenizer)
+    data.prepare(accelerator.process_index)
     log(data.describe())
+    if args.prepare_only:
+        return
     identity |= {"data": data.identity()}
-    state = TrainState()
+    state, tensors = TrainState(), {}
     if checkpoint:
         ckpt.check_identity(saved["identity"], identity, checkpoint)
         ckpt.load_weights(checkpoint, model)
         state = TrainState(**saved["train_state"])
+        tensors = ckpt.load_tensors(checkpoint)
     objective = MaskedLMObjective(model, data.collator.max_masked)
     betas = (args.adam_beta1, args.adam_beta2)
     adamw = build_optimizer(objective, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
     objective, optimizer = accelerator.prepare(objective, adamw)
     if checkpoint:
-        ckpt.load_optimizer(checkpoint, adamw, accelerator.scaler)
+        ckpt.load_optimizer(tensors, adamw, accelerator.scaler)
     scheduler = build_scheduler(adamw, args.warmup_steps, args.max_steps, state.step)
 
     run.write_config(asdict(args), environment(accelerator))
@@ -74,7 +76,9 @@ def main() -> None:
         ckpt.set_aside_later(run.checkpoints, state.step)
     run.write_status("running", state.step)
     try:
-        is_complete = train(accelerator, args, objective, optimizer, scheduler, data, state, run, identity)
+        is_complete = train(
+            accelerator, args, objective, optimizer, scheduler, data, state, run, identity, tensors.get("lanes", {})
+        )
     except BaseException as error:
         run.write_status("failed", state.step, f"{type(error).__name__}: {error}")
         raise

@@ -6,7 +6,7 @@ before it is used.
 
     step-00010000/
       config.json, model.safetensors   the model, loadable by `from_pretrained`
-      optimizer.pt                     optimizer and gradient scaler; tensors and plain values only
+      optimizer.pt                     optimizer, gradient scaler and lanes; tensors and plain values only
       state.json                       update, counters, the arguments and identity of the run
       manifest.json                    size and SHA-256 of each of the above
 """
@@ -211,9 +211,10 @@ def load_tensors(path: Path) -> dict[str, Any]:
     return torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+def load_optimizer(
+    tensors: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+) -> None:
     """Moments and scale of a checkpoint. Learning rate, decay and the like stay as they are now: they may change."""
-    tensors = load_tensors(path)
     optimizer.load_state_dict(tensors["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
     if scaler is not None and "scaler" in tensors:
         scaler.load_state_dict(tensors["scaler"])

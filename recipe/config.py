@@ -53,8 +53,8 @@ class CorpusArguments:
     name: str
     """What logs, counters and the model card call this corpus."""
     path: str
-    """A hub data set id, or local `.jsonl`, `.json` (one object a line) or `.txt` (one document a file), plain or
-    `.gz`: a file, a folder or a glob."""
+    """A hub data set id, or local `.jsonl`, `.json` (one object a line) or `.txt`, plain or `.gz`, `.zst`, `.xz`, or
+    `.parquet` or `.arrow`: a file, a folder or a glob; or the folder of a token store."""
     config_name: str | None = None
     """Configuration of the hub data set, `20231101.en` say."""
     split: str = "train"
@@ -63,6 +63,8 @@ class CorpusArguments:
     """Revision of the hub data set; `refs/convert/parquet` opens one that is still a script."""
     text_column: str = "text"
     """The column that holds the documents."""
+    sample_by: Literal["document", "paragraph"] = "document"
+    """What one document of a `.txt` is: the whole file, or what stands between blank lines."""
     weight: float | None = None
     """Relative share of this corpus; without it, its size. Give it to all corpora or to none."""
 
@@ -155,6 +157,21 @@ class PretrainArguments:
     """ISO 639-1 code for the sentence splitter."""
     sentence_splitter: Literal["sentencex", "newline"] = identity(default="sentencex")
     """`newline` if the text already has one sentence a line."""
+    deduplicate: bool = identity(default=False)
+    """Drop documents that are an exact copy of an earlier one, of any corpus. Needs `streaming` off, and 24 bytes of
+    memory a document while blocks are packed for the first time."""
+    decontaminate_against: list[str] = identity(default_factory=list)
+    """Files or globs (GLUE's `.tsv`, or any text, a sentence a line or field) whose sentences must not be trained on:
+    a document that shares 13 words in a row with one is dropped, or all words of one that has 8 to 12."""
+    max_unreadable_documents: int = 0
+    """Documents of a corpus that may be passed over, counted and logged, because they are malformed; one more is an
+    error. Empty ones are always passed over and counted."""
+    packing: Literal["full_sentences", "doc_sentences", "contiguous", "segment_pair", "sentence_pair"] = identity(
+        default="full_sentences"
+    )
+    """What makes a block (paper, section 4.2). `full_sentences`: whole sentences, on into the next document.
+    `doc_sentences`: never across the end of a document. `contiguous`: cut anywhere, no padding. `segment_pair`,
+    `sentence_pair`: two parts, half of them from different documents."""
     eval_corpora: list[CorpusArguments] = identity(default_factory=list)
     """Text to evaluate on, same form as `corpora`; empty: blocks of `corpora` are held out."""
     eval_blocks: int = identity(default=512)
@@ -164,10 +181,21 @@ class PretrainArguments:
     """Tokens in a block, `<s>` and `</s>` included."""
     mlm_probability: float = identity(default=0.15)
     """Share of the tokens to predict; 80 % become `<mask>`, 10 % a random token, 10 % stay (paper, section 2.3)."""
+    streaming: bool = identity(default=False)
+    """Tokenise and pack while training, with nothing on disk, in place of a token store that is made first."""
+    num_lanes: int = identity(default=64)
+    """Streaming: parts that the corpora are dealt to and read in side by side. Divides `train_batch_size`; training
+    processes times `dataloader_num_workers` divide it."""
+    shuffle_buffer_size: int = identity(default=65_536)
+    """Streaming: blocks held back for shuffling, over all lanes and corpora; in memory and in each checkpoint, with 2
+    bytes a token."""
+    token_store_dir: str | None = None
+    """Folder of the token stores; None: `token_stores` in the cache of `datasets` (HF_DATASETS_CACHE)."""
     preprocessing_num_workers: int | None = None
-    """Processes that tokenise the corpora; the result does not depend on it. None: one process, all its threads."""
+    """Processes that tokenise for each training process; the result does not depend on it. None: the training process
+    itself, on all threads."""
     dataloader_num_workers: int = 2
-    """Processes that mask and collate ahead of each training process."""
+    """Processes that read ahead of each training process: they mask and collate or, streaming, tokenise and pack."""
 
     # Model
     model_config: dict[str, Any] = identity(default_factory=dict)
@@ -217,6 +245,8 @@ class PretrainArguments:
     checkpoint."""
     expected_loss: float | None = None
     """Held-out loss that this config has reached; a line in loss.png. None: not run yet."""
+    prepare_only: bool = False
+    """Tokenise and pack, shared among all processes of all nodes, and stop."""
     dry_run: bool = False
     """Check everything, print the plan and stop."""
 
@@ -234,9 +264,18 @@ class PretrainArguments:
             )
         counts = ("train_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps")
         intervals = ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_nonfinite_updates")
+        counts += ("num_lanes", "shuffle_buffer_size")
         for name in counts + intervals:
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
-        for name in ("warmup_steps", "eval_blocks", "dataloader_num_workers", "weight_decay", "max_grad_norm", "seed"):
+        for name in (
+            "warmup_steps",
+            "eval_blocks",
+            "max_unreadable_documents",
+            "dataloader_num_workers",
+            "weight_decay",
+            "max_grad_norm",
+            "seed",
+        ):
             require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
         require(self.seed < 2**63, "seed", self.seed, "give less than 2**63")
         for name in ("learning_rate", "adam_epsilon"):
@@ -252,10 +291,46 @@ class PretrainArguments:
             )
         workers = self.preprocessing_num_workers
         require(workers is None or workers >= 1, "preprocessing_num_workers", workers, "give 1 or more, or null")
+        if self.packing in ("segment_pair", "sentence_pair") and not self.prepare_only:
+            raise UserError(
+                f"`packing` is {self.packing}, whose next-sentence objective is not in yet; blocks of it can be made "
+                "with --prepare_only"
+            )
+        if self.streaming:
+            self.check_streaming()
         if self.warmup_steps > self.max_steps:
             raise UserError(
                 f"`warmup_steps` ({self.warmup_steps}) is more than `max_steps` ({self.max_steps}): "
                 "the learning rate would never reach its peak"
+            )
+
+    def check_streaming(self) -> None:
+        if self.deduplicate:
+            raise UserError(
+                "`deduplicate` needs every document's checksum before the first block is packed, which a stream does "
+                "not have; switch `streaming` or `deduplicate` off"
+            )
+        if self.prepare_only:
+            raise UserError("`prepare_only` makes token stores, and `streaming` does without; switch either off")
+        if self.train_batch_size % self.num_lanes:
+            fitting = [n for n in range(1, self.train_batch_size + 1) if not self.train_batch_size % n]
+            nearest = min(fitting, key=lambda n: abs(n - self.num_lanes))
+            raise UserError(
+                f"`num_lanes` ({self.num_lanes}) does not divide `train_batch_size` ({self.train_batch_size}); the "
+                f"nearest number that does is {nearest}"
+            )
+
+    def check_lanes(self, num_processes: int) -> None:
+        """
+        Raises:
+            UserError: if processes and workers do not divide `num_lanes`.
+        """
+        readers = num_processes * max(1, self.dataloader_num_workers)
+        if self.streaming and self.num_lanes % readers:
+            raise UserError(
+                f"`num_lanes` ({self.num_lanes}) is not a multiple of {num_processes} processes x "
+                f"{max(1, self.dataloader_num_workers)} `dataloader_num_workers` = {readers}; choose other workers or, "
+                "with more processes than lanes, `streaming: false`"
             )
 
     def gradient_accumulation_steps(self, num_processes: int) -> int:

@@ -1,26 +1,175 @@
 """Open corpora: hub data sets or local files in, documents out.
 
-Everything that reads text comes through `open_corpus`, which gives rows of one column, `text`, either memory-mapped
-from a cache (`Dataset`) or as a stream (`IterableDataset`). Nothing here knows about tokens.
+A corpus is a `Source`: shards of numbered records, where a record is a line, a row, a paragraph or a file. Whoever
+reads says at which record of a shard to begin and which part of the records it wants; records of others are passed
+over without being parsed. That is all that mixing, sharing and going on after an interruption need. Nothing here knows
+about tokens.
 """
 
+import functools
 import glob
-import gzip
 import hashlib
+import io
+import itertools
 import json
+import lzma
 import re
-import zlib
-from collections.abc import Iterable, Iterator
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from datasets import Dataset, Features, IterableDataset, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import IterableDataset, Value, load_dataset
 
 from recipe.config import CorpusArguments, UserError
 
-SUFFIXES = (".jsonl", ".json", ".txt", ".jsonl.gz", ".json.gz", ".txt.gz")
-TEXT_FEATURES = Features({"text": Value("large_string")})
-GZIP_RATIO = 2.6  # uncompressed bytes of English text for one compressed byte; only default weights rest on it
+LINES, TEXTS, TABLES = (".jsonl", ".json"), (".txt",), (".parquet", ".arrow")
+# Bytes of English text for one compressed byte, measured at the tools' default levels; only default weights rest on it.
+COMPRESSION_RATIO = {".gz": 2.6, ".zst": 2.8, ".xz": 3.5}
+SUFFIXES = tuple(kind + packed for kind in LINES + TEXTS for packed in ("", *COMPRESSION_RATIO)) + TABLES
+SHARD_BYTES = 1_000_000  # smaller files are read together, up to this size: each shard ends in a short block
+ROWS_AT_ONCE = 64  # of a table; a row may be a book
+RETRY_SECONDS = (1, 5, 30, 120, 300)  # waits before a source that failed is opened again
+
+
+class SourceError(UserError):
+    """A source that could be opened has stopped answering, and went on so through all retries."""
+
+
+class Part(NamedTuple):
+    """Every `of`-th run of `stride` records, beginning with run `number`."""
+
+    number: int = 0
+    of: int = 1
+    stride: int = 1
+
+    def has(self, index: int) -> bool:
+        return index // self.stride % self.of == self.number
+
+
+WHOLE = Part()
+
+
+class Source(ABC):
+    """A corpus as shards of records.
+
+    Attributes:
+        corpus: what was opened.
+        num_shards: shards, in a fixed order.
+        largest_shard: bytes on disk of the largest, 0 if not known.
+    """
+
+    corpus: CorpusArguments
+    num_shards: int
+    largest_shard: int = 0
+
+    @abstractmethod
+    def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, str | UserError]]:
+        """See `read`; without its retries."""
+
+    def read(self, shard: int, first: int = 0, part: Part = WHOLE) -> Iterator[tuple[int, str | UserError]]:
+        """The records of a shard from number `first` on that `part` has.
+
+        A connection or disk that fails is opened again at the record that it failed at, five times, after waits of 1
+        second to 5 minutes.
+
+        Yields:
+            (number, text): "" where there is none, a `UserError` in its place where the record cannot be understood.
+
+        Raises:
+            UserError: a damaged file, which would be damaged the next time too.
+            SourceError: a source that goes on failing.
+        """
+        waits = iter(RETRY_SECONDS)
+        while True:
+            try:
+                for index, text in self.records(shard, first, part):
+                    yield index, text
+                    first, waits = index + 1, iter(RETRY_SECONDS)
+                return
+            except UserError:
+                raise
+            except Exception as error:  # of whatever the hub's connection is made of
+                place = f"corpus {self.corpus.name!r}: {self.corpus.path}, shard {shard}, record {first}"
+                if (wait := next(waits, None)) is None:
+                    raise SourceError(
+                        f"{place} cannot be read, after {len(RETRY_SECONDS)} retries: {type(error).__name__}: {error}"
+                    ) from error
+                print(f"{place}: {type(error).__name__}: {error}; opening it again in {wait} s", flush=True)
+                time.sleep(wait)
+
+
+class LocalSource(Source):
+    """Local files. A file is a shard; small ones that follow each other are one together."""
+
+    def __init__(self, corpus: CorpusArguments, files: list[Path]) -> None:
+        self.corpus = corpus
+        self.shards: list[list[str]] = []
+        size = SHARD_BYTES
+        for file in files:
+            if size >= SHARD_BYTES:
+                self.shards.append([])
+                size = 0
+            self.shards[-1].append(str(file.resolve()))
+            size += file.stat().st_size
+        self.num_shards = len(self.shards)
+        self.largest_shard = max(sum(Path(file).stat().st_size for file in shard) for shard in self.shards)
+
+    def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, str | UserError]]:
+        files = self.shards[shard]
+        start = 0
+        for file in files:
+            # Only of a file that is a shard by itself is it known, without reading, where its numbers start.
+            skip = first if len(files) == 1 else 0
+            read, parse = self.reader(file)
+            number = skip - 1
+            try:
+                for number, raw in enumerate(read(file, skip), start=skip):
+                    if start + number >= first and part.has(start + number):
+                        try:
+                            yield start + number, parse(raw, file, number)
+                        except UserError as error:
+                            yield start + number, error
+            except (EOFError, lzma.LZMAError, pa.ArrowInvalid) as error:
+                raise UserError(f"{file}: damaged or incomplete ({error}); replace it or leave it out") from None
+            except OSError as error:
+                if error.errno is not None:
+                    raise  # of the disk; without a number it is a decompressor's
+                raise UserError(f"{file}: damaged or incomplete ({error}); replace it or leave it out") from None
+            start += number + 1
+
+    def reader(self, file: str) -> tuple[Callable[[str, int], Iterator[Any]], Callable[[Any, str, int], str]]:
+        """How to read the raw records of a file from a number on, and how to parse one."""
+        column = self.corpus.text_column
+        if file.endswith(TABLES):
+            return functools.partial(read_table, column=column), parse_row
+        if Path(file.removesuffix(packing_of(file))).suffix in LINES:
+            return read_lines, functools.partial(parse_line, column=column)
+        if self.corpus.sample_by == "paragraph":
+            return read_paragraphs, parse_text
+        return read_whole, parse_text
+
+
+class HubSource(Source):
+    """A hub data set, read as a stream: nothing of its text is kept on disk."""
+
+    def __init__(self, corpus: CorpusArguments) -> None:
+        self.corpus = corpus
+        self.rows = open_hub_corpus(corpus)
+        self.num_shards = self.rows.num_shards
+
+    def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, str | UserError]]:
+        rows = self.rows.shard(num_shards=self.num_shards, index=shard)
+        for index, row in enumerate(rows.skip(first) if first else rows, start=first):
+            if part.has(index):
+                yield index, row["text"] or ""
+
+
+def digest(*values: Any) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()
 
 
 def local_files(corpus: CorpusArguments) -> list[Path] | None:
@@ -51,52 +200,130 @@ def local_files(corpus: CorpusArguments) -> list[Path] | None:
     return files
 
 
-def read_documents(files: list[str], text_column: str) -> Iterator[dict[str, str]]:
-    """The documents of local files in order, empty ones left out.
-
-    A `.txt` file is one document; the other formats hold one JSON object a line.
-
-    Raises:
-        UserError: naming the file, and the line where there is one.
+def source_fingerprint(corpus: CorpusArguments) -> str:
+    """Changes when the text does, without opening it: with the files' sizes and times, or the hub's revision. The name
+    of a revision, `main` too, stands for the text that was there when it was first read.
     """
-    for file in files:
+    files = local_files(corpus)
+    if files is None:
+        return digest(corpus.path, corpus.config_name, corpus.split, corpus.revision, corpus.text_column)
+    stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return digest(corpus.text_column, corpus.sample_by, SHARD_BYTES, stamps)
+
+
+def packing_of(file: str) -> str:
+    """The suffix that says how a file is compressed, or ""."""
+    return next((suffix for suffix in COMPRESSION_RATIO if file.endswith(suffix)), "")
+
+
+def open_bytes(file: str) -> Any:
+    """A file's bytes, decompressed. (Python's own reader of gzip is slower, and it has none of zstandard.)"""
+    if file.endswith(".xz"):
+        return lzma.open(file, "rb")
+    if packed := packing_of(file):
+        return io.BufferedReader(
+            pa.input_stream(file, compression=packed.removeprefix(".").replace("gz", "gzip")), 2**16
+        )
+    return open(file, "rb")
+
+
+def read_lines(file: str, skip: int) -> Iterator[bytes]:
+    with open_bytes(file) as stream:
+        yield from itertools.islice(stream, skip, None)
+
+
+def read_whole(file: str, skip: int) -> Iterator[bytes]:
+    if not skip:
+        with open_bytes(file) as stream:
+            yield stream.read()
+
+
+def read_paragraphs(file: str, skip: int) -> Iterator[bytes]:
+    """What stands between blank lines."""
+    with open_bytes(file) as stream:
+        groups = itertools.groupby(stream, key=lambda line: not line.strip())
+        yield from itertools.islice((b"".join(lines) for is_blank, lines in groups if not is_blank), skip, None)
+
+
+def read_table(file: str, skip: int, column: str) -> Iterator[bytes | None]:
+    """The rows of a Parquet or Arrow file, of which whole row groups or batches are skipped unread."""
+    if file.endswith(".parquet"):
+        table = pq.ParquetFile(file)
+        check_column(table.schema_arrow, file, column)
+        sizes = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
+
+        def rows(number: int) -> Iterator[pa.RecordBatch]:
+            return table.iter_batches(ROWS_AT_ONCE, row_groups=[number], columns=[column])
+    else:
+        source = pa.memory_map(file)
         try:
-            with gzip.open(file, "rb") if file.endswith(".gz") else open(file, "rb") as stream:
-                if file.endswith((".txt", ".txt.gz")):
-                    try:
-                        documents = [stream.read().decode("utf-8-sig")]
-                    except UnicodeDecodeError as error:
-                        raise UserError(f"{file}: not valid UTF-8 at byte {error.start}") from None
-                else:
-                    documents = (
-                        parse_line(line, text_column, f"{file}, line {number}")
-                        for number, line in enumerate(stream, start=1)
-                    )
-                for text in documents:
-                    if text:
-                        yield {"text": text}
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{file}: not a complete gzip file ({error})") from None
+            reader = pa.ipc.open_file(source)
+        except pa.ArrowInvalid:
+            source.seek(0)
+            reader = pa.ipc.open_stream(source)  # what `datasets` writes
+        check_column(reader.schema, file, column)
+        batches = reader.read_all().select([column]).to_batches()
+        sizes = [len(batch) for batch in batches]
+
+        def rows(number: int) -> Iterator[pa.RecordBatch]:
+            return (batches[number].slice(start, ROWS_AT_ONCE) for start in range(0, sizes[number], ROWS_AT_ONCE))
+
+    for number, size in enumerate(sizes):
+        if skip >= size:
+            skip -= size
+            continue
+        # As bytes: not every writer checks its UTF-8, and what is passed over need not be decoded.
+        values = (value for batch in rows(number) for value in batch.column(0).cast(pa.large_binary()).to_pylist())
+        yield from itertools.islice(values, skip, None)
+        skip = 0
 
 
-def parse_line(line: bytes, text_column: str, place: str) -> str:
-    """The text of one JSON line, "" for a blank line or a null; `place` goes into the error."""
+def check_column(schema: pa.Schema, place: str, column: str) -> None:
+    """
+    Raises:
+        UserError: there is no such column, or it does not hold text.
+    """
+    if column not in schema.names:
+        raise UserError(f"{place}: no column {column!r} among {schema.names}; set the corpus's `text_column`")
+    kind = schema.field(column).type
+    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
+        raise UserError(f"{place}: column {column!r} is {kind}, not text; set the corpus's `text_column`")
+
+
+def parse_row(value: bytes | None, file: str, number: int) -> str:
+    return decode(value or b"", f"{file}, row {number + 1}")
+
+
+def parse_text(raw: bytes, file: str, number: int) -> str:
+    return decode(raw.removeprefix(b"\xef\xbb\xbf"), f"{file}, document {number + 1}")
+
+
+def decode(raw: bytes, place: str) -> str:
     try:
-        line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
-            return ""
-        record = json.loads(line.decode("utf-8"))
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not valid UTF-8 at byte {error.start} of the line") from None
+        raise UserError(f"{place}: not valid UTF-8 at byte {error.start} of it") from None
+
+
+def parse_line(line: bytes, file: str, number: int, column: str) -> str:
+    """The text of one JSON line, "" for a blank line or a null."""
+    place = f"{file}, line {number + 1}"
+    line = line.removeprefix(b"\xef\xbb\xbf")
+    if not line.strip():
+        return ""
+    try:
+        record = json.loads(decode(line, place))
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not a JSON object: {error}") from None
     if not isinstance(record, dict):
         raise UserError(f"{place}: a {type(record).__name__} where a JSON object should be; write one object a line")
-    if text_column not in record:
-        raise UserError(f"{place}: no column {text_column!r} among {sorted(record)}; set the corpus's `text_column`")
-    text = record[text_column]
+    if column not in record:
+        raise UserError(f"{place}: no column {column!r} among {sorted(record)}; set the corpus's `text_column`")
+    text = record[column]
     if text is not None and not isinstance(text, str):
-        raise UserError(f"{place}: column {text_column!r} holds a {type(text).__name__}, not text")
+        raise UserError(f"{place}: column {column!r} holds a {type(text).__name__}, not text")
     try:
         (text or "").encode("utf-8")
     except UnicodeEncodeError as error:
@@ -104,42 +331,20 @@ def parse_line(line: bytes, text_column: str, place: str) -> str:
     return text or ""
 
 
-def open_corpus(corpus: CorpusArguments, streaming: bool) -> Dataset | IterableDataset:
-    """The documents of a corpus as rows with the one column `text`.
-
-    Args:
-        corpus: what to open.
-        streaming: give a stream that keeps nothing on disk, in place of a memory-mapped table in the `datasets` cache.
-
+def open_source(corpus: CorpusArguments) -> Source:
+    """
     Raises:
-        UserError: the corpus cannot be opened, or (not streaming) read.
+        UserError: there is no such corpus, on disk or on the hub.
     """
     files = local_files(corpus)
-    if files is None:
-        return open_hub_corpus(corpus, streaming)
-    arguments = {
-        "generator": read_documents,
-        "features": TEXT_FEATURES,
-        "gen_kwargs": {"files": [str(file.resolve()) for file in files], "text_column": corpus.text_column},
-    }
-    if streaming:
-        return IterableDataset.from_generator(**arguments)
-    stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    fingerprint = hashlib.sha256(repr(("documents-1", corpus.text_column, stamps)).encode()).hexdigest()[:16]
-    try:
-        return Dataset.from_generator(**arguments, fingerprint=fingerprint)
-    except DatasetGenerationError as error:
-        raise error.__cause__ if isinstance(error.__cause__, UserError) else error from None
-    except ValueError as error:
-        if "corresponds to no data" not in str(error):
-            raise
-        raise UserError(f"corpus {corpus.name!r}: {corpus.path} holds no text") from None
+    return HubSource(corpus) if files is None else LocalSource(corpus, files)
 
 
-def open_hub_corpus(corpus: CorpusArguments, streaming: bool) -> Dataset | IterableDataset:
+def open_hub_corpus(corpus: CorpusArguments) -> IterableDataset:
+    """A hub data set as a stream of rows with the one column `text`."""
     try:
         rows = load_dataset(
-            corpus.path, corpus.config_name, split=corpus.split, revision=corpus.revision, streaming=streaming
+            corpus.path, corpus.config_name, split=corpus.split, revision=corpus.revision, streaming=True
         )
     except Exception as error:
         # Whatever `datasets` raises here, from a misspelt id to no network, the user needs to know which corpus it was.
@@ -165,41 +370,50 @@ def check_corpus(corpus: CorpusArguments) -> None:
     """Read one document of a corpus, before anything expensive.
 
     Raises:
-        UserError: the corpus cannot be opened or holds no text.
+        UserError: the corpus cannot be opened or read, or holds no text.
     """
-    try:
-        first = next(iter(open_corpus(corpus, streaming=True)), None)
-    except UserError:
-        raise
-    except Exception as error:  # of whatever the hub's connection is made of
-        raise UserError(f"corpus {corpus.name!r}: {corpus.path} cannot be read: {error}") from error
-    if first is None:
-        raise UserError(f"corpus {corpus.name!r}: {corpus.path} holds no text")
+    source = open_source(corpus)
+    for shard in range(source.num_shards):
+        try:
+            for _, text in source.records(shard, 0, WHOLE):
+                if isinstance(text, UserError):
+                    raise text
+                if text.strip():
+                    return
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"corpus {corpus.name!r}: {corpus.path} cannot be read: {type(error).__name__}: {error}"
+            ) from error
+    raise UserError(f"corpus {corpus.name!r}: {corpus.path} holds no text")
 
 
 def corpus_bytes(corpus: CorpusArguments) -> float:
-    """About how many bytes of text a corpus holds, without reading it: the default weight before tokenisation.
+    """About how many bytes of text a corpus holds, without reading it: the default weight where tokens are not counted.
 
     Raises:
         UserError: a hub data set whose size is not published.
     """
     files = local_files(corpus)
     if files is not None:
-        return sum(file.stat().st_size * (GZIP_RATIO if file.suffix == ".gz" else 1) for file in files)
-    splits = open_hub_corpus(corpus, streaming=True).info.splits or {}
+        return sum(file_bytes(str(file), corpus.text_column) for file in files)
+    splits = open_hub_corpus(corpus).info.splits or {}
     if corpus.split not in splits or not splits[corpus.split].num_bytes:
         raise UserError(f"corpus {corpus.name!r}: {corpus.path} does not publish its size; give all corpora a `weight`")
     return splits[corpus.split].num_bytes
 
 
-def take_bytes(rows: Iterable[dict[str, str]], max_bytes: int) -> Iterator[tuple[str, int]]:
-    """(text, its bytes) from the head of a stream, `max_bytes` in all; the last text is cut to fit."""
-    for row in rows:
-        encoded = (row["text"] or "").encode()[:max_bytes]
-        max_bytes -= len(encoded)
-        yield encoded.decode(errors="ignore"), len(encoded)
-        if not max_bytes:
-            return
+def file_bytes(file: str, column: str) -> float:
+    size = Path(file).stat().st_size
+    if not file.endswith(".parquet"):
+        return size * COMPRESSION_RATIO.get(packing_of(file), 1)
+    try:
+        groups = pq.ParquetFile(file).metadata
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file}: damaged or incomplete ({error}); replace it or leave it out") from None
+    chunks = (groups.row_group(g).column(c) for g in range(groups.num_row_groups) for c in range(groups.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
 
 
 def sample_texts(corpora: list[CorpusArguments], max_bytes: int) -> Iterator[tuple[str, list[str], int]]:
@@ -213,12 +427,11 @@ def sample_texts(corpora: list[CorpusArguments], max_bytes: int) -> Iterator[tup
     """
     weights = [corpus_bytes(c) if c.weight is None else c.weight for c in corpora]
     for corpus, weight in zip(corpora, weights, strict=True):
-        rows = open_corpus(corpus, streaming=True)
+        source = open_source(corpus)
         left = int(max_bytes * weight / sum(weights))
         batch, batch_bytes = [], 0
-        for index in range(rows.num_shards):
-            shard = rows.shard(num_shards=rows.num_shards, index=index)
-            for text, size in take_bytes(shard, left // (rows.num_shards - index)):
+        for shard in range(source.num_shards):
+            for text, size in take_bytes(source.read(shard), left // (source.num_shards - shard)):
                 batch.append(text)
                 batch_bytes += size
                 left -= size
@@ -227,3 +440,16 @@ def sample_texts(corpora: list[CorpusArguments], max_bytes: int) -> Iterator[tup
                     batch, batch_bytes = [], 0
         if batch:
             yield corpus.name, batch, batch_bytes
+
+
+def take_bytes(records: Iterator[tuple[int, str | UserError]], max_bytes: int) -> Iterator[tuple[str, int]]:
+    """(text, its bytes) from the head of a shard, `max_bytes` in all; the last text is cut to fit."""
+    for _, text in records:
+        if isinstance(text, UserError):
+            raise text
+        encoded = text.encode()[:max_bytes]
+        max_bytes -= len(encoded)
+        if encoded:
+            yield encoded.decode(errors="ignore"), len(encoded)
+        if not max_bytes:
+            return

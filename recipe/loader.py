@@ -1,143 +1,103 @@
-"""From corpora to an update's micro-batches.
+"""From blocks to an update's micro-batches.
 
-1. Each corpus is tokenised once into its token store: a memory-mapped Arrow table with a row a document, made by
-   `datasets.map` and found again by its fingerprint (`build_token_store`).
-2. The store is packed into blocks: a table of block ends, nothing copied (`PackedCorpus`).
-3. `BlockOrder` says which block stands at which position of the run; some blocks are held out.
-4. `MicroBatches` gives micro-batch `k` of this process: its blocks, masked and collated. Update `t` holds the positions
-   `t * train_batch_size` and up, whatever the number of processes or the accumulation.
-5. `iterate` runs that through worker processes, from any update on.
+1. Blocks come from token stores on disk (`CachedData`) or from the corpora as they are read (`StreamedData`); some are
+   held out for evaluation.
+2. An order says which block stands at which position of the run. Update `t` holds the same blocks with the same masks,
+   whatever the number of processes, workers or micro-batches.
+3. `train_updates` gives a process's share of each update, from any update on, with what there is to count in it.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value
-from filelock import FileLock
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from recipe.config import CorpusArguments, PretrainArguments, UserError
-from recipe.corpora import open_corpus
+from recipe.corpora import check_corpus, corpus_bytes, digest, open_source
+from recipe.hygiene import Decontaminator, DocumentFilter, find_copies
 from recipe.masking import DynamicMaskingCollator
-from recipe.packing import assemble_block, pack_full_sentences
-from recipe.sampling import BlockOrder, apportion
+from recipe.packing import Block, BlockFormat
+from recipe.sampling import BlockOrder, LaneOrder, apportion, permute
+from recipe.streaming import Buffer, CorpusReader, Lanes, Refill, Schedule, from_tensors, one_ahead
+from recipe.token_store import PackedCorpus, TokenStore, as_it_is, check_space, use_one_thread
 from recipe.tokenizer import DocumentEncoder
 
-STORE_FORMAT = 1  # part of every store's fingerprint: raise it when the rows come out differently
+Batch = dict[str, torch.Tensor]
+
 EVAL_VISIT = -1  # held-out blocks have the masks of this visit, every time
 EMPTY = -1  # what fills the last evaluation micro-batches up
 UNIGRAM_BLOCKS = 20_000  # blocks of training text that the unigram baseline is counted on
+UNIGRAM_STREAMED_BLOCKS = 2_000  # the same where they have to be tokenised first
+HELD_OUT_SHARDS = 8  # of a streamed corpus, whose heads are held out
+HEADS = 6  # what a permutation is for, as part of its key, beside those of recipe/sampling.py and streaming.py
+COUNTED = ("blocks", "tokens", "documents")  # of each corpus, in an update
+LEFT_OUT = ("empty", "unreadable", "contaminated", "copies")  # documents of a corpus that are not trained on
 
 
-def build_token_store(corpus: CorpusArguments, encoder: DocumentEncoder, num_proc: int | None) -> Dataset:
-    """The token store of a corpus, from the `datasets` cache if it is there.
+class Counts:
+    """The counts of an update as one array of integers, which processes can add up at once.
 
-    Rows do not depend on `num_proc`. One process builds; others that ask for the same store meanwhile wait on its lock.
-
-    Raises:
-        UserError: the corpus cannot be read or holds no token.
-    """
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
-    cache.mkdir(parents=True, exist_ok=True)
-    lock = hashlib.sha256(repr(sorted(asdict(corpus).items())).encode()).hexdigest()[:16]
-    with FileLock(cache / f"token-store-{lock}.lock"):
-        documents = open_corpus(corpus, streaming=False)
-        recipe = (
-            STORE_FORMAT,
-            documents._fingerprint,
-            encoder.backend.to_str(),
-            encoder.sentence_splitter,
-            encoder.language,
-            version("sentencex"),
-        )
-        store = documents.map(
-            encoder,
-            batched=True,
-            batch_size=100,  # whole books are documents too
-            num_proc=num_proc,
-            remove_columns=["text"],
-            features=Features(
-                {"input_ids": List(Value(encoder.dtype.__name__)), "sentence_ends": List(Value("int32"))}
-            ),
-            new_fingerprint=hashlib.sha256(repr(recipe).encode()).hexdigest()[:16],
-            desc=f"tokenising {corpus.name}",
-        )
-    if not len(store):
-        raise UserError(f"corpus {corpus.name!r}: {corpus.path} holds no text")
-    return store
-
-
-def flatten(column: Any) -> tuple[list[np.ndarray], np.ndarray]:
-    """A chunked Arrow list column as flat arrays.
-
-    Returns:
-        the values of each chunk, not copied, and (rows,) int64 lengths of the rows.
-    """
-    values, lengths = [], [np.empty(0, np.int64)]
-    for chunk in column.chunks:
-        offsets = chunk.offsets.to_numpy()
-        values.append(chunk.values.to_numpy(zero_copy_only=True)[offsets[0] : offsets[-1]])
-        lengths.append(np.diff(offsets).astype(np.int64))
-    return values, np.concatenate(lengths)
-
-
-class PackedCorpus:
-    """A view of a token store as FULL-SENTENCES blocks.
-
-    Args:
-        store: rows of `input_ids` and `sentence_ends`.
-        max_seq_length: tokens in a block, special tokens included.
-        cls_token_id, sep_token_id: what stands at a block's start, and at its end and between documents.
+    `failed`: processes whose corpora cannot be read; `masked` tokens; `digest`: of all blocks and masks; `corpora`:
+    (corpora, 3), see `COUNTED`; `streams`: (corpora, 5), see `LEFT_OUT`, and a millionth of the passes of all lanes, so
+    far.
     """
 
-    def __init__(self, store: Dataset, max_seq_length: int, cls_token_id: int, sep_token_id: int) -> None:
-        self.arguments = (store, max_seq_length, cls_token_id, sep_token_id)
-        self.special = (cls_token_id, sep_token_id)
-        self.chunks, lengths = flatten(store.data.column("input_ids"))
-        self.chunk_starts = np.cumsum([0, *map(len, self.chunks)])
-        self.document_ends = np.cumsum(lengths)
-        ends, counts = flatten(store.data.column("sentence_ends"))
-        sentence_ends = np.concatenate(ends).astype(np.int64) + np.repeat(self.document_ends - lengths, counts)
-        self.block_ends = pack_full_sentences(self.document_ends, sentence_ends, max_seq_length)
+    def __init__(self, num_corpora: int, array: np.ndarray | None = None) -> None:
+        size = 3 + num_corpora * (len(COUNTED) + len(LEFT_OUT) + 1)
+        self.array = np.zeros(size, np.int64) if array is None else array
+        self.corpora = self.array[3 : 3 + num_corpora * len(COUNTED)].reshape(num_corpora, -1)
+        self.streams = self.array[3 + num_corpora * len(COUNTED) :].reshape(num_corpora, -1)
 
-    def __reduce__(self) -> tuple:
-        # A worker process that is not forked opens the mapped files itself rather than being sent their contents.
-        return PackedCorpus, self.arguments
+    @classmethod
+    def of_rows(cls, rows: np.ndarray, num_corpora: int) -> "Counts":
+        """
+        Args:
+            rows: (rows, 5) int64, see `ROW`.
+        """
+        counts = cls(num_corpora)
+        corpus, tokens, documents, masked, digests = rows.T
+        counts.array[1:3] = masked.sum(), digests.sum()
+        for column, values in enumerate((np.ones_like(tokens), tokens, documents)):
+            np.add.at(counts.corpora[:, column], corpus, values)
+        return counts
 
-    def __len__(self) -> int:
-        return len(self.block_ends)
+    @classmethod
+    def of_failure(cls, num_corpora: int) -> "Counts":
+        counts = cls(num_corpora)
+        counts.array[0] = 1
+        return counts
 
     @property
-    def num_tokens(self) -> int:
-        return int(self.document_ends[-1])
+    def failed(self) -> int:
+        return int(self.array[0])
 
-    def tokens(self, start: int, end: int) -> np.ndarray:
-        """Tokens `start` to `end` of the corpus."""
-        chunk = int(np.searchsorted(self.chunk_starts, start, side="right")) - 1
-        parts = []
-        while start < end:
-            first = int(self.chunk_starts[chunk])
-            parts.append(self.chunks[chunk][start - first : end - first])
-            start = int(self.chunk_starts[chunk + 1])
-            chunk += 1
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    @property
+    def masked(self) -> int:
+        return int(self.array[1])
 
-    def block(self, number: int) -> np.ndarray:
-        """(length,) ids of a block, special tokens included."""
-        start = int(self.block_ends[number - 1]) if number else 0
-        end = int(self.block_ends[number])
-        low = np.searchsorted(self.document_ends, start, side="right")
-        high = np.searchsorted(self.document_ends, end, side="left")
-        return assemble_block(self.tokens(start, end), start, self.document_ends[low:high], *self.special)
+    @property
+    def digest(self) -> int:
+        return int(self.array[2])
+
+
+@dataclass
+class UpdateData:
+    """A process's share of an update.
+
+    `counts`: to be summed over the processes. `lanes`: in streaming mode, this process's after the update.
+    """
+
+    micro_batches: list[Batch]
+    counts: Counts
+    lanes: dict[tuple[int, int], Buffer] = field(default_factory=dict)
 
 
 @dataclass
@@ -168,7 +128,7 @@ class MicroBatches(torch.utils.data.Dataset):
     def per_update(self) -> int:
         return self.batch_size // (self.micro_batch_size * self.num_processes)
 
-    def __getitem__(self, k: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, k: int) -> Batch:
         update, number = divmod(k, self.per_update)
         if update != self.update:
             positions = np.arange(update * self.batch_size, (update + 1) * self.batch_size)
@@ -177,8 +137,10 @@ class MicroBatches(torch.utils.data.Dataset):
         first = (number * self.num_processes + self.process_index) * self.micro_batch_size
         return self.collator([self.example(*where) for where in self.located[first : first + self.micro_batch_size]])
 
-    def iterate(self, first_update: int, last_update: int, num_workers: int) -> Iterator[list[dict[str, torch.Tensor]]]:
-        """The micro-batches of each update from `first_update` to before `last_update`, an update at a time.
+    def iterate(
+        self, first_update: int, last_update: int, num_workers: int
+    ) -> Iterator[tuple[list[Batch], np.ndarray]]:
+        """The micro-batches of each update from `first_update` to before `last_update`, and their rows (see `ROW`).
 
         Workers stay one update ahead.
         """
@@ -198,7 +160,8 @@ class MicroBatches(torch.utils.data.Dataset):
         )
         for _ in range(first_update, last_update):
             arrays = [next(loader) for _ in range(self.per_update)]
-            yield [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in arrays]
+            rows = np.concatenate([batch.pop("rows") for batch in arrays])
+            yield [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in arrays], rows
 
 
 def to_numpy(batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -208,16 +171,8 @@ def to_numpy(batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {name: tensor.numpy() for name, tensor in batch.items()}
 
 
-class CachedData:
-    """Training and held-out blocks of a run, from token stores on disk.
-
-    Args:
-        args: of the run.
-        tokenizer: what the corpora are encoded with.
-
-    Raises:
-        UserError: a corpus that cannot be read, is too small, or has too few blocks to hold some out.
-    """
+class Data:
+    """What both modes have in common: the tokenizer's side of things, and evaluation."""
 
     def __init__(self, args: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> None:
         self.args = args
@@ -226,76 +181,38 @@ class CachedData:
             mlm_probability=args.mlm_probability,
             max_seq_length=args.max_seq_length,
             seed=args.seed,
+            packing=args.packing,
         )
-        encoder = DocumentEncoder(tokenizer, args.sentence_splitter, args.language)
+        self.encoder = DocumentEncoder(tokenizer, args.sentence_splitter, args.language)
+        self.decontaminator = Decontaminator(args.decontaminate_against)
         special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
-
-        def pack(corpus: CorpusArguments) -> PackedCorpus:
-            store = build_token_store(corpus, encoder, args.preprocessing_num_workers)
-            packed = PackedCorpus(store, args.max_seq_length, *special)
-            if packed.num_tokens < args.max_seq_length - 2:
-                raise UserError(
-                    f"corpus {corpus.name!r} has {packed.num_tokens} tokens, too few for a single block of "
-                    f"`max_seq_length` ({args.max_seq_length}); give more text or shorter blocks"
-                )
-            return packed
-
+        pair_special_tokens = tokenizer.num_special_tokens_to_add(pair=True)
+        self.format = BlockFormat(args.packing, args.max_seq_length, *special, pair_special_tokens, args.seed)
         # Corpora to train on, then those to evaluate on; a block's masks depend on its corpus's place here.
-        self.names = [c.name for c in args.corpora] + [f"eval {c.name}" for c in args.eval_corpora]
-        self.packed = [pack(corpus) for corpus in [*args.corpora, *args.eval_corpora]]
-        self.empty_block = np.array(special)
+        self.corpora = [*args.corpora, *args.eval_corpora]
+        self.names = [corpus.name for corpus in args.corpora]
+        ids = np.array(special, self.encoder.dtype)
+        self.empty_block = Block(ids, np.array([len(ids)], np.int32), -100, 0)
 
-        sizes = [len(packed) for packed in self.packed[: len(args.corpora)]]
-        held_out = [0] * len(sizes) if args.eval_corpora else self.shares(args.corpora, sizes)
-        for corpus, size, held in zip(args.corpora, sizes, held_out, strict=True):
-            if held >= size:
-                raise UserError(
-                    f"`eval_blocks` ({args.eval_blocks}) takes {held} blocks of corpus {corpus.name!r}, which has "
-                    f"{size}; lower it, or give `eval_corpora`"
-                )
-        weights = [c.weight for c in args.corpora]
-        self.order = BlockOrder(sizes, held_out, None if None in weights else weights, args.seed)
-        if args.eval_corpora:
-            eval_sizes = [len(packed) for packed in self.packed[len(sizes) :]]
-            eval_held_out = [
-                min(pair) for pair in zip(self.shares(args.eval_corpora, eval_sizes), eval_sizes, strict=True)
-            ]
-            corpora, self.eval_blocks = BlockOrder(eval_sizes, eval_held_out, None, args.seed).held_out()
-            self.eval_corpora = corpora + len(sizes)
-        else:
-            self.eval_corpora, self.eval_blocks = self.order.held_out()
-
-    def shares(self, corpora: list[CorpusArguments], sizes: list[int]) -> list[int]:
+    def shares(self, corpora: list[CorpusArguments], sizes: list[float]) -> list[int]:
         """`eval_blocks` by weight, by default by size."""
         weights = [corpus.weight for corpus in corpora]
         return apportion(self.args.eval_blocks, sizes if None in weights else weights)
 
-    @property
-    def blocks_per_epoch(self) -> int:
-        """Training blocks of all corpora together."""
-        return int(self.order.num_train.sum())
+    def prepare(self, process_index: int) -> None:
+        """Whatever takes long, before the first block."""
+        raise NotImplementedError
 
-    def identity(self) -> dict[str, list[int]]:
-        """Documents, tokens and blocks of each corpus, by which a resume recognises its data."""
-        sizes = [[len(packed.document_ends), packed.num_tokens, len(packed)] for packed in self.packed]
-        return dict(zip(self.names, sizes, strict=True))
-
-    def describe(self) -> list[str]:
-        """A line a corpus for the log."""
-        lines = []
-        for name, (documents, tokens, blocks) in self.identity().items():
-            positions = blocks * self.args.max_seq_length
-            padding = 1 - (tokens + 2 * blocks) / positions
-            lines.append(
-                f"corpus {name}: {documents:,} documents, {tokens:,} tokens, {blocks:,} blocks "
-                f"({padding:.1%} of the positions are padding or between documents)"
-            )
-        return lines
+    def block(self, corpus: int, number: int) -> Block:
+        raise NotImplementedError
 
     def example(self, corpus: int, visit: int, block: int) -> dict[str, Any]:
         """A block as the collator takes it; `EMPTY` in place of its number gives one with nothing to predict."""
-        ids = self.empty_block if block == EMPTY else self.packed[corpus].block(block)
-        return {"input_ids": ids, "corpus": corpus, "block": block, "visit": visit}
+        found = self.empty_block if block == EMPTY else self.block(corpus, block)
+        return found._asdict() | {"corpus": corpus, "block": block, "visit": visit}
+
+    def set_eval_blocks(self, corpora: np.ndarray, blocks: np.ndarray) -> None:
+        self.eval_corpora, self.eval_blocks = corpora, blocks
 
     def locate_eval(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Corpus, visit and block of held-out blocks; behind the last one `EMPTY` blocks."""
@@ -303,17 +220,6 @@ class CachedData:
         corpora = np.pad(self.eval_corpora, (0, missing))[positions]
         blocks = np.pad(self.eval_blocks, (0, missing), constant_values=EMPTY)[positions]
         return corpora, np.full_like(blocks, EVAL_VISIT), blocks
-
-    def train_batches(self, process_index: int, num_processes: int) -> MicroBatches:
-        return MicroBatches(
-            locate=self.order.locate,
-            example=self.example,
-            collator=self.collator,
-            batch_size=self.args.train_batch_size,
-            micro_batch_size=self.args.per_device_train_batch_size,
-            process_index=process_index,
-            num_processes=num_processes,
-        )
 
     def eval_batches(self, process_index: int, num_processes: int) -> MicroBatches:
         """All held-out blocks as one update, with as many micro-batches in every process."""
@@ -328,21 +234,346 @@ class CachedData:
             num_processes=num_processes,
         )
 
+    def training_sample(self) -> Iterator[np.ndarray]:
+        """Ids of blocks that are trained on."""
+        raise NotImplementedError
+
+    def lanes_of(self, process_index: int, num_processes: int) -> list[int]:
+        """The lanes of a process, in streaming mode."""
+        return []
+
     def unigram_loss(self) -> float:
-        """Cross-entropy, in nats, of the held-out targets under the frequencies of (up to 20,000) training blocks.
+        """Cross-entropy, in nats, of the held-out targets under the frequencies of a sample of training blocks.
 
         Add-one smoothing over the vocabulary. What a model without context would reach.
         """
         counts = np.ones(len(self.collator.tokenizer))
-        positions = np.arange(min(UNIGRAM_BLOCKS, self.blocks_per_epoch))
-        for corpus, _, block in zip(*self.order.locate(positions), strict=True):
-            counts += np.bincount(self.packed[corpus].block(block), minlength=len(counts))
+        for ids in self.training_sample():
+            counts += np.bincount(ids, minlength=len(counts))
         counts[self.collator.tokenizer.all_special_ids] = 0
         nats = -np.log(counts / counts.sum(), where=counts > 0, out=np.zeros_like(counts))
         total, targets = 0.0, 0
-        for batch in next(self.eval_batches(0, 1).iterate(0, 1, num_workers=0)):
+        for batch in next(self.eval_batches(0, 1).iterate(0, 1, num_workers=0))[0]:
             labels = batch["labels"].numpy()
             labels = labels[labels != -100]
             total += float(nats[labels].sum())
             targets += len(labels)
         return total / max(1, targets)
+
+
+class CachedData(Data):
+    """Training and held-out blocks of a run, from token stores on disk.
+
+    Args:
+        args: of the run.
+        tokenizer: what the corpora are encoded with.
+
+    Raises:
+        UserError: a corpus that cannot be read, or a disk that is too small for its store.
+    """
+
+    def __init__(self, args: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__(args, tokenizer)
+        root = Path(args.token_store_dir or Path(datasets.config.HF_DATASETS_CACHE) / "token_stores")
+        self.stores = [TokenStore(corpus, self.encoder, self.decontaminator, root) for corpus in self.corpora]
+        for store in self.stores:
+            if not store.is_complete:
+                check_corpus(store.corpus)
+        check_space(root, self.stores)
+
+    def prepare(self, process_index: int) -> None:
+        """Make what is not there yet of the stores and their blocks, together with all processes; hold out some blocks.
+
+        Args:
+            process_index: of this process among all that do this.
+
+        Raises:
+            UserError: a corpus that cannot be read, is too small, or has too few blocks to hold some out; a full disk.
+        """
+        args = self.args
+        for store in self.stores:
+            store.build(process_index, args.preprocessing_num_workers, args.max_unreadable_documents)
+        copies = self.find_copies()
+        self.packed = [PackedCorpus(store, self.format, copies.get(number)) for number, store in enumerate(self.stores)]
+        for packed in self.packed:
+            packed.build(process_index)
+            if packed.counts["tokens"] < args.max_seq_length - 2:
+                raise UserError(
+                    f"corpus {packed.store.corpus.name!r} has {packed.counts['tokens']} tokens, too few for a single "
+                    f"block of `max_seq_length` ({args.max_seq_length}); give more text or shorter blocks"
+                )
+
+        sizes = [len(packed) for packed in self.packed[: len(args.corpora)]]
+        held_out = [0] * len(sizes) if args.eval_corpora else self.shares(args.corpora, sizes)
+        for corpus, size, held in zip(args.corpora, sizes, held_out, strict=True):
+            if held >= size:
+                raise UserError(
+                    f"`eval_blocks` ({args.eval_blocks}) takes {held} blocks of corpus {corpus.name!r}, which has "
+                    f"{size}; lower it, or give `eval_corpora`"
+                )
+        weights = [c.weight for c in args.corpora]
+        self.order = BlockOrder(sizes, held_out, None if None in weights else weights, args.seed)
+        self.num_train = self.order.num_train
+        if args.eval_corpora:
+            eval_sizes = [len(packed) for packed in self.packed[len(sizes) :]]
+            eval_held_out = [
+                min(pair) for pair in zip(self.shares(args.eval_corpora, eval_sizes), eval_sizes, strict=True)
+            ]
+            corpora, blocks = BlockOrder(eval_sizes, eval_held_out, None, args.seed).held_out()
+            self.set_eval_blocks(corpora + len(sizes), blocks)
+        else:
+            self.set_eval_blocks(*self.order.held_out())
+
+    def find_copies(self) -> dict[int, list[np.ndarray]]:
+        """Of each corpus to train on, and each of its shards, which documents are copies of earlier ones."""
+        if not self.args.deduplicate:
+            return {}
+        checksums = [store.checksums() for store in self.stores[: len(self.args.corpora)]]
+        is_copy = find_copies(np.concatenate([shard for corpus in checksums for shard in corpus]))
+        shards = iter(np.split(is_copy, np.cumsum([len(shard) for corpus in checksums for shard in corpus])[:-1]))
+        return {number: [next(shards) for _ in corpus] for number, corpus in enumerate(checksums)}
+
+    def block(self, corpus: int, number: int) -> Block:
+        return self.packed[corpus].block(number)
+
+    def identity(self) -> dict[str, list[int]]:
+        """Documents, tokens and blocks of each corpus, by which a resume recognises its data."""
+        return {
+            ("" if number < len(self.names) else "eval ") + packed.store.corpus.name: [
+                packed.counts["documents"],
+                packed.counts["tokens"],
+                len(packed),
+            ]
+            for number, packed in enumerate(self.packed)
+        }
+
+    def describe(self) -> list[str]:
+        """A line a corpus for the log."""
+        lines = []
+        for (name, (documents, tokens, blocks)), packed in zip(self.identity().items(), self.packed, strict=True):
+            padding = 1 - (tokens + 2 * blocks) / (blocks * self.args.max_seq_length)
+            left_out = [f"{count:,} {reason}" for reason, count in self.left_out(packed).items() if count]
+            lines.append(
+                f"corpus {name}: {documents:,} documents, {tokens:,} tokens, {blocks:,} blocks "
+                f"({padding:.1%} of the positions are padding or between documents)"
+                + (f"; left out: {', '.join(left_out)}" if left_out else "")
+            )
+        return lines
+
+    def left_out(self, packed: PackedCorpus) -> dict[str, int]:
+        counts = packed.store.counts() | {"copies": packed.counts["copies"]}
+        return {reason: counts[reason] for reason in LEFT_OUT}
+
+    def corpora_record(self, counts: list[list[int]], streams: np.ndarray) -> dict[str, dict[str, float]]:
+        """Of each corpus what has been seen so far, for metrics.jsonl.
+
+        Args:
+            counts: of each corpus, see `COUNTED`, since the start of the run.
+            streams: see `Counts`; of no use in this mode.
+        """
+        return {
+            name: dict(zip(COUNTED, seen, strict=True))
+            | {"passes": round(seen[0] / int(size), 4)}
+            | self.left_out(packed)
+            for name, seen, size, packed in zip(self.names, counts, self.num_train, self.packed, strict=False)
+        }
+
+    def train_updates(
+        self, process_index: int, num_processes: int, first_update: int, last_update: int, saved: dict[str, Any] | None
+    ) -> Iterator[UpdateData]:
+        """This process's share of each update. `saved` is of no use in this mode, whose position is the update."""
+        batches = MicroBatches(
+            locate=self.order.locate,
+            example=self.example,
+            collator=self.collator,
+            batch_size=self.args.train_batch_size,
+            micro_batch_size=self.args.per_device_train_batch_size,
+            process_index=process_index,
+            num_processes=num_processes,
+        )
+        for micro_batches, rows in batches.iterate(first_update, last_update, self.args.dataloader_num_workers):
+            yield UpdateData(micro_batches, Counts.of_rows(rows, len(self.names)))
+
+    def training_sample(self) -> Iterator[np.ndarray]:
+        positions = np.arange(min(UNIGRAM_BLOCKS, int(self.num_train.sum())))
+        for corpus, _, block in zip(*self.order.locate(positions), strict=True):
+            yield self.block(corpus, block).input_ids
+
+
+class StreamedData(Data):
+    """Training and held-out blocks of a run, tokenised and packed as they are needed.
+
+    Args:
+        args: of the run.
+        tokenizer: what the corpora are encoded with.
+
+    Raises:
+        UserError: a corpus that cannot be read.
+    """
+
+    def __init__(self, args: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__(args, tokenizer)
+        weights = [corpus.weight for corpus in args.corpora]
+        self.quotas = [corpus_bytes(corpus) for corpus in args.corpora] if None in weights else weights
+        for corpus in self.corpora:
+            check_corpus(corpus)
+
+    def prepare(self, process_index: int) -> None:
+        """Open the corpora and hold out whole documents at the heads of some shards.
+
+        Args:
+            process_index: of no use in this mode: every process does the same.
+
+        Raises:
+            UserError: a corpus that has too few documents to hold some out.
+        """
+        args = self.args
+        self.readers = [self.reader(corpus) for corpus in self.corpora]
+        self.held: list[list[Block]] = [[] for _ in self.corpora]
+        eval_corpora = args.eval_corpora or args.corpora
+        first = len(self.corpora) - len(eval_corpora)
+        sizes = self.quotas if not args.eval_corpora else [corpus_bytes(corpus) for corpus in eval_corpora]
+        for corpus, wanted in enumerate(self.shares(eval_corpora, sizes), start=first):
+            self.hold_out(corpus, wanted)
+        self.set_eval_blocks(
+            np.repeat(np.arange(len(self.held)), [len(blocks) for blocks in self.held]),
+            np.concatenate([np.arange(len(blocks)) for blocks in self.held]),
+        )
+        order = LaneOrder(args.num_lanes, self.quotas, args.seed)
+        shares = np.array(self.quotas) / np.sum(self.quotas)
+        buffer_sizes = np.ceil(args.shuffle_buffer_size * shares / args.num_lanes).astype(int).tolist()
+        self.schedule = Schedule(order, buffer_sizes, args.train_batch_size // args.num_lanes)
+
+    def reader(self, corpus: CorpusArguments) -> CorpusReader:
+        documents = partial(DocumentFilter, corpus.name, self.args.max_unreadable_documents, self.decontaminator)
+        return CorpusReader(open_source(corpus), {}, self.encoder, documents, self.format)
+
+    def hold_out(self, corpus: int, wanted: int) -> None:
+        """Take blocks from the heads of some shards, and have training begin behind them.
+
+        Raises:
+            UserError: they take all that there is of a corpus to train on.
+        """
+        reader, is_trained_on = self.readers[corpus], corpus < len(self.names)
+        num_shards = reader.source.num_shards
+        heads = permute(np.arange(num_shards), num_shards, HEADS, self.args.seed, corpus)[:HELD_OUT_SHARDS].tolist()
+        whole = 0
+        for number, shard in enumerate(heads):
+            here = -(-(wanted - len(self.held[corpus])) // (len(heads) - number))
+            if here > 0:
+                blocks, reader.held_out[shard], is_whole = reader.read_head(shard, 0, here)
+                self.held[corpus] += blocks
+                whole += is_whole
+        if is_trained_on and whole == num_shards:
+            raise UserError(
+                f"`eval_blocks` ({self.args.eval_blocks}) takes all of corpus {reader.source.corpus.name!r}; lower it, "
+                "or give `eval_corpora`"
+            )
+
+    def block(self, corpus: int, number: int) -> Block:
+        return self.held[corpus][number]
+
+    def identity(self) -> dict[str, list[Any]]:
+        """Shards and held-out blocks of each corpus, by which a resume recognises its data."""
+        return {
+            ("" if number < len(self.names) else "eval ") + reader.source.corpus.name: [
+                reader.source.num_shards,
+                digest(*(block.input_ids.tobytes() for block in held))[:16],
+            ]
+            for number, (reader, held) in enumerate(zip(self.readers, self.held, strict=True))
+        }
+
+    def describe(self) -> list[str]:
+        """Lines for the log: of each corpus its shards and what sharing them costs, and how far a resume reads."""
+        shares = np.array(self.quotas) / np.sum(self.quotas)
+        lines = []
+        for reader, share in zip(self.readers, shares, strict=False):
+            source, lanes = reader.source, self.args.num_lanes
+            line = f"corpus {source.corpus.name}: {share:.1%} of the blocks, {source.num_shards:,} shards"
+            if source.num_shards < lanes:
+                line += (
+                    f" for {lanes} lanes: each is read by {lanes / source.num_shards:.3g} of them, which take turns at "
+                    "its documents and read past those of the others"
+                )
+            lines.append(line)
+        largest = max(reader.source.largest_shard for reader in self.readers)
+        size = f"{largest / 1e6:,.0f} MB at most" if largest else "of unknown size"
+        lines.append(f"streaming: a resume reads on in one shard ({size}) for each lane and corpus, up to where it was")
+        return lines
+
+    def corpora_record(self, counts: list[list[int]], streams: np.ndarray) -> dict[str, dict[str, float]]:
+        """Of each corpus what has been seen so far, for metrics.jsonl.
+
+        Args:
+            counts: of each corpus, see `COUNTED`, since the start of the run.
+            streams: see `Counts`. What was read is a little ahead of what was seen.
+        """
+        return {
+            name: dict(zip(COUNTED, seen, strict=True))
+            | {"passes": round(int(stream[-1]) / 1e6 / self.args.num_lanes, 4)}
+            | dict(zip(LEFT_OUT, stream[:-1].tolist(), strict=True))
+            for name, seen, stream in zip(self.names, counts, streams, strict=True)
+        }
+
+    def train_updates(
+        self, process_index: int, num_processes: int, first_update: int, last_update: int, saved: dict[str, Any] | None
+    ) -> Iterator[UpdateData]:
+        """This process's share of each update.
+
+        Args:
+            saved: `lanes` of all processes after the update before `first_update`, from a checkpoint.
+        """
+        own = self.lanes_of(process_index, num_processes)
+        lanes = Lanes(self.readers, self.schedule, own)
+        lanes.buffers = from_tensors(saved or {}, own)
+        updates = range(first_update, last_update)
+        workers = self.args.dataloader_num_workers
+        # Here and not in the generator, which runs in a thread: worker processes are forked from this one.
+        refills = iter(
+            DataLoader(
+                lanes.pump(updates),
+                batch_size=None,
+                num_workers=workers,
+                collate_fn=as_it_is,
+                worker_init_fn=use_one_thread,
+                generator=torch.Generator(),
+            )
+        )
+        return one_ahead(self.collate(lanes, refills, updates, max(1, workers)))
+
+    def lanes_of(self, process_index: int, num_processes: int) -> list[int]:
+        return list(range(process_index, self.args.num_lanes, num_processes))
+
+    def collate(
+        self, lanes: Lanes, refills: Iterator[list[Refill] | UserError], updates: range, num_workers: int
+    ) -> Iterator[UpdateData]:
+        """Draw, mask and count each update, from what the workers send."""
+        size = self.args.per_device_train_batch_size
+        for update in updates:
+            arrived = []
+            for _ in range(num_workers):
+                sent = next(refills)
+                if isinstance(sent, UserError):
+                    raise sent
+                arrived += sent
+            examples = [
+                block._asdict() | {"corpus": corpus, "block": number, "visit": 0}
+                for corpus, number, block in lanes.draw(update, arrived)
+            ]
+            batches = [self.collator(examples[at : at + size]) for at in range(0, len(examples), size)]
+            rows = np.concatenate([batch.pop("rows").numpy() for batch in batches])
+            counts = Counts.of_rows(rows, len(self.names))
+            for (_, corpus), buffer in lanes.buffers.items():
+                state = buffer.state
+                counts.streams[corpus] += [*(state.counts[name] for name in LEFT_OUT), round(state.progress * 1e6)]
+            yield UpdateData(batches, counts, lanes.snapshot())
+
+    def training_sample(self) -> Iterator[np.ndarray]:
+        shares = apportion(UNIGRAM_STREAMED_BLOCKS, self.quotas)
+        for reader, wanted in zip(self.readers, shares, strict=False):
+            for shard in range(reader.source.num_shards):
+                blocks, _, _ = reader.read_head(shard, reader.held_out.get(shard, 0), wanted)
+                yield from (block.input_ids for block in blocks)
+                wanted -= len(blocks)
+                if wanted <= 0:
+                    break

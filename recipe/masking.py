@@ -11,6 +11,8 @@ from transformers import DataCollatorForLanguageModeling
 from recipe.hashing import hash64, uniform
 
 COUNT, CHOICE, REPLACEMENT, TOKEN = range(4)  # what a hash decides
+# What is counted of a row. The digest is of the block and of what is masked in it.
+ROW = ("corpus", "tokens", "documents", "masked", "digest")
 
 
 @dataclass
@@ -29,10 +31,12 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
 
     Attributes:
         max_seq_length: tokens in a row; shorter blocks are padded.
+        packing: the format of the blocks, which decides what beside ids and labels a batch has.
     """
 
     max_seq_length: int = 512
     seed: int = 0
+    packing: str = "full_sentences"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,11 +56,14 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         """Collate and mask.
 
         Args:
-            examples: `input_ids` ((length,) integers, special tokens included), `corpus`, `block`, `visit` (int).
+            examples: `input_ids` ((length,) integers, special tokens included), `corpus`, `block`, `visit` (int), and
+                `spans` ((parts,) integers), the lengths of its parts, `label` of a pair and `documents` that end in it.
 
         Returns:
             `input_ids`, `labels` (-100 where nothing is predicted), `position_ids`: (batch, max_seq_length) int64;
-            `attention_mask` of the same shape, if any row has padding.
+            of the same shape `attention_mask`, if any row has padding, or `document_ids` (0 at padding) where rows are
+            shared by documents that do not see each other, or `token_type_ids` of pairs, beside (batch,)
+            `next_sentence_label`. `rows`: (batch, 5) int64, see `ROW`, for counting; not for the model.
         """
         lengths = np.array([len(example["input_ids"]) for example in examples])
         input_ids = np.full((len(examples), self.max_seq_length), self.tokenizer.pad_token_id, np.int64)
@@ -66,16 +73,36 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
 
         positions = np.arange(self.max_seq_length)
         is_text = positions < lengths[:, None]
-        labels = self.mask_tokens(input_ids, hash64(self.seed, *keys))
+        row_keys = hash64(self.seed, *keys)
+        labels = self.mask_tokens(input_ids, row_keys)
         first = self.tokenizer.pad_token_id + 1  # RoBERTa's first position; padding has the pad token's
-        batch = {
-            "input_ids": input_ids,
-            "labels": labels,
-            "position_ids": np.where(is_text, positions + first, self.tokenizer.pad_token_id),
-        }
-        if not is_text.all():
+        batch = {"input_ids": input_ids, "labels": labels}
+        if self.packing == "doc_sentences":
+            batch["document_ids"] = self.number_parts(examples, first=1, padding=0)
+            starts = np.zeros_like(input_ids)
+            for row, example in zip(starts, examples, strict=True):
+                ends = np.cumsum(example["spans"])
+                row[: ends[-1]] = np.repeat(ends - example["spans"], example["spans"])
+            positions = positions - starts
+        elif not is_text.all():
             batch["attention_mask"] = is_text.astype(np.int64)
+        if self.packing in ("segment_pair", "sentence_pair"):
+            batch["token_type_ids"] = self.number_parts(examples, first=0, padding=0)
+            batch["next_sentence_label"] = np.array([example["label"] for example in examples])
+        batch["position_ids"] = np.where(is_text, positions + first, self.tokenizer.pad_token_id)
+        is_masked = labels != -100
+        digests = np.where(is_masked, hash64(row_keys[:, None], np.arange(self.max_seq_length), labels), 0).sum(1)
+        documents = np.array([example["documents"] for example in examples])
+        batch["rows"] = np.stack([keys[0], lengths, documents, is_masked.sum(1), digests.astype(np.int64)], axis=1)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def number_parts(self, examples: Sequence[dict[str, Any]], first: int, padding: int) -> np.ndarray:
+        """(batch, max_seq_length) int64: which part of its row a position is in, counted from `first`."""
+        numbers = np.full((len(examples), self.max_seq_length), padding, np.int64)
+        for row, example in zip(numbers, examples, strict=True):
+            parts = np.repeat(np.arange(first, first + len(example["spans"])), example["spans"])
+            row[: len(parts)] = parts
+        return numbers
 
     def mask_tokens(self, input_ids: np.ndarray, row_keys: np.ndarray) -> np.ndarray:
         """Mask in place.

@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from recipe.hashing import hash64
+
 
 @dataclass
 class TrainState:
@@ -22,17 +26,31 @@ class TrainState:
     skipped_in_a_row: int = 0
     window_loss: float = 0.0
     window_masked: int = 0
+    blocks: int = 0
+    corpora: list[list[int]] = field(default_factory=list)  # of each corpus: blocks, tokens, documents seen
+    data_digest: int = 0  # of every block and mask seen, in the order of updates
 
-    def count(self, loss_sum: float, masked: int, tokens: int, skipped: str | None) -> None:
-        """Take in one update; what was skipped is counted and its loss left out."""
+    def count(self, loss_sum: float, masked: int, corpora: np.ndarray, digest: int, skipped: str | None) -> None:
+        """Take in one update; what was skipped is counted and its loss left out.
+
+        Args:
+            corpora: (corpora, 3) blocks, tokens and documents of the update.
+            digest: of its blocks and masks.
+        """
         self.step += 1
-        self.tokens += tokens
+        seen = np.array(self.corpora or np.zeros_like(corpora)) + corpora
+        self.corpora = seen.tolist()
+        self.blocks, self.tokens = seen[:, :2].sum(0).tolist()
+        self.data_digest = int(hash64(self.data_digest, digest))
         self.nonfinite_updates += skipped == "nonfinite"
         self.overflows += skipped == "overflow"
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if skipped is None:
             self.window_loss += loss_sum
             self.window_masked += masked
+
+    def padding_share(self, max_seq_length: int) -> float:
+        return 1 - self.tokens / (self.blocks * max_seq_length)
 
     def take_window_loss(self) -> float | None:
         """Mean loss since the last time, in nats; None if every update was skipped."""
@@ -74,9 +92,19 @@ class Stopwatch:
 
 
 def train_record(
-    state: TrainState, watch: Stopwatch, learning_rate: float, grad_norm: float, epoch: float
+    state: TrainState,
+    watch: Stopwatch,
+    learning_rate: float,
+    grad_norm: float,
+    max_seq_length: int,
+    corpora: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
-    """A training line of metrics.jsonl; it ends the window of `state`."""
+    """A training line of metrics.jsonl; it ends the window of `state`.
+
+    Args:
+        corpora: of each corpus what has been seen, `blocks` and `passes` among it.
+    """
+    epoch = sum(seen["passes"] * seen["blocks"] for seen in corpora.values()) / state.blocks
     return {
         "step": state.step,
         "loss": state.take_window_loss(),
@@ -89,6 +117,9 @@ def train_record(
         "tokens_per_second": round(watch.tokens / watch.seconds, 1),
         "data_wait_share": round(watch.waited / watch.seconds, 4),
         "seconds_per_update": round(watch.seconds / watch.steps, 4),
+        "padding_share": round(state.padding_share(max_seq_length), 4),
+        "data_digest": f"{state.data_digest:016x}",
+        "corpora": corpora,
     }
 
 
@@ -143,6 +174,19 @@ def format_train_line(record: dict[str, Any], max_steps: int) -> str:
             *skipped,
         ]
     )
+
+
+def format_data_line(
+    state: TrainState, corpora: dict[str, dict[str, float]], max_seq_length: int, max_steps: int
+) -> str:
+    """What has been seen of each corpus; see `train_record`."""
+    seen = [
+        f"{name} {format_count(corpus['tokens'])} tokens, {format_count(corpus['documents'])} documents, "
+        f"{corpus['passes']:.2f} passes"
+        for name, corpus in corpora.items()
+    ]
+    step = f"step {state.step:>{len(str(max_steps))}}/{max_steps}"
+    return f"{step}  seen: {'; '.join(seen)}; padding {state.padding_share(max_seq_length):.1%}"
 
 
 def format_eval_line(record: dict[str, Any], max_steps: int) -> str:

@@ -37,12 +37,15 @@ class MaskedLMObjective(nn.Module):
         labels: torch.Tensor,
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of the cross-entropy over the masked tokens, in nats.
 
         Args:
             input_ids, labels, position_ids: (batch, length) int64; labels are -100 where nothing is predicted.
             attention_mask: (batch, length), 0 at padding; None where no row has any.
+            document_ids: (batch, length), in its place: which document of its row a position belongs to, 0 at padding;
+                positions see those of the same number.
 
         Returns:
             the sum, float32, and the number of masked tokens, int64; scalars.
@@ -51,6 +54,8 @@ class MaskedLMObjective(nn.Module):
             # A mask of four dimensions is passed on as it is. One of two makes transformers ask the device whether it
             # is all ones, and wait for the answer.
             attention_mask = attention_mask.bool()[:, None, None, :]
+        elif document_ids is not None:
+            attention_mask = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
         hidden = self.model.roberta(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
         ).last_hidden_state

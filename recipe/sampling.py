@@ -13,7 +13,7 @@ from recipe.hashing import hash64
 
 MAX_PERIOD = 2**16  # positions after which the pattern of corpora repeats; its table is kept in memory
 FEISTEL_ROUNDS = 6
-HELD_OUT, PASS = 0, 1  # what a permutation is for, as part of its key
+HELD_OUT, PASS, SHARDS, PLACE, ROTATION = range(5)  # what a hash or permutation is for, as part of its key
 
 
 def permute(index: np.ndarray, size: int, *key: np.ndarray | int) -> np.ndarray:
@@ -119,3 +119,44 @@ class BlockOrder:
     def _split(self, corpus: int, index: np.ndarray) -> np.ndarray:
         """Shuffle a corpus's blocks once for the run: the first ones are held out, the others trained on."""
         return permute(index, int(self.num_blocks[corpus]), HELD_OUT, self.seed, corpus)
+
+
+class LaneOrder:
+    """The order of a streamed run, whose blocks come from lanes in turn: a round is one block of each.
+
+    Args:
+        num_lanes: parts that the corpora are dealt to.
+        shares: relative shares of the corpora.
+        seed: of the run.
+    """
+
+    def __init__(self, num_lanes: int, shares: list[float], seed: int) -> None:
+        self.num_lanes = num_lanes
+        self.seed = seed
+        self.quotas = np.array([1 + extra for extra in apportion(MAX_PERIOD - len(shares), shares)])
+        self.pattern = interleave(self.quotas.tolist())
+
+    def corpora(self, number: int) -> np.ndarray:
+        """(lanes,) int64: which corpus each lane's block of a round is from.
+
+        The quota pattern runs on from round to round, each time dealt out from another lane on: a fixed one would leave
+        a lane with always the same corpus.
+        """
+        first = int(hash64(ROTATION, self.seed, number) % np.uint64(self.num_lanes))
+        place = np.roll(np.arange(self.num_lanes), first)
+        return self.pattern[(number * self.num_lanes + place) % len(self.pattern)]
+
+    def deal(self, corpus: int, visit: int, lane: int, num_shards: int) -> list[tuple[int, int, int]]:
+        """What a lane reads in one pass over a corpus.
+
+        Returns:
+            (shard, number, of): the `number`-th of every `of` records of a shard, 0 of 1 being all. Each pass deals
+            anew; over all lanes it covers every record once.
+        """
+        key = (self.seed, corpus, visit)
+        shards = permute(np.arange(num_shards), num_shards, SHARDS, *key)
+        if num_shards >= self.num_lanes:
+            return [(int(shard), 0, 1) for shard in shards[lane :: self.num_lanes]]
+        place = int(permute(np.array([lane]), self.num_lanes, PLACE, *key)[0])
+        number, at = divmod(place, num_shards)
+        return [(int(shards[at]), number, len(range(at, self.num_lanes, num_shards)))]

@@ -8,10 +8,10 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import sentencex
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizerFast
@@ -179,12 +179,15 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
     return lengths
 
 
+ENCODED_CHARACTERS = 2_000_000  # encoded at once; an `Encoding` takes some 100 bytes a token
+
+
 class DocumentEncoder:
-    """Documents to rows of the token store: a document's ids, and where its sentences end among them.
+    """Documents to token ids, and where their sentences end among them.
 
     The ids are those of the whole document with no special token added. Sentences are found in the text and their ends
     carried over to the tokens; the white space before a sentence goes with it, as in `ĠThen`. A token that reaches over
-    an end belongs to the earlier sentence. Picklable, for `datasets.map`.
+    an end belongs to the earlier sentence. Picklable, for worker processes.
 
     Args:
         tokenizer: a fast tokenizer.
@@ -201,7 +204,7 @@ class DocumentEncoder:
         max_document_characters: int = 1_000_000,
     ) -> None:
         self.backend = tokenizer.backend_tokenizer
-        self.dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
+        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.int32)
         lengths = token_byte_lengths(tokenizer)
         # A normalizer changes the bytes, and their sum then says nothing about the text.
         self.byte_lengths = None if lengths is None or self.backend.normalizer else np.array(lengths, np.int64)
@@ -209,33 +212,46 @@ class DocumentEncoder:
         self.language = language
         self.max_document_characters = max_document_characters
 
-    def __call__(self, batch: dict[str, list[str | None]]) -> pa.Table:
-        """Encode a batch of `text`; documents without a token are left out.
+    @property
+    def fingerprint(self) -> tuple[str, ...]:
+        """All that the ids and sentence ends of a text depend on."""
+        return self.backend.to_str(), self.sentence_splitter, self.language, version("sentencex")
 
-        Returns:
-            `input_ids`: list of uint16 (int32 for vocabularies over 65,536), `sentence_ends`: list of int32, the
-            last of which is the number of ids.
+    def __call__(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Encode documents, some at a time.
+
+        Yields:
+            of each document its ids, (tokens,) uint16 (int32 for vocabularies over 65,536), and the ends of its
+            sentences, (sentences,) int64 ascending, the last of which is the number of ids.
         """
-        pieces = [list(split_text(text, self.max_document_characters)) for text in batch["text"] if text]
-        flat = [piece for document in pieces for piece in document]
         self.backend.encode_special_tokens = True  # does not survive pickling
         encode = self.backend.encode_batch if self.byte_lengths is None else self.backend.encode_batch_fast
-        encodings = iter(encode(flat, add_special_tokens=False))
-
-        ids, ends = [], []
-        for document in pieces:
-            document_ids, document_ends, length = [], [], 0
-            for piece in document:
-                encoding = next(encodings)
-                document_ids.append(np.array(encoding.ids, self.dtype))
+        ids, ends, length = [], [np.empty(0, np.int64)], 0
+        for batch in self.batches(texts):
+            encodings = encode([piece for piece, _ in batch], add_special_tokens=False)
+            for (piece, is_last), encoding in zip(batch, encodings, strict=True):
+                ids.append(np.array(encoding.ids, self.dtype))
                 # A piece's end is a cut, not the end of a sentence; the document's end is added below.
                 piece_ends = self.sentence_ends(piece, encoding)
-                document_ends.append(piece_ends[piece_ends < len(encoding.ids)] + length)
+                ends.append(piece_ends[piece_ends < len(encoding.ids)] + length)
                 length += len(encoding.ids)
-            if length:
-                ids.append(np.concatenate(document_ids))
-                ends.append(np.concatenate([*document_ends, [length]]))
-        return pa.table({"input_ids": list_array(ids, self.dtype), "sentence_ends": list_array(ends, np.int32)})
+                if is_last:
+                    yield np.concatenate(ids), np.concatenate([*ends, [length] if length else []]).astype(np.int64)
+                    ids, ends, length = [], [np.empty(0, np.int64)], 0
+
+    def batches(self, texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+        """Pieces of documents, some million characters together, and whether each is its document's last."""
+        batch, size = [], 0
+        for text in texts:
+            pieces = list(split_text(text, self.max_document_characters))
+            for number, piece in enumerate(pieces, start=1):
+                batch.append((piece, number == len(pieces)))
+                size += len(piece)
+                if size >= ENCODED_CHARACTERS:
+                    yield batch
+                    batch, size = [], 0
+        if batch:
+            yield batch
 
     def sentence_ends(self, text: str, encoding: Encoding) -> np.ndarray:
         """Ends of the sentences of a text, in tokens, ascending and distinct."""
@@ -269,9 +285,3 @@ def byte_positions(text: str, character_positions: list[int]) -> np.ndarray:
     starts = [0, *character_positions]
     lengths = [len(text[a:b].encode()) for a, b in zip(starts, character_positions, strict=False)]
     return np.cumsum(np.array(lengths, np.int64))
-
-
-def list_array(rows: list[np.ndarray], dtype: type) -> pa.ListArray:
-    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    values = np.concatenate(rows).astype(dtype, copy=False) if rows else np.empty(0, dtype)
-    return pa.ListArray.from_arrays(offsets, values)

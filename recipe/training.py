@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+from collections import ChainMap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import DistributedType, gather_object, send_to_device
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -19,10 +20,19 @@ from tqdm import tqdm
 from recipe.checkpoint import checkpoint_path, save_checkpoint
 from recipe.config import PretrainArguments, UserError
 from recipe.hashing import hash64
-from recipe.loader import CachedData, MicroBatches
-from recipe.metrics import Stopwatch, TrainState, eval_record, format_eval_line, format_train_line, train_record
+from recipe.loader import COUNTED, Batch, Counts, Data, MicroBatches, UpdateData
+from recipe.metrics import (
+    Stopwatch,
+    TrainState,
+    eval_record,
+    format_data_line,
+    format_eval_line,
+    format_train_line,
+    train_record,
+)
 from recipe.plots import plot_loss
 from recipe.run_directory import RunDirectory
+from recipe.streaming import Buffer, from_tensors, to_tensors
 
 UNSERVED_ENGINES = {
     DistributedType.FSDP,
@@ -84,13 +94,11 @@ class StopRequest:
 class Update:
     """What an update did, the same on all ranks.
 
-    `loss_sum` in nats over the `masked` tokens of the whole update, `tokens` without padding; `skipped` is None,
-    `nonfinite` or `overflow`; `stopping` says that some rank was asked to stop.
+    `loss_sum` in nats over the masked tokens of the whole update; `skipped` is None, `nonfinite` or `overflow`;
+    `stopping` says that some rank was asked to stop.
     """
 
     loss_sum: float
-    masked: int
-    tokens: int
     grad_norm: float
     skipped: str | None
     stopping: bool
@@ -102,10 +110,11 @@ def train(
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: LambdaLR,
-    data: CachedData,
+    data: Data,
     state: TrainState,
     run: RunDirectory,
     identity: dict[str, Any],
+    saved_lanes: dict[str, Any],
 ) -> bool:
     """Train from `state.step` to `max_steps`, logging, evaluating and saving on the way.
 
@@ -114,15 +123,16 @@ def train(
         scheduler: not prepared; stepped once an update.
         state: advanced in place.
         identity: of the run, kept in its checkpoints.
+        saved_lanes: of the checkpoint that training goes on from, in streaming mode.
 
     Returns:
         whether the run is complete; False after a signal, with a checkpoint of the last update.
 
     Raises:
         FloatingPointError: too many updates in a row were not finite.
+        UserError: a corpus cannot be read any more; there is a checkpoint of the last update.
     """
     process = accelerator.process_index, accelerator.num_processes
-    updates = data.train_batches(*process).iterate(state.step, args.max_steps, args.dataloader_num_workers)
     eval_batches = data.eval_batches(*process)
     unigram_loss = data.unigram_loss() if args.eval_blocks and accelerator.is_main_process else math.nan
     request, watch = StopRequest(), Stopwatch()
@@ -135,16 +145,28 @@ def train(
         if accelerator.is_main_process:
             bar.write(line)
 
+    # Where the updates stand after the last one that was trained on, for the checkpoint.
+    lanes = from_tensors(saved_lanes, data.lanes_of(*process))
+
     with bar, request.listening():
+        # In here, since worker processes inherit what is done with signals.
+        updates = data.train_updates(*process, state.step, args.max_steps, saved_lanes)
         while state.step < args.max_steps:
             with watch.waiting():
-                micro_batches = next(updates)
+                share, counts, failure = next_update(accelerator, updates, len(args.corpora))
+            if share is None:
+                if state.step and saved != checkpoint_path(run.checkpoints, state.step):
+                    save(accelerator, args, objective, optimizer, state, run, identity, lanes)
+                raise failure
             seed_dropout(args.seed, state.step, accelerator.process_index)
-            update = train_step(accelerator, objective, optimizer, micro_batches, args.max_grad_norm, request)
+            update = train_step(
+                accelerator, objective, optimizer, share.micro_batches, counts.masked, args.max_grad_norm, request
+            )
+            lanes = share.lanes
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
-            state.count(update.loss_sum, update.masked, update.tokens, update.skipped)
-            watch.count(update.tokens)
+            state.count(update.loss_sum, counts.masked, counts.corpora, counts.digest, update.skipped)
+            watch.count(int(counts.corpora[:, COUNTED.index("tokens")].sum()))
             bar.update()
             is_last = state.step == args.max_steps
 
@@ -154,9 +176,9 @@ def train(
                     f"{state.step}; the last checkpoint is {saved or 'not there yet'}. Go on from there with a lower "
                     "--learning_rate, a longer --warmup_steps or, in place of fp16, --mixed_precision bf16"
                 )
+            seen = data.corpora_record(state.corpora, counts.streams)
             if state.step % args.logging_steps == 0 or is_last:
-                epoch = state.step * args.train_batch_size / data.blocks_per_epoch
-                record = train_record(state, watch, learning_rate, update.grad_norm, epoch)
+                record = train_record(state, watch, learning_rate, update.grad_norm, args.max_seq_length, seen)
                 report(record, format_train_line(record, args.max_steps))
                 watch = Stopwatch()
             with watch.paused():
@@ -164,7 +186,9 @@ def train(
                     record = eval_record(state, *evaluate(accelerator, objective, eval_batches), unigram_loss)
                     report(record, format_eval_line(record, args.max_steps))
                 if state.step % args.save_steps == 0 or is_last or update.stopping:
-                    save(accelerator, args, objective, optimizer, state, run, identity)
+                    if accelerator.is_main_process:
+                        bar.write(format_data_line(state, seen, args.max_seq_length, args.max_steps))
+                    save(accelerator, args, objective, optimizer, state, run, identity, lanes)
                     saved = checkpoint_path(run.checkpoints, state.step)
             if update.stopping and not is_last:
                 run.write_status("preempted", state.step, request.signal or "a signal to another process")
@@ -172,11 +196,34 @@ def train(
     return True
 
 
+def next_update(
+    accelerator: Accelerator, updates: Iterator[UpdateData], num_corpora: int
+) -> tuple[UpdateData | None, Counts, UserError | None]:
+    """This process's share of the next update, and the counts of all shares.
+
+    Returns:
+        None for the share, with an error, on all ranks if any of them has no more data: none is left waiting.
+    """
+    share, failure = None, None
+    try:
+        share = next(updates)
+    except UserError as error:
+        failure = error
+    counts = share.counts if share else Counts.of_failure(num_corpora)
+    totals = accelerator.reduce(torch.from_numpy(counts.array).to(accelerator.device), "sum")
+    counts = Counts(num_corpora, totals.cpu().numpy())
+    if counts.failed:
+        failure = failure or UserError("another process cannot read its corpora any more; see its message")
+        share = None
+    return share, counts, failure
+
+
 def train_step(
     accelerator: Accelerator,
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
-    micro_batches: list[dict[str, torch.Tensor]],
+    micro_batches: list[Batch],
+    masked: int,
     max_grad_norm: float,
     request: StopRequest,
 ) -> Update:
@@ -188,13 +235,10 @@ def train_step(
 
     Args:
         micro_batches: of this rank, from the collator.
+        masked: tokens to predict in the micro-batches of all ranks.
         max_grad_norm: 0 for no clipping.
     """
-    counts = torch.zeros(2, dtype=torch.int64)
-    for batch in micro_batches:
-        counts += torch.stack([(batch["labels"] != -100).sum(), count_tokens(batch)])
-    counts = accelerator.reduce(counts.to(accelerator.device), "sum")
-    scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / counts[0]
+    scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / masked
     loss_sum = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(micro_batches):
         is_last = number == len(micro_batches) - 1
@@ -207,7 +251,6 @@ def train_step(
     stopping = torch.tensor(float(request.signal is not None), device=accelerator.device)
     totals = accelerator.reduce(torch.stack([loss_sum, stopping]), "sum")
     loss, stopping, norm = torch.cat([totals, grad_norm[None]]).tolist()
-    masked, tokens = counts.tolist()
     skipped, scaler = None, accelerator.scaler
     if not math.isfinite(norm) or not math.isfinite(loss):
         skipped = "overflow" if scaler is not None and math.isfinite(loss) else "nonfinite"
@@ -218,7 +261,7 @@ def train_step(
     elif scaler is not None:
         scaler.update()
     optimizer.zero_grad()
-    return Update(loss, masked, tokens, norm, skipped, stopping > 0)
+    return Update(loss, norm, skipped, stopping > 0)
 
 
 @torch.no_grad()
@@ -226,16 +269,11 @@ def evaluate(accelerator: Accelerator, objective: nn.Module, batches: MicroBatch
     """Sum of the loss over the held-out blocks' masked tokens, in nats, and their number. Every block counts once."""
     objective.eval()
     sums = torch.zeros(2, device=accelerator.device)
-    for batch in next(batches.iterate(0, 1, num_workers=0)):
+    for batch in next(batches.iterate(0, 1, num_workers=0))[0]:
         sums += torch.stack(objective(**send_to_device(batch, accelerator.device)))
     objective.train()
     loss_sum, count = accelerator.reduce(sums, "sum").tolist()
     return loss_sum, int(count)
-
-
-def count_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Positions that are not padding."""
-    return batch["attention_mask"].sum() if "attention_mask" in batch else torch.tensor(batch["input_ids"].numel())
 
 
 def seed_dropout(seed: int, step: int, process_index: int) -> None:
@@ -251,10 +289,12 @@ def save(
     state: TrainState,
     run: RunDirectory,
     identity: dict[str, Any],
+    lanes: dict[tuple[int, int], Buffer],
 ) -> None:
     """Checkpoint, status and plot."""
+    all_lanes = gather_object([to_tensors(lanes)])
     if accelerator.is_main_process:
-        tensors = {"optimizer": optimizer.state_dict()}
+        tensors = {"optimizer": optimizer.state_dict(), "lanes": dict(ChainMap(*all_lanes))}
         if accelerator.scaler is not None:
             tensors["scaler"] = accelerator.scaler.state_dict()
         kept = {"train_state": asdict(state), "identity": identity, "arguments": asdict(args)}

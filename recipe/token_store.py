@@ -1,0 +1,466 @@
+"""The cached mode: tokenise each corpus once, pack it in seconds, read any block in constant time.
+
+1. `TokenStore` encodes a corpus, shard by shard, into Arrow files: one row a document, in batches of some million
+   tokens. A batch is a unit: no block reaches over its end.
+2. `PackedCorpus` makes a view of it for one format and length, tables of segments and blocks with nothing copied, and
+   maps both into memory.
+
+    <token_store_dir>/books-1f6c…/
+      store.json                   what it was made of and with
+      shard-00000.arrow            `input_ids`, `sentence_ends`, `checksum` of the text
+      shard-00000.json             documents, tokens and what was left out; written last
+      full_sentences-512-9b2e…/shard-00000/{segments,block_ends,labels}.npy, counts.json
+
+All processes on all nodes do this side by side: each takes a shard that nobody works on (a lock tells) until none is
+left, then waits for those of the others. Nothing passes between them but files, so that no collective runs into its
+time limit, a killed process leaves its lock and all finished shards behind, and the result depends on nobody.
+"""
+
+import bisect
+import errno
+import itertools
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from filelock import FileLock, Timeout
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from recipe.config import CorpusArguments, UserError
+from recipe.corpora import Part, Source, corpus_bytes, digest, local_files, open_source, source_fingerprint
+from recipe.hygiene import Decontaminator, DocumentFilter, check_unreadable, text_checksum
+from recipe.packing import PAIRS, SEGMENT, Block, BlockFormat, Packed
+from recipe.tokenizer import DocumentEncoder
+
+STORE_FORMAT, BLOCKS_FORMAT = 1, 1  # parts of the folders' names: raise them when the contents come out differently
+UNIT_TOKENS = 4_000_000  # that a unit has at least, if its shard has; one block of it is short
+RECORDS_AT_ONCE = 100  # that a worker encodes and sends together
+STORE_BYTES = 0.6  # of a token store for each byte of text: two a token of some 4.4 bytes, and the ends of sentences
+
+
+class EncodedShard(IterableDataset):
+    """A shard's documents, encoded, in the order of the shard for any number of workers.
+
+    Every worker reads the whole shard and parses and encodes its own part of the records.
+    """
+
+    def __init__(self, source: Source, shard: int, encoder: DocumentEncoder, documents: DocumentFilter) -> None:
+        self.source = source
+        self.shard = shard
+        self.encoder = encoder
+        self.documents = documents
+
+    def __iter__(self) -> Iterator[tuple[Counter[str], list[tuple[np.ndarray, np.ndarray, int]]] | UserError]:
+        """
+        Yields:
+            for each run of records what the filter counted, and (ids, sentence ends, checksum of the text) of each
+            document; an error is sent as it is, since raised in a worker it would lose its type.
+        """
+        worker = get_worker_info()
+        part = Part(worker.id, worker.num_workers, RECORDS_AT_ONCE) if worker else Part(0, 1, RECORDS_AT_ONCE)
+        texts: list[str | UserError] = []
+        run = 0
+        try:
+            for index, text in self.source.read(self.shard, 0, part):
+                # An empty run is sent too: workers take turns.
+                while index // RECORDS_AT_ONCE // part.of > run:
+                    yield self.encode(texts)
+                    texts, run = [], run + 1
+                texts.append(text)
+            if texts:
+                yield self.encode(texts)
+        except UserError as error:
+            yield error
+
+    def encode(self, texts: list[str | UserError]) -> tuple[Counter[str], list[tuple[np.ndarray, np.ndarray, int]]]:
+        before = self.documents.counts.copy()
+        kept = [text for text in texts if self.documents.lets_through(text)]
+        rows = [(ids, ends, text_checksum(text)) for text, (ids, ends) in zip(kept, self.encoder(kept), strict=True)]
+        return self.documents.counts - before, rows
+
+
+def use_one_thread(_: int) -> None:
+    """In a worker: the processes are the parallelism."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def as_it_is(item: Any) -> Any:
+    return item
+
+
+def write_shard(
+    path: Path,
+    encoded: EncodedShard,
+    num_workers: int | None,
+    max_unreadable: int,
+    progress: Callable[[int], Any],
+) -> None:
+    """Encode a shard into `path`, with its counts beside it.
+
+    Args:
+        num_workers: processes to encode with; None: this one, on all threads.
+        progress: is told of each run's documents.
+    """
+    items = (
+        iter(encoded)
+        if num_workers is None
+        else iter(
+            DataLoader(
+                encoded, batch_size=None, num_workers=num_workers, collate_fn=as_it_is, worker_init_fn=use_one_thread
+            )
+        )
+    )
+    dtype = pa.from_numpy_dtype(encoded.encoder.dtype)
+    schema = pa.schema({"input_ids": pa.list_(dtype), "sentence_ends": pa.list_(pa.int32()), "checksum": pa.uint64()})
+    counts: Counter[str] = Counter(documents=0, tokens=0, empty=0, unreadable=0, contaminated=0)
+    for leftover in path.parent.glob(f".{path.name}.*"):  # of a killed process
+        leftover.unlink()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            rows, size = [], 0
+            for item in items:
+                if isinstance(item, UserError):
+                    raise item
+                counted, documents = item
+                counts.update(counted)
+                check_unreadable(encoded.source.corpus.name, counts["unreadable"], max_unreadable, "see above")
+                progress(len(documents))
+                for ids, ends, checksum in documents:
+                    rows.append((ids, ends, checksum))
+                    size += len(ids)
+                    if size >= UNIT_TOKENS:
+                        writer.write(to_batch(rows, schema))
+                        counts["tokens"] += size
+                        rows, size = [], 0
+            if rows:
+                writer.write(to_batch(rows, schema))
+                counts["tokens"] += size
+        temporary.rename(path)
+        write_json(path.with_suffix(".json"), dict(counts))
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_batch(rows: list[tuple[np.ndarray, np.ndarray, int]], schema: pa.Schema) -> pa.RecordBatch:
+    ids, ends, checksums = zip(*rows, strict=True)
+    return pa.record_batch(
+        [
+            list_array(ids, schema.field("input_ids").type),
+            list_array(ends, schema.field("sentence_ends").type),
+            pa.array(np.array(checksums, np.uint64)),
+        ],
+        schema=schema,
+    )
+
+
+def list_array(rows: tuple[np.ndarray, ...], kind: pa.ListType) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    values = np.concatenate(rows).astype(kind.value_type.to_pandas_dtype(), copy=False)
+    return pa.ListArray.from_arrays(offsets, values)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(values, indent=1))
+    temporary.rename(path)
+
+
+def share(folder: Path, num_shards: int, process_index: int, is_done: Callable, make: Callable) -> None:
+    """Have `make(shard)` done for every shard for which `is_done(shard)` is false, together with whoever else is at it.
+
+    Args:
+        folder: where the locks lie.
+        process_index: where to begin, so that processes do not all begin with the same shard.
+    """
+    (folder / "locks").mkdir(parents=True, exist_ok=True)
+    busy = []
+    for number in range(num_shards):
+        shard = (number + process_index) % num_shards
+        try:
+            with FileLock(folder / "locks" / f"{shard:05d}", timeout=0):
+                if not is_done(shard):
+                    make(shard)
+        except Timeout:
+            busy.append(shard)
+    for shard in busy:
+        with FileLock(folder / "locks" / f"{shard:05d}"):
+            if not is_done(shard):  # its maker has died
+                make(shard)
+
+
+class TokenStore:
+    """The encoded documents of a corpus.
+
+    Args:
+        corpus: what it is of; its `path` may be the folder of a store itself.
+        encoder: what it is made with.
+        decontaminator: what is left out of it.
+        root: folder of the stores.
+
+    Raises:
+        UserError: there is no such corpus, or the store given as its path is incomplete or was made otherwise.
+    """
+
+    def __init__(
+        self, corpus: CorpusArguments, encoder: DocumentEncoder, decontaminator: Decontaminator, root: Path
+    ) -> None:
+        self.corpus = corpus
+        self.encoder = encoder
+        self.decontaminator = decontaminator
+        made_with = digest(STORE_FORMAT, UNIT_TOKENS, *encoder.fingerprint, decontaminator.fingerprint)
+        given = Path(corpus.path).expanduser()
+        if (given / "store.json").is_file():
+            self.path = given
+            if json.loads((given / "store.json").read_text())["made_with"] != made_with:
+                raise UserError(
+                    f"corpus {corpus.name!r}: the token store {given} was made with another tokenizer, "
+                    "`sentence_splitter`, `language` or `decontaminate_against`; give those, or the text as `path`"
+                )
+            if not self.is_complete:
+                missing = sum(not self.is_done(shard) for shard in range(self.num_shards))
+                raise UserError(
+                    f"corpus {corpus.name!r}: the token store {given} lacks {missing} of {self.num_shards} shards; "
+                    "finish it with the command that began it"
+                )
+        else:
+            fingerprint = digest(made_with, source_fingerprint(corpus))[:16]
+            name = re.sub(r"[^\w.-]", "_", corpus.name)
+            self.path = root / f"{name}-{fingerprint}"
+        self.made_with = made_with
+
+    @property
+    def num_shards(self) -> int:
+        return json.loads((self.path / "store.json").read_text())["num_shards"]
+
+    def arrow(self, shard: int) -> Path:
+        return self.path / f"shard-{shard:05d}.arrow"
+
+    def is_done(self, shard: int) -> bool:
+        return self.arrow(shard).with_suffix(".json").is_file()
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.path / "store.json").is_file() and all(map(self.is_done, range(self.num_shards)))
+
+    def counts(self) -> Counter[str]:
+        """Documents and tokens in the store, and documents that were left out, by reason."""
+        total: Counter[str] = Counter()
+        for shard in range(self.num_shards):
+            total.update(json.loads(self.arrow(shard).with_suffix(".json").read_text()))
+        return total
+
+    def checksums(self) -> list[np.ndarray]:
+        """Of each shard, (documents,) uint64 of the texts."""
+        tables = (open_arrow(self.arrow(shard)) for shard in range(self.num_shards))
+        return [table.column("checksum").to_numpy() for table in tables]
+
+    def build(self, process_index: int, num_workers: int | None, max_unreadable: int) -> None:
+        """Make what is not there yet of the store, together with all processes that do the same.
+
+        Raises:
+            UserError: the corpus cannot be read, has too many malformed documents, or does not fit on the disk.
+        """
+        if not self.is_complete:
+            source = open_source(self.corpus)
+            self.path.mkdir(parents=True, exist_ok=True)
+            about = {
+                "corpus": asdict(self.corpus),
+                "made_with": self.made_with,
+                "num_shards": source.num_shards,
+                "sentence_splitter": self.encoder.sentence_splitter,
+                "language": self.encoder.language,
+            }
+            write_json(self.path / "store.json", about)
+            with tqdm(desc=f"tokenising {self.corpus.name}", unit=" documents", disable=process_index > 0) as bar:
+
+                def make(shard: int) -> None:
+                    documents = DocumentFilter(self.corpus.name, max_unreadable, self.decontaminator)
+                    encoded = EncodedShard(source, shard, self.encoder, documents)
+                    write_shard(self.arrow(shard), encoded, num_workers, max_unreadable, bar.update)
+
+                with naming_disk_errors(self.path):
+                    share(self.path, source.num_shards, process_index, self.is_done, make)
+        counts = self.counts()
+        check_unreadable(self.corpus.name, counts["unreadable"], max_unreadable, f"counted in {self.path}")
+        if not counts["tokens"]:
+            raise UserError(f"corpus {self.corpus.name!r}: {self.corpus.path} holds no text")
+
+
+@contextmanager
+def naming_disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the system says about a full or a foreign disk into an error that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path).free / 1e9
+            problem = (
+                f"no space left in {path} ({free:.1f} GB free); free some, or set `token_store_dir` to a folder on"
+            )
+            raise UserError(f"{problem} another disk. What is finished is kept") from error
+        if error.errno in (errno.EACCES, errno.EROFS):
+            raise UserError(f"{path} cannot be written; set `token_store_dir` to a folder that can") from error
+        raise
+
+
+def check_space(root: Path, stores: list[TokenStore]) -> None:
+    """
+    Raises:
+        UserError: what is not built yet of these stores will surely not fit.
+    """
+    needed = 0.0
+    for store in stores:
+        if not store.is_complete and local_files(store.corpus) is not None:
+            there = sum(file.stat().st_size for file in store.path.glob("shard-*.arrow"))
+            needed += max(0.0, corpus_bytes(store.corpus) * STORE_BYTES - there)
+    folder = next(folder for folder in [root, *root.absolute().parents] if folder.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"the token stores need about {needed / 1e9:.1f} GB in {root}, and {free / 1e9:.1f} GB are free; "
+            "free some, set `token_store_dir` to a folder on another disk, or `streaming: true`"
+        )
+
+
+def open_arrow(path: Path) -> pa.Table:
+    """A mapped file as a table, with nothing read but its index."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def flatten(chunk: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a list array, not copied, and (rows + 1,) their offsets."""
+    offsets = chunk.offsets.to_numpy()
+    return chunk.values.to_numpy(zero_copy_only=True)[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+
+def pack_unit(ids: pa.ListArray, ends: pa.ListArray, is_kept: np.ndarray, make: Callable[..., Packed]) -> Packed:
+    """Pack the kept documents of a unit; starts of segments are in tokens of the whole unit."""
+    _, id_offsets = flatten(ids)
+    values, end_offsets = flatten(ends)
+    lengths = np.diff(id_offsets).astype(np.int64)
+    kept_lengths = lengths[is_kept]
+    document_ends = np.cumsum(kept_lengths)
+    sentences = np.diff(end_offsets)
+    sentence_ends = values[np.repeat(is_kept, sentences)] + np.repeat(document_ends - kept_lengths, sentences[is_kept])
+    packed = make(document_ends, sentence_ends)
+    # Documents that are left out stand between others.
+    shift = id_offsets[:-1][is_kept] - (document_ends - kept_lengths)
+    document = np.searchsorted(document_ends, packed.segments["start"], side="right")
+    packed.segments["start"] += shift[np.minimum(document, len(shift) - 1)]
+    return packed
+
+
+class PackedCorpus:
+    """A token store seen as blocks of one format and length.
+
+    Args:
+        store: the encoded corpus, complete.
+        block_format: of the view.
+        copies: of each shard, which of its documents are left out as copies of others; None: none.
+    """
+
+    def __init__(self, store: TokenStore, block_format: BlockFormat, copies: list[np.ndarray] | None = None) -> None:
+        self.store = store
+        self.format = block_format
+        self.copies = copies
+        made_with: list[Any] = [BLOCKS_FORMAT]
+        made_with += [block_format.pair_special_tokens, block_format.seed] if block_format.packing in PAIRS else []
+        made_with += [digest(*(shard.tobytes() for shard in copies))] if copies else []
+        name = f"{block_format.packing}-{block_format.max_seq_length}"
+        self.path = store.path / f"{name}-{digest(*made_with)[:8]}"
+
+    def folder(self, shard: int) -> Path:
+        return self.path / f"shard-{shard:05d}"
+
+    def build(self, process_index: int) -> None:
+        """Make what is not there yet of the view, together with all processes that do the same; then open it."""
+        num_shards = self.store.num_shards
+        if not all(self.folder(shard).is_dir() for shard in range(num_shards)):
+            with naming_disk_errors(self.path):
+                share(self.path, num_shards, process_index, lambda shard: self.folder(shard).is_dir(), self.pack_shard)
+        self.open()
+
+    def pack_shard(self, shard: int) -> None:
+        table = open_arrow(self.store.arrow(shard))
+        is_kept = ~self.copies[shard] if self.copies else np.ones(len(table), bool)
+        units = [Packed(np.zeros(0, SEGMENT), np.zeros(0, np.int64), np.zeros(0, np.int8))]
+        tokens = documents = num_segments = 0
+        for batch in table.to_batches():
+            kept = is_kept[documents : documents + len(batch)]
+            if kept.any():
+                unit = pack_unit(batch["input_ids"], batch["sentence_ends"], kept, self.format.pack)
+                unit.segments["start"] += tokens
+                units.append(unit._replace(block_ends=unit.block_ends + num_segments))
+                num_segments += len(unit.segments)
+            documents += len(batch)
+            tokens += len(flatten(batch["input_ids"])[0])
+        packed = Packed(*map(np.concatenate, zip(*units, strict=True)))
+        for leftover in self.path.glob(f".{self.folder(shard).name}.*"):  # of a killed process
+            shutil.rmtree(leftover)
+        temporary = self.path / f".{self.folder(shard).name}.{os.getpid()}"
+        temporary.mkdir()
+        for name, array in packed._asdict().items():
+            np.save(temporary / f"{name}.npy", array)
+        kept_tokens = int(packed.segments["length"].sum(dtype=np.int64))
+        counts = {"documents": int(is_kept.sum()), "tokens": kept_tokens, "copies": int((~is_kept).sum())}
+        write_json(temporary / "counts.json", counts)
+        temporary.rename(self.folder(shard))
+
+    def open(self) -> None:
+        folders = [self.folder(shard) for shard in range(self.store.num_shards)]
+        self.shards = [ShardBlocks(self.store.arrow(shard), folder) for shard, folder in enumerate(folders)]
+        self.first_blocks = [0, *itertools.accumulate(len(shard.block_ends) for shard in self.shards)]
+        self.counts: Counter[str] = Counter()
+        for folder in folders:
+            self.counts.update(json.loads((folder / "counts.json").read_text()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A worker process that is not forked opens the mapped files itself rather than being sent their contents.
+        return {name: value for name, value in vars(self).items() if name != "shards"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.open()
+
+    def __len__(self) -> int:
+        return self.first_blocks[-1]
+
+    def block(self, number: int) -> Block:
+        shard = bisect.bisect_right(self.first_blocks, number) - 1
+        return self.format.assemble(*self.shards[shard].read(number - self.first_blocks[shard]))
+
+
+class ShardBlocks:
+    """The mapped tables of one shard."""
+
+    def __init__(self, arrow: Path, folder: Path) -> None:
+        batches = open_arrow(arrow).to_batches()
+        self.units = [flatten(batch["input_ids"])[0] for batch in batches]
+        self.unit_starts = [0, *itertools.accumulate(map(len, self.units))]
+        self.segments, self.block_ends, self.labels = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in Packed._fields
+        )
+
+    def read(self, number: int) -> tuple[list[np.ndarray], np.ndarray, int]:
+        """Ids of each segment of a block, which of them end a document, and the block's label."""
+        first = int(self.block_ends[number - 1]) if number else 0
+        segments = self.segments[first : int(self.block_ends[number])]
+        starts, lengths = segments["start"].tolist(), segments["length"].tolist()
+        unit = bisect.bisect_right(self.unit_starts, starts[0]) - 1
+        base = self.unit_starts[unit]
+        ids = [
+            self.units[unit][start - base : start - base + length]
+            for start, length in zip(starts, lengths, strict=True)
+        ]
+        return ids, segments["ends_document"], int(self.labels[number])
