@@ -27,6 +27,7 @@ from datasets import IterableDataset, Value, load_dataset
 from recipe.config import CorpusArguments, UserError
 
 LINES, TEXTS, TABLES = (".jsonl", ".json"), (".txt",), (".parquet", ".arrow")
+PACKED_BY = {".gz": "gzip", ".zst": "zstd"}  # pyarrow's names
 # Bytes of English text for one compressed byte, measured at the tools' default levels; only default weights rest on it.
 COMPRESSION_RATIO = {".gz": 2.6, ".zst": 2.8, ".xz": 3.5}
 SUFFIXES = tuple(kind + packed for kind in LINES + TEXTS for packed in ("", *COMPRESSION_RATIO)) + TABLES
@@ -59,12 +60,14 @@ class Source(ABC):
     Attributes:
         corpus: what was opened.
         num_shards: shards, in a fixed order.
+        passing_errors: what may be gone at the next try.
         largest_shard: bytes on disk of the largest, 0 if not known.
     """
 
     corpus: CorpusArguments
     num_shards: int
     largest_shard: int = 0
+    passing_errors: type[Exception] = OSError
 
     @abstractmethod
     def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, str | UserError]]:
@@ -92,7 +95,7 @@ class Source(ABC):
                 return
             except UserError:
                 raise
-            except Exception as error:  # of whatever the hub's connection is made of
+            except self.passing_errors as error:
                 place = f"corpus {self.corpus.name!r}: {self.corpus.path}, shard {shard}, record {first}"
                 if (wait := next(waits, None)) is None:
                     raise SourceError(
@@ -155,6 +158,8 @@ class LocalSource(Source):
 
 class HubSource(Source):
     """A hub data set, read as a stream: nothing of its text is kept on disk."""
+
+    passing_errors = Exception  # the connection is made of many libraries
 
     def __init__(self, corpus: CorpusArguments) -> None:
         self.corpus = corpus
@@ -221,9 +226,7 @@ def open_bytes(file: str) -> Any:
     if file.endswith(".xz"):
         return lzma.open(file, "rb")
     if packed := packing_of(file):
-        return io.BufferedReader(
-            pa.input_stream(file, compression=packed.removeprefix(".").replace("gz", "gzip")), 2**16
-        )
+        return io.BufferedReader(pa.input_stream(file, compression=PACKED_BY[packed]), 2**16)
     return open(file, "rb")
 
 
@@ -366,8 +369,11 @@ def open_hub_corpus(corpus: CorpusArguments) -> IterableDataset:
     return rows if corpus.text_column == "text" else rows.rename_column(corpus.text_column, "text")
 
 
-def check_corpus(corpus: CorpusArguments) -> None:
+def check_corpus(corpus: CorpusArguments, max_unreadable: int = 0) -> None:
     """Read one document of a corpus, before anything expensive.
+
+    Args:
+        max_unreadable: malformed ones that may stand before it.
 
     Raises:
         UserError: the corpus cannot be opened or read, or holds no text.
@@ -377,8 +383,10 @@ def check_corpus(corpus: CorpusArguments) -> None:
         try:
             for _, text in source.records(shard, 0, WHOLE):
                 if isinstance(text, UserError):
-                    raise text
-                if text.strip():
+                    max_unreadable -= 1
+                    if max_unreadable < 0:
+                        raise text
+                elif text.strip():
                     return
         except UserError:
             raise

@@ -52,11 +52,10 @@ class Decontaminator:
                 f"`decontaminate_against`: no sentence of {SHORTEST} words or more in {', '.join(patterns)}"
             )
         self.fingerprint = checksums
-        beginnings = np.array(sorted({overlap[:SHORTEST] for overlap in self.overlaps}), np.uint64).reshape(
-            -1, SHORTEST
-        )
-        self.table = np.zeros(2**FILTER_BITS, bool)
-        self.table[self.hash(*beginnings.T)] = True
+        beginnings = {overlap[:SHORTEST] for overlap in self.overlaps}
+        self.table = np.zeros(2**FILTER_BITS if patterns else 0, bool)
+        if patterns:
+            self.table[self.hash(*np.array(sorted(beginnings), np.uint64).T)] = True
 
     def add(self, words: list[str]) -> None:
         ids = [self.vocabulary.setdefault(word, len(self.vocabulary) + 1) for word in words]

@@ -27,7 +27,7 @@ from recipe.masking import DynamicMaskingCollator
 from recipe.packing import Block, BlockFormat
 from recipe.sampling import BlockOrder, LaneOrder, apportion, permute
 from recipe.streaming import Buffer, CorpusReader, Lanes, Refill, Schedule, from_tensors, one_ahead
-from recipe.token_store import PackedCorpus, TokenStore, as_it_is, check_space, use_one_thread
+from recipe.token_store import LEFT_OUT, PackedCorpus, TokenStore, as_it_is, check_space, use_one_thread
 from recipe.tokenizer import DocumentEncoder
 
 Batch = dict[str, torch.Tensor]
@@ -39,14 +39,13 @@ UNIGRAM_STREAMED_BLOCKS = 2_000  # the same where they have to be tokenised firs
 HELD_OUT_SHARDS = 8  # of a streamed corpus, whose heads are held out
 HEADS = 6  # what a permutation is for, as part of its key, beside those of recipe/sampling.py and streaming.py
 COUNTED = ("blocks", "tokens", "documents")  # of each corpus, in an update
-LEFT_OUT = ("empty", "unreadable", "contaminated", "copies")  # documents of a corpus that are not trained on
 
 
 class Counts:
     """The counts of an update as one array of integers, which processes can add up at once.
 
     `failed`: processes whose corpora cannot be read; `masked` tokens; `digest`: of all blocks and masks; `corpora`:
-    (corpora, 3), see `COUNTED`; `streams`: (corpora, 5), see `LEFT_OUT`, and a millionth of the passes of all lanes, so
+    (corpora, 3), see `COUNTED`; `streams`: (corpora, 4), see `LEFT_OUT`, and a millionth of the passes of all lanes, so
     far.
     """
 
@@ -278,7 +277,7 @@ class CachedData(Data):
         self.stores = [TokenStore(corpus, self.encoder, self.decontaminator, root) for corpus in self.corpora]
         for store in self.stores:
             if not store.is_complete:
-                check_corpus(store.corpus)
+                check_corpus(store.corpus, args.max_unreadable_documents)
         check_space(root, self.stores)
 
     def prepare(self, process_index: int) -> None:
@@ -352,17 +351,13 @@ class CachedData(Data):
         lines = []
         for (name, (documents, tokens, blocks)), packed in zip(self.identity().items(), self.packed, strict=True):
             padding = 1 - (tokens + 2 * blocks) / (blocks * self.args.max_seq_length)
-            left_out = [f"{count:,} {reason}" for reason, count in self.left_out(packed).items() if count]
+            left_out = [f"{count:,} {reason}" for reason, count in packed.left_out.items() if count]
             lines.append(
                 f"corpus {name}: {documents:,} documents, {tokens:,} tokens, {blocks:,} blocks "
                 f"({padding:.1%} of the positions are padding or between documents)"
                 + (f"; left out: {', '.join(left_out)}" if left_out else "")
             )
         return lines
-
-    def left_out(self, packed: PackedCorpus) -> dict[str, int]:
-        counts = packed.store.counts() | {"copies": packed.counts["copies"]}
-        return {reason: counts[reason] for reason in LEFT_OUT}
 
     def corpora_record(self, counts: list[list[int]], streams: np.ndarray) -> dict[str, dict[str, float]]:
         """Of each corpus what has been seen so far, for metrics.jsonl.
@@ -372,9 +367,7 @@ class CachedData(Data):
             streams: see `Counts`; of no use in this mode.
         """
         return {
-            name: dict(zip(COUNTED, seen, strict=True))
-            | {"passes": round(seen[0] / int(size), 4)}
-            | self.left_out(packed)
+            name: dict(zip(COUNTED, seen, strict=True)) | {"passes": round(seen[0] / int(size), 4)} | packed.left_out
             for name, seen, size, packed in zip(self.names, counts, self.num_train, self.packed, strict=False)
         }
 
@@ -416,7 +409,7 @@ class StreamedData(Data):
         weights = [corpus.weight for corpus in args.corpora]
         self.quotas = [corpus_bytes(corpus) for corpus in args.corpora] if None in weights else weights
         for corpus in self.corpora:
-            check_corpus(corpus)
+            check_corpus(corpus, args.max_unreadable_documents)
 
     def prepare(self, process_index: int) -> None:
         """Open the corpora and hold out whole documents at the heads of some shards.

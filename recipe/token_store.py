@@ -44,6 +44,7 @@ from recipe.tokenizer import DocumentEncoder
 
 STORE_FORMAT, BLOCKS_FORMAT = 1, 1  # parts of the folders' names: raise them when the contents come out differently
 UNIT_TOKENS = 4_000_000  # that a unit has at least, if its shard has; one block of it is short
+LEFT_OUT = ("empty", "unreadable", "contaminated")  # documents that a store does not have, by reason
 RECORDS_AT_ONCE = 100  # that a worker encodes and sends together
 STORE_BYTES = 0.6  # of a token store for each byte of text: two a token of some 4.4 bytes, and the ends of sentences
 
@@ -122,7 +123,7 @@ def write_shard(
     )
     dtype = pa.from_numpy_dtype(encoded.encoder.dtype)
     schema = pa.schema({"input_ids": pa.list_(dtype), "sentence_ends": pa.list_(pa.int32()), "checksum": pa.uint64()})
-    counts: Counter[str] = Counter(documents=0, tokens=0, empty=0, unreadable=0, contaminated=0)
+    counts: Counter[str] = Counter(dict.fromkeys(("documents", "tokens", *LEFT_OUT), 0))
     for leftover in path.parent.glob(f".{path.name}.*"):  # of a killed process
         leftover.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -424,6 +425,8 @@ class PackedCorpus:
         self.counts: Counter[str] = Counter()
         for folder in folders:
             self.counts.update(json.loads((folder / "counts.json").read_text()))
+        stored = self.store.counts()
+        self.left_out = {name: stored[name] for name in LEFT_OUT} | {"copies": self.counts["copies"]}
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process that is not forked opens the mapped files itself rather than being sent their contents.

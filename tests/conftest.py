@@ -39,6 +39,12 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that fails in a test is not tried again for minutes."""
+    monkeypatch.setattr("recipe.corpora.RETRY_SECONDS", ())
+
+
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     rng = random.Random(0)

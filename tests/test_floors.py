@@ -10,6 +10,7 @@ FLOORS = [
     {
         "tokenizer",
         "corpora",
+        "hygiene",
         "packing",
         "sampling",
         "masking",
@@ -21,7 +22,8 @@ FLOORS = [
         "plots",
         "run_directory",
     },
-    {"loader", "plan"},
+    {"token_store", "streaming", "plan"},
+    {"loader"},
     {"training"},
     {"demo"},
 ]

@@ -7,14 +7,13 @@ import pytest
 import torch
 
 from recipe.config import CorpusArguments, PretrainArguments, UserError
-from recipe.loader import CachedData, PackedCorpus, build_token_store
-from recipe.tokenizer import DocumentEncoder
+from recipe.loader import CachedData, Counts, Data, StreamedData
 from tests.conftest import write_jsonl
 
 
 @pytest.fixture
 def make_data(corpus_file: Path, tokenizer, tokenizer_dir: Path):
-    def make(**changes: object) -> CachedData:
+    def make(**changes: object) -> Data:
         settings = {
             "output_dir": "unused",
             "tokenizer_name": str(tokenizer_dir),
@@ -25,50 +24,21 @@ def make_data(corpus_file: Path, tokenizer, tokenizer_dir: Path):
             "per_device_train_batch_size": 8,
             "per_device_eval_batch_size": 4,
         }
-        return CachedData(PretrainArguments(**(settings | changes)), tokenizer)
+        args = PretrainArguments(**(settings | changes))
+        data = (StreamedData if args.streaming else CachedData)(args, tokenizer)
+        data.prepare(0)
+        return data
 
     return make
 
 
-def rows_of_update(data: CachedData, update: int, num_processes: int, num_workers: int = 0) -> torch.Tensor:
-    rows = [
-        torch.cat([batch["input_ids"], batch["labels"]], 1)
-        for process in range(num_processes)
-        for batch in next(data.train_batches(process, num_processes).iterate(update, update + 1, num_workers))
+def rows_of_update(data: Data, update: int, num_processes: int) -> tuple[list, list[int]]:
+    """All rows of an update, in an order that processes do not change, and its counts."""
+    shares = [
+        next(data.train_updates(process, num_processes, update, update + 1, None)) for process in range(num_processes)
     ]
-    return torch.stack(sorted(torch.cat(rows), key=lambda row: row.tolist()))
-
-
-def test_blocks_are_the_documents_own_ids(make_data, tokenizer, texts):
-    packed = make_data().packed[0]
-    tokens = [id for n in range(len(packed)) for id in packed.block(n).tolist() if id not in (0, 2)]
-    expected = [id for t in texts for id in tokenizer.backend_tokenizer.encode(t, add_special_tokens=False).ids]
-    assert tokens == expected
-
-
-def test_store_does_not_depend_on_num_proc(tmp_path: Path, texts, tokenizer):
-    stores = []
-    for num_proc in (1, 3):
-        # Two copies, since the cache would give the first store back.
-        path = write_jsonl(tmp_path / f"{num_proc}.jsonl", texts)
-        encoder = DocumentEncoder(tokenizer, "sentencex", "en")
-        stores.append(build_token_store(CorpusArguments(name="c", path=str(path)), encoder, num_proc))
-    assert stores[0].to_list() == stores[1].to_list()
-    one, three = (PackedCorpus(store, 32, 0, 2) for store in stores)
-    assert one.block_ends.tolist() == three.block_ends.tolist()
-    assert [one.block(n).tolist() for n in range(len(one))] == [three.block(n).tolist() for n in range(len(three))]
-
-
-def test_store_is_found_again_and_made_anew_for_another_splitter(corpus_file: Path, tokenizer, monkeypatch):
-    corpus = CorpusArguments(name="c", path=str(corpus_file))
-    build_token_store(corpus, DocumentEncoder(tokenizer, "sentencex", "en"), None)
-    calls = []
-    encode = DocumentEncoder.__call__
-    monkeypatch.setattr(DocumentEncoder, "__call__", lambda self, batch: (calls.append(1), encode(self, batch))[1])
-    build_token_store(corpus, DocumentEncoder(tokenizer, "sentencex", "en"), None)
-    assert not calls
-    build_token_store(corpus, DocumentEncoder(tokenizer, "sentencex", "de"), None)
-    assert calls
+    rows = [torch.cat([b["input_ids"], b["labels"]], 1) for share in shares for b in share.micro_batches]
+    return sorted(torch.cat(rows).tolist()), sum(share.counts.array for share in shares).tolist()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -76,26 +46,92 @@ def test_store_is_found_again_and_made_anew_for_another_splitter(corpus_file: Pa
 def test_update_is_the_same_for_any_processes_workers_and_micro_batch(
     make_data, num_processes, micro_batch, num_workers
 ):
-    reference = rows_of_update(make_data(), 5, 1)
-    data = make_data(per_device_train_batch_size=micro_batch)
-    assert torch.equal(rows_of_update(data, 5, num_processes, num_workers), reference)
+    reference = rows_of_update(make_data(dataloader_num_workers=0), 5, 1)
+    data = make_data(per_device_train_batch_size=micro_batch, dataloader_num_workers=num_workers)
+    assert rows_of_update(data, 5, num_processes) == reference
 
 
 def test_iteration_goes_on_from_any_update(make_data):
-    batches = make_data(per_device_train_batch_size=4).train_batches(0, 1)
-    whole = list(batches.iterate(0, 6, 0))
-    resumed = list(batches.iterate(4, 6, 0))
+    data = make_data(per_device_train_batch_size=4, dataloader_num_workers=0)
+    whole = list(data.train_updates(0, 1, 0, 6, None))
+    resumed = list(data.train_updates(0, 1, 4, 6, None))
     for one, two in zip(whole[4:], resumed, strict=True):
-        for a, b in zip(one, two, strict=True):
+        assert one.counts.array.tolist() == two.counts.array.tolist()
+        for a, b in zip(one.micro_batches, two.micro_batches, strict=True):
             assert torch.equal(a["input_ids"], b["input_ids"])
+
+
+def test_counts_are_those_of_the_rows(make_data, texts):
+    data = make_data(train_batch_size=1, per_device_train_batch_size=1, dataloader_num_workers=0, eval_blocks=0)
+    blocks = int(data.num_train[0])
+    one_pass = sum(share.counts.array for share in data.train_updates(0, 1, 0, blocks, None))
+    counts = Counts(1, one_pass)
+    assert counts.corpora.tolist() == [[blocks, counts.corpora[0, 1], len(texts)]]
+    assert counts.corpora[0, 1] >= data.packed[0].counts["tokens"] + 2 * blocks
+    seen = data.corpora_record(counts.corpora.tolist(), counts.streams)["sample"]
+    assert seen == {"blocks": blocks, "tokens": counts.corpora[0, 1], "documents": len(texts), "passes": 1.0} | {
+        "empty": 0,
+        "unreadable": 0,
+        "contaminated": 0,
+        "copies": 0,
+    }
+
+
+PLAIN = {"input_ids", "labels", "position_ids", "attention_mask"}
+PAIR = PLAIN | {"token_type_ids", "next_sentence_label"}
+
+
+@pytest.mark.parametrize(
+    ("packing", "streaming", "names"),
+    [
+        ("full_sentences", False, PLAIN),
+        ("full_sentences", True, PLAIN),
+        ("doc_sentences", False, {"input_ids", "labels", "position_ids", "document_ids"}),
+        ("doc_sentences", True, {"input_ids", "labels", "position_ids", "document_ids"}),
+        ("contiguous", False, {"input_ids", "labels", "position_ids"}),
+        ("contiguous", True, {"input_ids", "labels", "position_ids"}),
+        ("segment_pair", False, PAIR),
+        ("sentence_pair", False, PAIR),
+    ],
+)
+def test_every_packing_gives_its_batches(make_data, packing, streaming, names, tokenizer):
+    changes = {"streaming": True, "num_lanes": 4, "shuffle_buffer_size": 8} if streaming else {"prepare_only": True}
+    data = make_data(packing=packing, train_batch_size=8, **changes)
+    (batch,) = next(data.train_updates(0, 1, 0, 1, None)).micro_batches
+    assert set(batch) == names
+    ids = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
+    assert (ids[:, 0] == tokenizer.cls_token_id).all()
+
+
+def test_copies_are_left_out_of_all_corpora(make_data, tmp_path: Path, texts):
+    corpora = [
+        CorpusArguments(name=name, path=str(write_jsonl(tmp_path / f"{name}.jsonl", chosen)))
+        for name, chosen in (("a", texts[:60]), ("b", [*texts[50:], texts[60]]))
+    ]
+    plain, clean = make_data(corpora=corpora), make_data(corpora=corpora, deduplicate=True)
+    assert [packed.counts["copies"] for packed in plain.packed] == [0, 0]
+    assert [packed.counts["copies"] for packed in clean.packed] == [0, 11]
+    assert sum(packed.counts["documents"] for packed in clean.packed) == len(texts)
+    assert "left out: 11 copies" in clean.describe()[1]
+    assert clean.corpora_record([[1, 1, 1]] * 2, np.zeros((2, 4)))["b"]["copies"] == 11
+
+
+def test_test_sentences_are_left_out_and_counted(make_data, tmp_path: Path, texts):
+    sentence = max(texts, key=len).split(". ")[0]
+    (tmp_path / "dev.tsv").write_text(
+        f"sentence\tlabel\n{sentence} and so on it went\t1\n{' '.join(texts[5].split()[:14])}\t0\n"
+    )
+    data = make_data(decontaminate_against=[str(tmp_path / "*.tsv")])
+    assert data.packed[0].left_out["contaminated"] >= 1
+    assert "contaminated" in data.describe()[0]
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
 def test_update_of_many_micro_batches_keeps_no_file_open(make_data):
     data = make_data(train_batch_size=512, per_device_train_batch_size=1)
     before = len(os.listdir("/proc/self/fd"))
-    batches = next(data.train_batches(0, 1).iterate(0, 1, num_workers=2))
-    assert len(batches) == 512
+    share = next(data.train_updates(0, 1, 0, 1, None))
+    assert len(share.micro_batches) == 512
     assert len(os.listdir("/proc/self/fd")) < before + 50
 
 
@@ -104,14 +140,14 @@ def test_every_held_out_block_is_evaluated_once(make_data, num_processes):
     data = make_data()
     rows, counts = [], []
     for process in range(num_processes):
-        batches = next(data.eval_batches(process, num_processes).iterate(0, 1, 0))
+        batches, _ = next(data.eval_batches(process, num_processes).iterate(0, 1, 0))
         counts.append(len(batches))
         for batch in batches:
             # Restored, a row is its block.
             ids = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
             rows += [tuple(row.tolist()) for row in ids if (row != 1).sum() > 2]
     assert len(set(counts)) == 1
-    held = [tuple(data.packed[0].block(int(n)).tolist()) for n in data.eval_blocks]
+    held = [tuple(data.packed[0].block(int(n)).input_ids.tolist()) for n in data.eval_blocks]
     assert sorted(row[: len(block)] for row, block in zip(sorted(rows), sorted(held), strict=True)) == sorted(held)
 
 
@@ -123,23 +159,14 @@ def test_eval_corpora_are_used_whole_for_evaluation_alone(make_data, tmp_path: P
     assert (data.locate_eval(np.arange(len(data.eval_blocks)))[0] == 1).all()
 
 
-def test_chunks_are_read_across_their_edges(make_data, monkeypatch):
-    packed = make_data().packed[0]
-    whole = np.concatenate(packed.chunks)
-    packed.chunks = [whole[:7], whole[7:50], whole[50:51], whole[51:]]
-    packed.chunk_starts = np.cumsum([0, *map(len, packed.chunks)])
-    for start, end in [(0, 7), (3, 52), (7, 50), (49, 60), (51, 60), (0, len(whole))]:
-        assert packed.tokens(start, end).tolist() == whole[start:end].tolist()
-
-
 def test_unigram_loss_is_that_of_the_counts(make_data):
     data = make_data()
     counts = np.ones(len(data.collator.tokenizer))
-    for n in range(data.blocks_per_epoch):
+    for n in range(int(data.num_train.sum())):
         corpus, _, block = (int(array[0]) for array in data.order.locate(np.array([n])))
-        np.add.at(counts, data.packed[corpus].block(block), 1)
+        np.add.at(counts, data.packed[corpus].block(block).input_ids, 1)
     counts[data.collator.tokenizer.all_special_ids] = 0
-    labels = np.concatenate([b["labels"].numpy().ravel() for b in next(data.eval_batches(0, 1).iterate(0, 1, 0))])
+    labels = np.concatenate([b["labels"].numpy().ravel() for b in next(data.eval_batches(0, 1).iterate(0, 1, 0))[0]])
     expected = -np.log((counts / counts.sum())[labels[labels != -100]]).mean()
     assert data.unigram_loss() == pytest.approx(expected)
 

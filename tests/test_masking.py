@@ -17,7 +17,8 @@ def make_examples(tokenizer, rows: int, visit: int = 0, length: int = LENGTH, se
     rng = np.random.default_rng(seed)
     ids = rng.integers(4, len(tokenizer) - 1, (rows, length)).astype(np.uint16)
     ids[:, 0], ids[:, -1], ids[:, length // 2] = 0, 2, 2
-    return [{"input_ids": row, "corpus": 0, "block": n, "visit": visit} for n, row in enumerate(ids)]
+    alike = {"corpus": 0, "visit": visit, "spans": np.array([length]), "label": 0, "documents": 1}
+    return [{"input_ids": row, "block": n, **alike} for n, row in enumerate(ids)]
 
 
 def fates(original: np.ndarray, batch: dict[str, torch.Tensor], mask_token_id: int) -> np.ndarray:
@@ -105,8 +106,39 @@ def test_short_blocks_are_padded_and_positions_given(tokenizer, collator):
 
 
 def test_empty_block_has_nothing_to_predict(tokenizer, collator):
-    empty = {"input_ids": np.array([0, 2]), "corpus": 0, "block": 0, "visit": 0}
+    empty = make_examples(tokenizer, 1)[0] | {"input_ids": np.array([0, 2]), "spans": np.array([2])}
     assert (collator([empty])["labels"] == -100).all()
+
+
+def test_shared_rows_say_which_document_and_position(tokenizer):
+    collator = DynamicMaskingCollator(tokenizer, max_seq_length=10, packing="doc_sentences")
+    example = make_examples(tokenizer, 1, length=8)[0] | {"spans": np.array([5, 3])}
+    batch = collator([example])
+    assert batch["document_ids"].tolist() == [[1, 1, 1, 1, 1, 2, 2, 2, 0, 0]]
+    assert batch["position_ids"].tolist() == [[2, 3, 4, 5, 6, 2, 3, 4, 1, 1]]
+    assert "attention_mask" not in batch
+
+
+def test_pairs_have_segment_ids_and_a_label(tokenizer):
+    collator = DynamicMaskingCollator(tokenizer, max_seq_length=10, packing="segment_pair")
+    example = make_examples(tokenizer, 1, length=8)[0] | {"spans": np.array([5, 3]), "label": 1}
+    batch = collator([example])
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 0, 0]]
+    assert batch["next_sentence_label"].tolist() == [1]
+    assert batch["position_ids"].tolist() == [[2, 3, 4, 5, 6, 7, 8, 9, 1, 1]]
+
+
+def test_rows_count_and_tell_masks_apart(tokenizer, collator):
+    examples = make_examples(tokenizer, 50)
+    rows, labels = (collator(examples)[name] for name in ("rows", "labels"))
+    assert rows.dtype == torch.int64
+    assert rows[:, 1].tolist() == [LENGTH] * 50
+    assert rows[:, 3].tolist() == (labels != -100).sum(1).tolist()
+    again = collator(examples)["rows"]
+    assert torch.equal(rows, again)
+    other_visit = collator(make_examples(tokenizer, 50, visit=1))["rows"]
+    assert (rows[:, 4] != other_visit[:, 4]).all()
+    assert len(set(rows[:, 4].tolist())) == 50
 
 
 def test_checks_of_the_stock_collator_hold(tokenizer):

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 
 from recipe.metrics import (
@@ -16,10 +17,14 @@ from recipe.metrics import (
 
 def test_window_is_the_mean_over_tokens_and_leaves_out_skipped_updates():
     state = TrainState()
-    state.count(10.0, 2, 100, None)
-    state.count(math.nan, 5, 100, "nonfinite")
-    state.count(2.0, 4, 100, None)
-    state.count(1.0, 4, 100, "overflow")
+    seen = np.array([[2, 60, 1], [1, 40, 3]])
+    state.count(10.0, 2, seen, 1, None)
+    state.count(math.nan, 5, seen, 1, "nonfinite")
+    state.count(2.0, 4, seen, 1, None)
+    state.count(1.0, 4, seen, 1, "overflow")
+    assert state.corpora == [[8, 240, 4], [4, 160, 12]]
+    assert state.blocks == 12
+    assert state.padding_share(50) == pytest.approx(1 / 3)
     assert (state.step, state.tokens, state.nonfinite_updates, state.overflows) == (4, 400, 1, 1)
     assert state.take_window_loss() == 2.0
     assert state.take_window_loss() is None
@@ -28,8 +33,18 @@ def test_window_is_the_mean_over_tokens_and_leaves_out_skipped_updates():
 def test_skipped_updates_in_a_row_are_counted():
     state = TrainState()
     for skipped in ("nonfinite", "nonfinite", None, "overflow", "nonfinite"):
-        state.count(1.0, 1, 1, skipped)
+        state.count(1.0, 1, np.array([[1, 1, 1]]), 1, skipped)
     assert state.skipped_in_a_row == 2
+
+
+def test_digest_tells_the_order_of_updates():
+    digests = []
+    for order in [(1, 2, 3), (2, 1, 3), (1, 2, 3)]:
+        state = TrainState()
+        for digest in order:
+            state.count(1.0, 1, np.array([[1, 1, 1]]), digest, None)
+        digests.append(state.data_digest)
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_eval_record_has_the_perplexity_of_its_loss():
@@ -40,11 +55,16 @@ def test_eval_record_has_the_perplexity_of_its_loss():
 
 
 def test_lines_are_aligned():
-    state = TrainState(step=5, tokens=1_234_567)
+    state = TrainState(step=5, tokens=1_234_567, blocks=3000)
     state.window_loss, state.window_masked = 30.0, 10
     watch = Stopwatch()
     watch.count(1000)
-    record = train_record(state, watch, 6e-4, 1.25, 0.5)
+    corpora = {
+        name: {"blocks": blocks, "passes": passes} for name, blocks, passes in (("a", 1000, 2), ("b", 2000, 0.5))
+    }
+    record = train_record(state, watch, 6e-4, 1.25, 512, corpora)
+    assert record["epoch"] == 1.0
+    assert record["padding_share"] == pytest.approx(1 - 1_234_567 / (3000 * 512), abs=1e-4)
     line = format_train_line(record, 100_000)
     assert "step      5/100000" in line
     assert "loss  3.000" in line

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from transformers import RobertaConfig, RobertaForMaskedLM
@@ -21,6 +22,7 @@ def test_loss_and_gradients_are_those_of_the_stock_model(tokenizer, model, short
     collator = DynamicMaskingCollator(tokenizer, max_seq_length=64)
     examples = make_examples(tokenizer, 5, length=64) + make_examples(tokenizer, short, length=20)
     batch = collator(examples)
+    del batch["rows"]
     objective = MaskedLMObjective(model, collator.max_masked)
     loss_sum, count = objective(**batch)
     assert count == (batch["labels"] != -100).sum()
@@ -37,9 +39,37 @@ def test_loss_and_gradients_are_those_of_the_stock_model(tokenizer, model, short
 
 def test_nothing_to_predict_gives_zero(tokenizer, model):
     collator = DynamicMaskingCollator(tokenizer, max_seq_length=32)
-    empty = {"input_ids": torch.tensor([0, 2]), "corpus": 0, "block": 0, "visit": 0}
-    loss_sum, count = MaskedLMObjective(model, collator.max_masked)(**collator([empty]))
+    batch = collator(make_examples(tokenizer, 1, length=3))
+    del batch["rows"]
+    batch["labels"][:] = -100
+    loss_sum, count = MaskedLMObjective(model, collator.max_masked)(**batch)
     assert (loss_sum.item(), count.item()) == (0.0, 0)
+
+
+def test_documents_that_share_a_row_are_as_if_alone(tokenizer, model):
+    lengths = [20, 9, 17]
+    parts = [make_examples(tokenizer, 1, length=length, seed=length)[0] for length in lengths]
+    row = parts[0] | {"input_ids": np.concatenate([part["input_ids"] for part in parts]), "spans": np.array(lengths)}
+    collator = DynamicMaskingCollator(tokenizer, max_seq_length=64, packing="doc_sentences")
+    objective = MaskedLMObjective(model, collator.max_masked)
+    batch = collator([row])
+    del batch["rows"]
+    shared = model.roberta(
+        batch["input_ids"],
+        attention_mask=(batch["document_ids"][:, :, None] == batch["document_ids"][:, None, :])[:, None],
+        position_ids=batch["position_ids"],
+    ).last_hidden_state[0]
+    start, loss, count = 0, 0.0, 0
+    for length in lengths:
+        ids, labels = (batch[name][:, start : start + length] for name in ("input_ids", "labels"))
+        alone = model.roberta(ids).last_hidden_state[0]
+        assert (shared[start : start + length] - alone).abs().max() < 1e-5
+        if (labels != -100).any():
+            mean = model(ids, labels=labels).loss.item()
+            loss, count = loss + mean * int((labels != -100).sum()), count + int((labels != -100).sum())
+        start += length
+    assert objective(**batch)[0].item() == pytest.approx(loss, rel=1e-5)
+    assert objective(**batch)[1] == count
 
 
 def test_engines_find_what_they_look_for(model):

@@ -14,7 +14,7 @@ from recipe.masking import DynamicMaskingCollator
 from recipe.model import ROBERTA_DEFAULTS
 from recipe.objectives import MaskedLMObjective
 from recipe.optimizer import build_optimizer
-from recipe.training import StopRequest, seed_dropout, train_step
+from recipe.training import StopRequest, Update, seed_dropout, train_step
 from tests.conftest import ROOT, SMALL_MODEL, reset_accelerate
 from tests.test_masking import make_examples
 
@@ -25,7 +25,15 @@ def make_batches(tokenizer, micro_batch: int) -> list[dict[str, torch.Tensor]]:
     """Eight rows of unlike lengths, and so of unlike counts of masked tokens."""
     collator = DynamicMaskingCollator(tokenizer, max_seq_length=LENGTH)
     examples = [make_examples(tokenizer, 8, length=8 + 3 * n)[n] for n in range(8)]
-    return [collator(examples[i : i + micro_batch]) for i in range(0, 8, micro_batch)]
+    batches = [collator(examples[i : i + micro_batch]) for i in range(0, 8, micro_batch)]
+    return [{name: tensor for name, tensor in batch.items() if name != "rows"} for batch in batches]
+
+
+def take_step(accelerator, objective, optimizer, micro_batches, max_grad_norm, request) -> tuple[Update, int]:
+    """An update and the masked tokens of all processes."""
+    masked = sum((batch["labels"] != -100).sum() for batch in micro_batches)
+    masked = int(accelerator.reduce(masked, "sum"))
+    return train_step(accelerator, objective, optimizer, micro_batches, masked, max_grad_norm, request), masked
 
 
 def make_model(tokenizer) -> RobertaForMaskedLM:
@@ -69,15 +77,15 @@ def step_in_this_process(accelerator, tokenizer, micro_batches, model=None):
     objective = MaskedLMObjective(model or make_model(tokenizer), 5)
     keeper = KeepGradients(objective.parameters())
     prepared, optimizer = accelerator.prepare(objective, keeper)
-    update = train_step(accelerator, prepared, optimizer, micro_batches, 0.0, StopRequest())
-    return update, keeper.gradients
+    update, masked = take_step(accelerator, prepared, optimizer, micro_batches, 0.0, StopRequest())
+    return update, keeper.gradients, update.loss_sum / masked
 
 
 @pytest.mark.parametrize("micro_batch", [8, 4, 2, 1])
 def test_gradients_are_those_of_one_big_batch_through_the_stock_loss(accelerator, tokenizer, micro_batch):
     loss, expected = stock_gradients(tokenizer)
-    update, gradients = step_in_this_process(accelerator, tokenizer, make_batches(tokenizer, micro_batch))
-    assert update.loss_sum / update.masked == pytest.approx(loss, rel=1e-5)
+    update, gradients, mean = step_in_this_process(accelerator, tokenizer, make_batches(tokenizer, micro_batch))
+    assert mean == pytest.approx(loss, rel=1e-5)
     assert update.skipped is None
     assert_close(gradients, expected)
     norm = torch.cat([g.flatten() for g in expected]).norm().item()
@@ -90,7 +98,7 @@ def test_accumulation_set_by_the_launcher_changes_nothing(monkeypatch, tokenizer
     reset_accelerate()
     accelerator = Accelerator()
     assert accelerator.gradient_accumulation_steps == 3
-    _, gradients = step_in_this_process(accelerator, tokenizer, make_batches(tokenizer, 2))
+    _, gradients, _ = step_in_this_process(accelerator, tokenizer, make_batches(tokenizer, 2))
     reset_accelerate()
     assert_close(gradients, stock_gradients(tokenizer)[1])
 
@@ -106,9 +114,9 @@ accelerator = Accelerator()
 assert accelerator.num_processes == 2
 tokenizer = load_tokenizer(sys.argv[1])
 batches = make_batches(tokenizer, int(sys.argv[3]))[accelerator.process_index :: 2]
-update, gradients = step_in_this_process(accelerator, tokenizer, batches)
+_, gradients, mean = step_in_this_process(accelerator, tokenizer, batches)
 if accelerator.is_main_process:
-    torch.save({"loss": update.loss_sum / update.masked, "gradients": gradients}, sys.argv[2])
+    torch.save({"loss": mean, "gradients": gradients}, sys.argv[2])
 """
 
 
@@ -130,7 +138,7 @@ def test_clipping_keeps_the_direction(accelerator, tokenizer):
     objective = MaskedLMObjective(make_model(tokenizer), 5)
     keeper = KeepGradients(objective.parameters())
     prepared, optimizer = accelerator.prepare(objective, keeper)
-    update = train_step(accelerator, prepared, optimizer, make_batches(tokenizer, 4), 0.01, StopRequest())
+    update, _ = take_step(accelerator, prepared, optimizer, make_batches(tokenizer, 4), 0.01, StopRequest())
     assert update.grad_norm > 0.01
     assert torch.cat([g.flatten() for g in keeper.gradients]).norm().item() == pytest.approx(0.01, rel=1e-3)
 
@@ -143,7 +151,7 @@ def spoil(model: RobertaForMaskedLM, value: float) -> RobertaForMaskedLM:
 
 def test_nonfinite_loss_never_reaches_the_optimizer(accelerator, tokenizer):
     model = spoil(make_model(tokenizer), float("nan"))
-    update, gradients = step_in_this_process(accelerator, tokenizer, make_batches(tokenizer, 4), model)
+    update, gradients, _ = step_in_this_process(accelerator, tokenizer, make_batches(tokenizer, 4), model)
     assert update.skipped == "nonfinite"
     assert gradients is None
 
@@ -164,7 +172,7 @@ def losses_and_norms(accelerator, tokenizer, scaler) -> list[tuple[float, float]
     objective = MaskedLMObjective(make_model(tokenizer), 5)
     prepared, optimizer = accelerator.prepare(objective, build_optimizer(objective, 1e-3, (0.9, 0.98), 1e-6, 0.0))
     updates = [
-        train_step(accelerator, prepared, optimizer, make_batches(tokenizer, 2), 0.5, StopRequest()) for _ in range(5)
+        take_step(accelerator, prepared, optimizer, make_batches(tokenizer, 2), 0.5, StopRequest())[0] for _ in range(5)
     ]
     assert {update.skipped for update in updates} == {None}
     accelerator.free_memory()
@@ -184,7 +192,7 @@ def test_overflow_is_left_to_the_scaler_and_counted_apart(fp16_accelerator, toke
     raw = build_optimizer(objective, 1e-3, (0.9, 0.98), 1e-6, 0.0)
     prepared, optimizer = fp16_accelerator.prepare(objective, raw)
     before = copy.deepcopy(prepared.state_dict())
-    update = train_step(fp16_accelerator, prepared, optimizer, make_batches(tokenizer, 4), 0.0, StopRequest())
+    update, _ = take_step(fp16_accelerator, prepared, optimizer, make_batches(tokenizer, 4), 0.0, StopRequest())
     assert update.skipped == "overflow"
     assert fp16_accelerator.scaler.get_scale() == 2.0**126
     assert all(torch.equal(before[name], value) for name, value in prepared.state_dict().items())
@@ -202,7 +210,7 @@ def test_infinite_loss_with_finite_gradients_never_reaches_the_optimizer(fp16_ac
     prepared, optimizer = fp16_accelerator.prepare(objective, raw)
     before = copy.deepcopy(prepared.state_dict())
     for _ in range(2):  # the scaler, too, is ready for the next update
-        update = train_step(fp16_accelerator, prepared, optimizer, batches, 0.0, StopRequest())
+        update, _ = take_step(fp16_accelerator, prepared, optimizer, batches, 0.0, StopRequest())
         assert update.skipped == "nonfinite"
     assert all(torch.equal(before[name], value) for name, value in prepared.state_dict().items())
 
@@ -232,6 +240,6 @@ def test_update_reports_a_stop_request(accelerator, tokenizer):
     prepared, optimizer = accelerator.prepare(objective, KeepGradients(objective.parameters()))
     request = StopRequest()
     batches = make_batches(tokenizer, 8)
-    assert not train_step(accelerator, prepared, optimizer, batches, 0.0, request).stopping
+    assert not take_step(accelerator, prepared, optimizer, batches, 0.0, request)[0].stopping
     request.signal = "SIGTERM"
-    assert train_step(accelerator, prepared, optimizer, batches, 0.0, request).stopping
+    assert take_step(accelerator, prepared, optimizer, batches, 0.0, request)[0].stopping
