@@ -379,43 +379,46 @@ class Lanes:
         return {where: buffer.copy() for where, buffer in self.buffers.items()}
 
 
-def to_tensors(buffers: dict[tuple[int, int], Buffer]) -> dict[str, Any]:
-    """Buffers as tensors and plain values, for a checkpoint."""
-    saved = {}
-    for (lane, corpus), buffer in buffers.items():
-        state = buffer.state
-        blocks = Blocks.join([block for _, block in buffer.blocks], state.remainder.input_ids.dtype)
-        saved[f"{lane}.{corpus}"] = {
-            "state": vars(state) | {"remainder": tensors(state.remainder), "counts": dict(state.counts)},
+def to_arrays(buffers: dict[tuple[int, int], Buffer]) -> dict[str, Any]:
+    """Buffers as arrays and plain values, to be sent to the process that writes the checkpoint."""
+    return {
+        f"{lane}.{corpus}": {
+            "state": vars(buffer.state)
+            | {"remainder": list(buffer.state.remainder), "counts": dict(buffer.state.counts)},
             "drawn": buffer.drawn,
-            "numbers": torch.tensor([number for number, _ in buffer.blocks], dtype=torch.int64),
-            "blocks": tensors(blocks),
+            "numbers": [np.array([number for number, _ in buffer.blocks], np.int64)],
+            "blocks": list(Blocks.join([b for _, b in buffer.blocks], buffer.state.remainder.input_ids.dtype)),
         }
-    return saved
+        for (lane, corpus), buffer in buffers.items()
+    }
+
+
+def convert(values: Any, array: type, function: Callable[[Any], Any]) -> Any:
+    """The same nested dictionaries and lists with every `array` in them converted."""
+    if isinstance(values, dict):
+        return {name: convert(value, array, function) for name, value in values.items()}
+    if isinstance(values, list):
+        return [convert(value, array, function) for value in values]
+    return function(values) if isinstance(values, array) else values
+
+
+def to_tensors(arrays: dict[str, Any]) -> dict[str, Any]:
+    """What `to_arrays` gives as a checkpoint holds it. (Tensors of uint16 can be saved, but not pickled.)"""
+    return convert(arrays, np.ndarray, torch.from_numpy)
 
 
 def from_tensors(saved: dict[str, Any], lanes: list[int]) -> dict[tuple[int, int], Buffer]:
-    """The inverse of `to_tensors`, for some of the lanes."""
+    """The buffers of some lanes from a checkpoint."""
     buffers = {}
     for key, value in saved.items():
         lane, corpus = map(int, key.split("."))
         if lane in lanes:
+            value = convert(value, torch.Tensor, torch.Tensor.numpy)
             state = value["state"]
-            remainder, counts = Remainder(*arrays(state["remainder"])), Counter(state["counts"])
-            blocks = Blocks(*arrays(value["blocks"])).split()
-            numbered = list(zip(value["numbers"].tolist(), blocks, strict=True))
-            buffers[lane, corpus] = Buffer(
-                FeedState(**state | {"remainder": remainder, "counts": counts}), numbered, value["drawn"]
-            )
+            state |= {"remainder": Remainder(*state["remainder"]), "counts": Counter(state["counts"])}
+            numbered = list(zip(value["numbers"][0].tolist(), Blocks(*value["blocks"]).split(), strict=True))
+            buffers[lane, corpus] = Buffer(FeedState(**state), numbered, value["drawn"])
     return buffers
-
-
-def tensors(values: NamedTuple) -> list[torch.Tensor]:
-    return [torch.from_numpy(value) for value in values]
-
-
-def arrays(values: list[torch.Tensor]) -> list[np.ndarray]:
-    return [value.numpy() for value in values]
 
 
 def one_ahead(items: Iterator[Any]) -> Iterator[Any]:

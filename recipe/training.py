@@ -32,7 +32,7 @@ from recipe.metrics import (
 )
 from recipe.plots import plot_loss
 from recipe.run_directory import RunDirectory
-from recipe.streaming import Buffer, from_tensors, to_tensors
+from recipe.streaming import Buffer, from_tensors, to_arrays, to_tensors
 
 UNSERVED_ENGINES = {
     DistributedType.FSDP,
@@ -292,9 +292,9 @@ def save(
     lanes: dict[tuple[int, int], Buffer],
 ) -> None:
     """Checkpoint, status and plot."""
-    all_lanes = gather_object([to_tensors(lanes)])
+    all_lanes = gather_object([to_arrays(lanes)])
     if accelerator.is_main_process:
-        tensors = {"optimizer": optimizer.state_dict(), "lanes": dict(ChainMap(*all_lanes))}
+        tensors = {"optimizer": optimizer.state_dict(), "lanes": to_tensors(dict(ChainMap(*all_lanes)))}
         if accelerator.scaler is not None:
             tensors["scaler"] = accelerator.scaler.state_dict()
         kept = {"train_state": asdict(state), "identity": identity, "arguments": asdict(args)}

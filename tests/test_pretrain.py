@@ -105,8 +105,12 @@ def read_state(run: Path) -> dict:
     return json.loads((sorted((run / "checkpoints").iterdir())[-1] / "state.json").read_text())
 
 
-def test_killed_run_goes_on_to_the_same_end(flags, run_pretrain, tmp_path: Path):
-    flags |= {"max_steps": 120, "save_steps": 4, "eval_steps": 7, "logging_steps": 3}
+STREAMED = {"streaming": "true", "num_lanes": 4, "shuffle_buffer_size": 64}
+
+
+@pytest.mark.parametrize("mode", [{}, STREAMED, STREAMED | {"dataloader_num_workers": 2}])
+def test_killed_run_goes_on_to_the_same_end(flags, run_pretrain, tmp_path: Path, mode):
+    flags |= {"max_steps": 120, "save_steps": 4, "eval_steps": 7, "logging_steps": 3} | mode
     run_pretrain(flags)
     killed = flags | {"output_dir": tmp_path / "killed", "resume_from_checkpoint": "latest"}
     environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
@@ -162,6 +166,100 @@ def test_two_processes_give_the_losses_of_one(flags, run_pretrain, tmp_path: Pat
         for name in ("loss", "grad_norm", "eval_loss"):
             assert line.get(name) == (pytest.approx(other[name], rel=1e-5) if name in line else None)
     assert len(json.loads((tmp_path / "two" / "status.json").read_text())["pids"]) == 2
+
+
+def test_stream_goes_on_from_two_processes_to_one_and_back(flags, run_pretrain, tmp_path: Path):
+    sizes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    flags |= STREAMED | {
+        "model_config": json.dumps(json.loads(flags["model_config"]) | sizes),
+        "save_steps": 2,
+        "logging_steps": 1,
+    }
+    run_pretrain(flags)
+    parts = flags | {"output_dir": tmp_path / "parts", "resume_from_checkpoint": "latest"}
+    # A schedule for all six updates, left after two of them, twice.
+    launch(parts, processes=2)
+    for step in (2, 4):
+        for later in (tmp_path / "parts" / "checkpoints").glob("step-*"):
+            if later.name > f"step-{step:08d}":
+                shutil.rmtree(later)
+        (run_pretrain if step == 2 else lambda again: launch(again, processes=2))(parts)
+    one, two = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("run", "parts"))
+    for line, other in zip(one, two, strict=True):
+        assert line.get("data_digest") == other.get("data_digest")
+        assert line.get("corpora") == other.get("corpora")
+        assert line.get("loss") == (pytest.approx(other["loss"], rel=1e-5) if "loss" in line else None)
+
+
+ONE_RANK_FAILS = """
+import os
+import pretrain
+import recipe.corpora
+import recipe.streaming
+from recipe.config import report_user_errors
+
+recipe.corpora.RETRY_SECONDS = ()
+recipe.streaming.REFILL_CHARACTERS = 2000
+records = recipe.corpora.LocalSource.records
+count = 0
+
+def failing(self, shard, first, part):
+    global count
+    for index, text in records(self, shard, first, part):
+        count += 1
+        if os.environ["RANK"] == "1" and count > 400:
+            raise ConnectionError("the line is down")
+        yield index, text
+
+recipe.corpora.LocalSource.records = failing
+with report_user_errors():
+    pretrain.main()
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_ranks_save_and_stop_when_one_has_no_more_data(flags, tmp_path: Path, workers: int):
+    script = tmp_path / "fails.py"
+    script.write_text(ONE_RANK_FAILS)
+    flags |= STREAMED | {
+        "max_steps": 10_000,
+        "save_steps": 10_000,
+        "logging_steps": 1,
+        "dataloader_num_workers": workers,
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, *command_line(flags)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert result.returncode != 0
+    assert "corpus 'sample'" in result.stderr
+    assert "the line is down" in result.stderr
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert status["step"] > 2
+    assert (tmp_path / "run" / "checkpoints" / f"step-{status['step']:08d}").is_dir()
+
+
+def test_prepare_only_makes_the_stores_and_stops(flags, tmp_path: Path, capsys):
+    prepared = flags | {"prepare_only": "true", "token_store_dir": tmp_path / "stores"}
+    launch(prepared, processes=2)
+    (store,) = (tmp_path / "stores").iterdir()
+    assert (store / "shard-00000.arrow").exists()
+    assert list(store.glob("full_sentences-32-*/shard-00000/segments.npy"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_goes_on_from_a_prepared_store_without_the_text(flags, run_pretrain, tmp_path: Path, texts):
+    text = write_jsonl(tmp_path / "mine.jsonl", texts)
+    flags |= {"token_store_dir": tmp_path / "stores"}
+    run_pretrain(flags | {"corpora": json.dumps([{"name": "mine", "path": str(text)}])})
+    text.unlink()
+    (store,) = (tmp_path / "stores").iterdir()
+    run_pretrain(
+        flags | {"corpora": json.dumps([{"name": "mine", "path": str(store)}]), "output_dir": tmp_path / "two"}
+    )
+    assert_same_run(tmp_path / "run", tmp_path / "two")
 
 
 def test_pretrained_model_goes_on_with_its_own_tokenizer(flags, run_pretrain, tmp_path: Path, tokenizer):
