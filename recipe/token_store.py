@@ -23,8 +23,9 @@ import json
 import os
 import re
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -49,6 +50,10 @@ RECORDS_AT_ONCE = 100  # that a worker encodes and sends together
 STORE_BYTES = 0.6  # of a token store for each byte of text: two a token of some 4.4 bytes, and the ends of sentences
 
 
+# Of a run of records what was counted, and of each document its ids, sentence ends and the checksum of its text.
+Encoded = tuple[Counter[str], list[tuple[np.ndarray, np.ndarray, int]]]
+
+
 class EncodedShard(IterableDataset):
     """A shard's documents, encoded, in the order of the shard for any number of workers.
 
@@ -61,33 +66,48 @@ class EncodedShard(IterableDataset):
         self.encoder = encoder
         self.documents = documents
 
-    def __iter__(self) -> Iterator[tuple[Counter[str], list[tuple[np.ndarray, np.ndarray, int]]] | UserError]:
+    def __iter__(self) -> Iterator[Encoded | UserError]:
         """
         Yields:
-            for each run of records what the filter counted, and (ids, sentence ends, checksum of the text) of each
-            document; an error is sent as it is, since raised in a worker it would lose its type.
+            each run of records; an error as it is, since raised in a worker it would lose its type.
         """
         worker = get_worker_info()
         part = Part(worker.id, worker.num_workers, RECORDS_AT_ONCE) if worker else Part(0, 1, RECORDS_AT_ONCE)
-        texts: list[str | UserError] = []
-        run = 0
         try:
-            for index, text in self.source.read(self.shard, 0, part):
-                # An empty run is sent too: workers take turns.
-                while index // RECORDS_AT_ONCE // part.of > run:
-                    yield self.encode(texts)
-                    texts, run = [], run + 1
-                texts.append(text)
-            if texts:
-                yield self.encode(texts)
+            yield from map(self.encode, self.runs(part)) if worker else in_threads(self.encode, self.runs(part))
         except UserError as error:
             yield error
 
-    def encode(self, texts: list[str | UserError]) -> tuple[Counter[str], list[tuple[np.ndarray, np.ndarray, int]]]:
-        before = self.documents.counts.copy()
-        kept = [text for text in texts if self.documents.lets_through(text)]
-        rows = [(ids, ends, text_checksum(text)) for text, (ids, ends) in zip(kept, self.encoder(kept), strict=True)]
-        return self.documents.counts - before, rows
+    def runs(self, part: Part) -> Iterator[tuple[Counter[str], list[str]]]:
+        """Of each run of records what the filter counts, and the documents that it lets through."""
+        texts: list[str] = []
+        run, counted = 0, self.documents.counts.copy()
+        for index, text in self.source.read(self.shard, 0, part):
+            # An empty run is sent too: workers take turns.
+            while index // RECORDS_AT_ONCE // part.of > run:
+                yield self.documents.counts - counted, texts
+                texts, run, counted = [], run + 1, self.documents.counts.copy()
+            if self.documents.lets_through(text):
+                texts.append(text)
+        yield self.documents.counts - counted, texts
+
+    def encode(self, run: tuple[Counter[str], list[str]]) -> Encoded:
+        counted, texts = run
+        return counted, [
+            (ids, ends, text_checksum(text)) for text, (ids, ends) in zip(texts, self.encoder(texts), strict=True)
+        ]
+
+
+def in_threads(function: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
+    """`map`, two at a time: while the tokenizer's threads work on one run, the sentences of another are found."""
+    with ThreadPoolExecutor(2) as threads:
+        pending: deque[Future] = deque()
+        for item in items:
+            pending.append(threads.submit(function, item))
+            if len(pending) > 2:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def use_one_thread(_: int) -> None:

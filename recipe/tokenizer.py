@@ -5,6 +5,7 @@ The special tokens stand where the released RoBERTa has them: `<s>`=0, `<pad>`=1
 """
 
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -228,15 +229,16 @@ class DocumentEncoder:
         encode = self.backend.encode_batch if self.byte_lengths is None else self.backend.encode_batch_fast
         ids, ends, length = [], [np.empty(0, np.int64)], 0
         for batch in self.batches(texts):
-            encodings = encode([piece for piece, _ in batch], add_special_tokens=False)
-            for (piece, is_last), encoding in zip(batch, encodings, strict=True):
-                ids.append(np.array(encoding.ids, self.dtype))
+            texts_of_batch = [piece for piece, _ in batch]
+            rows = self.rows(texts_of_batch, encode(texts_of_batch, add_special_tokens=False))
+            for (_, is_last), (piece_ids, piece_ends) in zip(batch, rows, strict=True):
+                ids.append(piece_ids)
                 # A piece's end is a cut, not the end of a sentence; the document's end is added below.
-                piece_ends = self.sentence_ends(piece, encoding)
-                ends.append(piece_ends[piece_ends < len(encoding.ids)] + length)
-                length += len(encoding.ids)
+                ends.append(piece_ends + length)
+                length += len(piece_ids)
                 if is_last:
-                    yield np.concatenate(ids), np.concatenate([*ends, [length] if length else []]).astype(np.int64)
+                    whole = piece_ids if len(ids) == 1 else np.concatenate(ids)
+                    yield whole, np.concatenate([*ends, [length]] if length else ends).astype(np.int64, copy=False)
                     ids, ends, length = [], [np.empty(0, np.int64)], 0
 
     def batches(self, texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
@@ -253,35 +255,53 @@ class DocumentEncoder:
         if batch:
             yield batch
 
-    def sentence_ends(self, text: str, encoding: Encoding) -> np.ndarray:
-        """Ends of the sentences of a text, in tokens, ascending and distinct."""
-        if self.sentence_splitter == "newline":
-            sentences = text.split("\n")
+    def rows(self, texts: list[str], encodings: list[Encoding]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids of texts, and the ends of their sentences in tokens, ascending and distinct, without the texts' own ends.
+
+        All texts are worked on as one long one: what there is to do for each alone costs more than the rest.
+        """
+        lists = [encoding.ids for encoding in encodings]
+        counts = np.array([len(ids) for ids in lists])
+        firsts = np.cumsum(counts) - counts
+        ids = np.fromiter(itertools.chain.from_iterable(lists), self.dtype, counts.sum())
+        ends = [self.sentence_ends(text) for text in texts]
+        if self.byte_lengths is None:
+            lengths = np.array([len(text) for text in texts])
+            bases = np.cumsum(lengths) - lengths
+            offsets = (np.array([end for _, end in encoding.offsets], np.int64) for encoding in encodings)
+            token_ends = np.concatenate([own + base for own, base in zip(offsets, bases, strict=True)])
         else:
-            sentences = sentencex.segment(self.language, text)
-        character_ends, start = [], 0
+            token_ends = np.cumsum(self.byte_lengths[ids])
+            # Where a text starts, counted back from its end: `add_prefix_space` puts one byte in front that the text
+            # does not have.
+            last = np.concatenate([[0], token_ends])[firsts + counts]
+            bases = last - [len(text) if text.isascii() else len(text.encode()) for text in texts]
+            ends = [byte_positions(text, own) for text, own in zip(texts, ends, strict=True)]
+        text_of = np.repeat(np.arange(len(texts)), [len(own) for own in ends])
+        found = np.searchsorted(token_ends, np.concatenate(ends) + bases[text_of]) + 1
+        is_end = (np.diff(found, prepend=-1) > 0) & (found < (firsts + counts)[text_of])
+        found, text_of = (found - firsts[text_of])[is_end], text_of[is_end]
+        yield from zip(
+            np.split(ids, firsts[1:]), np.split(found, np.searchsorted(text_of, np.arange(1, len(texts)))), strict=True
+        )
+
+    def sentence_ends(self, text: str) -> np.ndarray:
+        """Ends of the sentences of a text, in characters, ascending; white space behind a sentence is not of it."""
+        sentences = text.split("\n") if self.sentence_splitter == "newline" else sentencex.segment(self.language, text)
+        ends, start = [], 0
         for sentence in sentences:
             # sentencex leaves out some paragraph breaks, so lengths alone do not tell where a sentence stands.
             start = text.index(sentence, start)
             if stripped := sentence.rstrip():
-                character_ends.append(start + len(stripped))
+                ends.append(start + len(stripped))
             start += len(sentence)
-        if self.byte_lengths is None:
-            token_ends = np.array([end for _, end in encoding.offsets], np.int64)
-            ends = np.array(character_ends, np.int64)
-        else:
-            token_ends = np.cumsum(self.byte_lengths[encoding.ids])
-            ends = byte_positions(text, character_ends)
-            if token_ends.size:
-                # `add_prefix_space` puts one byte in front that the text does not have.
-                token_ends -= token_ends[-1] - len(text.encode())
-        return np.unique(np.searchsorted(token_ends, ends) + 1)
+        return np.array(ends, np.int64)
 
 
-def byte_positions(text: str, character_positions: list[int]) -> np.ndarray:
+def byte_positions(text: str, character_positions: np.ndarray) -> np.ndarray:
     """UTF-8 byte positions of ascending character positions."""
     if text.isascii():
-        return np.array(character_positions, np.int64)
-    starts = [0, *character_positions]
-    lengths = [len(text[a:b].encode()) for a, b in zip(starts, character_positions, strict=False)]
+        return character_positions
+    starts = [0, *character_positions.tolist()]
+    lengths = [len(text[a:b].encode()) for a, b in itertools.pairwise(starts)]
     return np.cumsum(np.array(lengths, np.int64))

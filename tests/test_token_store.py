@@ -88,7 +88,7 @@ def test_store_is_found_again_and_made_anew_for_another_splitter(corpus, encoder
     build(corpus, encoder, tmp_path)
     calls = []
     encode = EncodedShard.encode
-    monkeypatch.setattr(EncodedShard, "encode", lambda self, texts: (calls.append(1), encode(self, texts))[1])
+    monkeypatch.setattr(EncodedShard, "encode", lambda self, run: (calls.append(1), encode(self, run))[1])
     build(corpus, encoder, tmp_path)
     assert not calls
     build(corpus, DocumentEncoder(tokenizer, "sentencex", "de"), tmp_path)
