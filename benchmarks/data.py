@@ -29,7 +29,6 @@ import platform
 import random
 import resource
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -41,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -389,7 +389,11 @@ def run_until_done(flags: dict[str, Any], processes: list[int], kills: int) -> t
                 time.sleep(0.1)
             time.sleep(rng.random() * 0.8)
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                # torchrun's ranks are sessions of their own, and outlive it.
+                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+                for member in family:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        member.kill()
                 done += 1
             process.communicate()
             ready = count_lines(output)
