@@ -28,7 +28,8 @@ def main() -> None:
     disable_progress_bar()  # transformers' own, one for each file that it writes
     accelerator = start_accelerator()
     run = RunDirectory(args.output_dir, accelerator.is_main_process, gather_object([os.getpid()]))
-    run.check(args.resume_from_checkpoint)
+    if not args.prepare_only:
+        run.check(args.resume_from_checkpoint)
 
     def log(lines: list[str]) -> None:
         for line in lines:

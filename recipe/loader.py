@@ -479,9 +479,9 @@ class StreamedData(Data):
     def describe(self) -> list[str]:
         """Lines for the log: of each corpus its shards and what sharing them costs, and how far a resume reads."""
         shares = np.array(self.quotas) / np.sum(self.quotas)
-        lines = []
+        lines, lanes = [], self.args.num_lanes
         for reader, share in zip(self.readers, shares, strict=False):
-            source, lanes = reader.source, self.args.num_lanes
+            source = reader.source
             line = f"corpus {source.corpus.name}: {share:.1%} of the blocks, {source.num_shards:,} shards"
             if source.num_shards < lanes:
                 line += (
@@ -490,8 +490,11 @@ class StreamedData(Data):
                 )
             lines.append(line)
         largest = max(reader.source.largest_shard for reader in self.readers)
-        size = f"{largest / 1e6:,.0f} MB at most" if largest else "of unknown size"
-        lines.append(f"streaming: a resume reads on in one shard ({size}) for each lane and corpus, up to where it was")
+        size = f"the largest has {largest / 1e6:.3g} MB" if largest else "of sizes that are not known"
+        lines.append(
+            f"streaming: {lanes} lanes, {sum(self.schedule.buffer_sizes) * lanes:,} blocks held back for shuffling; a "
+            f"resume reads past what was read of one shard ({size}) for each lane and corpus"
+        )
         return lines
 
     def corpora_record(self, counts: list[list[int]], streams: np.ndarray) -> dict[str, dict[str, float]]:
