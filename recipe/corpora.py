@@ -168,9 +168,12 @@ class HubSource(Source):
 
     def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, str | UserError]]:
         rows = self.rows.shard(num_shards=self.num_shards, index=shard)
-        for index, row in enumerate(rows.skip(first) if first else rows, start=first):
+        # By batches, since iteration by rows would notice that it runs in a worker process and leave out what it takes
+        # to be the share of other workers.
+        batches = (rows.skip(first) if first else rows).iter(batch_size=ROWS_AT_ONCE)
+        for index, text in enumerate((text for batch in batches for text in batch["text"]), start=first):
             if part.has(index):
-                yield index, row["text"] or ""
+                yield index, text or ""
 
 
 def digest(*values: Any) -> str:

@@ -110,6 +110,7 @@ def test_training_from_the_hub_in_both_modes(hub, flags, tmp_path, texts):
     flags |= {"corpora": json.dumps([{"name": "books", "path": "somebody/books"}]), "num_lanes": 4}
     for mode in ("cached", "streaming"):
         extra = {"output_dir": tmp_path / mode, "streaming": str(mode == "streaming").lower()}
+        extra |= {"dataloader_num_workers": 2, "preprocessing_num_workers": 2}
         result = run(hub, tmp_path, "pretrain.py", *command_line(flags | extra))
         assert result.returncode == 0, result.stderr
         last = [line for line in read_lines(tmp_path / mode / "metrics.jsonl") if "corpora" in line][-1]

@@ -105,6 +105,36 @@ def read_state(run: Path) -> dict:
     return json.loads((sorted((run / "checkpoints").iterdir())[-1] / "state.json").read_text())
 
 
+@pytest.mark.parametrize("packing", ["doc_sentences", "contiguous"])
+def test_other_packings_train_and_go_on(flags, run_pretrain, tmp_path: Path, packing):
+    flags |= {"packing": packing}
+    run_pretrain(flags)
+    records = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert all(line["loss"] > 0 for line in records)
+    assert records[-1]["padding_share"] < (0.01 if packing == "contiguous" else 0.2)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    run_pretrain(flags | {"resume_from_checkpoint": "latest"})
+    assert [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line][-1]["loss"] == (
+        records[-1]["loss"]
+    )
+
+
+def test_counts_of_corpora_are_in_the_metrics_and_the_log(flags, run_pretrain, tmp_path: Path, texts, capsys):
+    paths = [write_jsonl(tmp_path / f"{n}.jsonl", texts[n * 60 : n * 60 + 60]) for n in range(2)]
+    corpora = [
+        {"name": name, "path": str(path), "weight": w} for name, path, w in zip("ab", paths, (3, 1), strict=True)
+    ]
+    run_pretrain(flags | {"corpora": json.dumps(corpora), "max_steps": 60, "save_steps": 30, "logging_steps": 20})
+    last = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "corpora" in line][-1]
+    a, b = last["corpora"]["a"], last["corpora"]["b"]
+    assert (a["blocks"], b["blocks"]) == (360, 120)
+    assert a["tokens"] + b["tokens"] == last["tokens"]
+    assert 0 < b["passes"] < a["passes"]
+    assert last["padding_share"] == pytest.approx(1 - last["tokens"] / (480 * 32), abs=1e-4)
+    printed = capsys.readouterr().out
+    assert f"b {b['tokens'] / 1000:.3g}K tokens, {b['documents']} documents, {b['passes']:.2f} passes" in printed
+
+
 STREAMED = {"streaming": "true", "num_lanes": 4, "shuffle_buffer_size": 64}
 
 
