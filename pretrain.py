@@ -49,26 +49,23 @@ def main() -> None:
         log(lines)
     torch.manual_seed(args.seed)
     model = build_model(model_config, args.model_name_or_path)
-    if args.dry_run:
-        return
-
-    data.prepare(accelerator.process_index)
-    log(data.describe())
-    if args.prepare_only:
+    if args.streaming or not args.dry_run:  # a stream is opened in seconds
+        data.prepare(accelerator.process_index)
+        log(data.describe())
+    if args.dry_run or args.prepare_only:
         return
     identity |= {"data": data.identity()}
-    state, tensors = TrainState(), {}
+    state, lanes = TrainState(), {}
     if checkpoint:
         ckpt.check_identity(saved["identity"], identity, checkpoint)
         ckpt.load_weights(checkpoint, model)
         state = TrainState(**saved["train_state"])
-        tensors = ckpt.load_tensors(checkpoint)
     objective = MaskedLMObjective(model, data.collator.max_masked)
     betas = (args.adam_beta1, args.adam_beta2)
     adamw = build_optimizer(objective, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
     objective, optimizer = accelerator.prepare(objective, adamw)
     if checkpoint:
-        ckpt.load_optimizer(tensors, adamw, accelerator.scaler)
+        lanes = ckpt.load_optimizer(checkpoint, adamw, accelerator.scaler)
     scheduler = build_scheduler(adamw, args.warmup_steps, args.max_steps, state.step)
 
     run.write_config(asdict(args), environment(accelerator))
@@ -77,9 +74,7 @@ def main() -> None:
         ckpt.set_aside_later(run.checkpoints, state.step)
     run.write_status("running", state.step)
     try:
-        is_complete = train(
-            accelerator, args, objective, optimizer, scheduler, data, state, run, identity, tensors.get("lanes", {})
-        )
+        is_complete = train(accelerator, args, objective, optimizer, scheduler, data, state, run, identity, lanes)
     except BaseException as error:
         run.write_status("failed", state.step, f"{type(error).__name__}: {error}")
         raise

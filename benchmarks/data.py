@@ -27,6 +27,7 @@ import multiprocessing
 import os
 import platform
 import random
+import re
 import resource
 import shutil
 import statistics
@@ -87,6 +88,11 @@ def documents(args: argparse.Namespace) -> list[str]:
 
 def megabytes(texts: list[str]) -> float:
     return sum(len(text.encode()) for text in texts) / 1e6
+
+
+def never() -> bool:
+    """Nobody asks the process to stop."""
+    return False
 
 
 @contextlib.contextmanager
@@ -166,7 +172,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
 
         def ours(num_workers: int) -> float:
             data.args.dataloader_num_workers = num_workers
-            updates = data.train_updates(0, 1, 0, 12, None)
+            updates = data.train_updates(0, 1, 0, 12, {}, never)
             next(updates)
             started = time.perf_counter()
             tokens = sum(batch["input_ids"].numel() for share in updates for batch in share.micro_batches)
@@ -211,7 +217,7 @@ def stream(args: argparse.Namespace) -> dict[str, Any]:
         """From one full buffer to the next, so that as much is read as is drawn."""
         data = StreamedData(settings(args, streaming=True), tokenizer)
         data.prepare(0)
-        updates = data.train_updates(0, 1, 0, 100, None)
+        updates = data.train_updates(0, 1, 0, 100, {}, never)
         next(updates)
         started, drawn = time.perf_counter(), 0
         for share in updates:
@@ -242,7 +248,7 @@ def stream_curve(args: argparse.Namespace) -> list[tuple[float, float]]:
     data = StreamedData(settings(args, streaming=True), load_tokenizer(args.tokenizer))
     data.prepare(0)
     curve, drawn, step = [], 0.0, args.stream_megabytes / 20
-    for share in data.train_updates(0, 1, 0, 10**9, None):
+    for share in data.train_updates(0, 1, 0, 10**9, {}, never):
         drawn += int(share.counts.corpora[:, 1].sum()) * 4.3 / 1e6
         if drawn >= step * len(curve):
             curve.append((round(drawn), round(resident_megabytes())))
@@ -259,7 +265,7 @@ def long_document(args: argparse.Namespace, path: str, streaming: bool) -> dict[
         before = resident_megabytes()
         data = (StreamedData if streaming else CachedData)(given, load_tokenizer(args.tokenizer))
         data.prepare(0)
-        share = next(data.train_updates(0, 1, 0, 1, None))
+        share = next(data.train_updates(0, 1, 0, 1, {}, never))
         tokens = share.lanes[0, 0].state.made * LENGTH if streaming else data.packed[0].counts["tokens"]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
         return {"peak_megabytes_beyond_start": round(peak - before), "tokens": tokens}
@@ -298,7 +304,7 @@ def resume(args: argparse.Namespace) -> dict[str, Any]:
 
         def first_update(block: int) -> float:
             update = block // data.args.train_batch_size
-            return seconds(lambda: next(data.train_updates(0, 1, update, update + 1, None)))
+            return seconds(lambda: next(data.train_updates(0, 1, update, update + 1, {}, never)))
 
         first_update(0)
         cached = in_turn(
@@ -320,6 +326,7 @@ def resume(args: argparse.Namespace) -> dict[str, Any]:
             for name, first in (("first record", 0), ("last record", count - 1))
         }
         streamed |= {"megabytes of text": round(3 * megabytes(texts)), "records": count}
+        streamed["megabytes on disk"] = round(path.stat().st_size / 1e6, 1)  # the bound that the log prints
     return {"cached, seconds to the first update": cached, "streaming, seconds to a record of one shard": streamed}
 
 
@@ -446,6 +453,12 @@ def one_pass(data: StreamedData, corpus: int, lane: int) -> list[int]:
     return found
 
 
+def to_json(values: dict[str, Any]) -> str:
+    """Indented, with lists of numbers on one line."""
+    lines = json.dumps(values, indent=1)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), lines)
+
+
 SECTIONS = {f.__name__: f for f in (tokenise, load, stream, memory, resume, exact, counts)}
 
 
@@ -474,9 +487,9 @@ def main() -> None:
     torch.set_num_threads(1)
     for name in args.sections:
         report[name] = SECTIONS[name](args)
-        print(json.dumps({name: report[name]}, indent=1), flush=True)
+        print(to_json({name: report[name]}), flush=True)
         if args.output:
-            args.output.write_text(json.dumps(report, indent=1) + "\n")
+            args.output.write_text(to_json(report) + "\n")
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 

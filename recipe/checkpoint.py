@@ -211,13 +211,17 @@ def load_tensors(path: Path) -> dict[str, Any]:
     return torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
 
 
-def load_optimizer(
-    tensors: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
-) -> None:
-    """Moments and scale of a checkpoint. Learning rate, decay and the like stay as they are now: they may change."""
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> dict[str, Any]:
+    """Moments and scale of a checkpoint. Learning rate, decay and the like stay as they are now: they may change.
+
+    Returns:
+        the lanes of a streamed run, if it was one.
+    """
+    tensors = load_tensors(path)
     optimizer.load_state_dict(tensors["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
     if scaler is not None and "scaler" in tensors:
         scaler.load_state_dict(tensors["scaler"])
+    return tensors.get("lanes", {})
 
 
 def export_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -164,8 +164,8 @@ class PretrainArguments:
     """Files or globs (GLUE's `.tsv`, or any text, a sentence a line or field) whose sentences must not be trained on:
     a document that shares 13 words in a row with one is dropped, or all words of one that has 8 to 12."""
     max_unreadable_documents: int = 0
-    """Documents of a corpus that may be passed over, counted and logged, because they are malformed; one more is an
-    error. Empty ones are always passed over and counted."""
+    """Documents of a corpus (streaming: of a lane's part of it in a pass) that may be passed over, counted and logged,
+    because they are malformed; one more is an error. Empty ones are always passed over and counted."""
     packing: Literal["full_sentences", "doc_sentences", "contiguous", "segment_pair", "sentence_pair"] = identity(
         default="full_sentences"
     )

@@ -14,7 +14,7 @@ import itertools
 import json
 import lzma
 import re
-import time
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,6 +34,9 @@ SUFFIXES = tuple(kind + packed for kind in LINES + TEXTS for packed in ("", *COM
 SHARD_BYTES = 1_000_000  # smaller files are read together, up to this size: each shard ends in a short block
 ROWS_AT_ONCE = 64  # of a table; a row may be a book
 RETRY_SECONDS = (1, 5, 30, 120, 300)  # waits before a source that failed is opened again
+
+
+STOP_WAITING = threading.Event()  # set in a process that is to end: it does not wait for a source any more
 
 
 class SourceError(UserError):
@@ -61,12 +64,12 @@ class Source(ABC):
         corpus: what was opened.
         num_shards: shards, in a fixed order.
         passing_errors: what may be gone at the next try.
-        largest_shard: bytes on disk of the largest, 0 if not known.
+        shard_bytes: of each shard on disk; empty if not known.
     """
 
     corpus: CorpusArguments
     num_shards: int
-    largest_shard: int = 0
+    shard_bytes: tuple[int, ...] = ()
     passing_errors: type[Exception] = OSError
 
     @abstractmethod
@@ -86,23 +89,24 @@ class Source(ABC):
             UserError: a damaged file, which would be damaged the next time too.
             SourceError: a source that goes on failing.
         """
-        waits = iter(RETRY_SECONDS)
+        waits, retries = iter(RETRY_SECONDS), 0
         while True:
             try:
                 for index, text in self.records(shard, first, part):
                     yield index, text
-                    first, waits = index + 1, iter(RETRY_SECONDS)
+                    first, waits, retries = index + 1, iter(RETRY_SECONDS), 0
                 return
             except UserError:
                 raise
             except self.passing_errors as error:
                 place = f"corpus {self.corpus.name!r}: {self.corpus.path}, shard {shard}, record {first}"
-                if (wait := next(waits, None)) is None:
+                if (wait := next(waits, None)) is None or STOP_WAITING.is_set():
                     raise SourceError(
-                        f"{place} cannot be read, after {len(RETRY_SECONDS)} retries: {type(error).__name__}: {error}"
+                        f"{place} cannot be read, after {retries} retries: {type(error).__name__}: {error}"
                     ) from error
                 print(f"{place}: {type(error).__name__}: {error}; opening it again in {wait} s", flush=True)
-                time.sleep(wait)
+                STOP_WAITING.wait(wait)
+                retries += 1
 
 
 class LocalSource(Source):
@@ -119,7 +123,7 @@ class LocalSource(Source):
             self.shards[-1].append(str(file.resolve()))
             size += file.stat().st_size
         self.num_shards = len(self.shards)
-        self.largest_shard = max(sum(Path(file).stat().st_size for file in shard) for shard in self.shards)
+        self.shard_bytes = tuple(sum(Path(file).stat().st_size for file in shard) for shard in self.shards)
 
     def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, str | UserError]]:
         files = self.shards[shard]

@@ -7,7 +7,6 @@
 3. `train_updates` gives a process's share of each update, from any update on, with what there is to count in it.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +26,7 @@ from recipe.masking import DynamicMaskingCollator
 from recipe.packing import Block, BlockFormat
 from recipe.sampling import BlockOrder, LaneOrder, apportion, permute
 from recipe.streaming import Buffer, CorpusReader, Lanes, Refill, Schedule, from_tensors, one_ahead
-from recipe.token_store import LEFT_OUT, PackedCorpus, TokenStore, as_it_is, check_space, use_one_thread
+from recipe.token_store import LEFT_OUT, PackedCorpus, TokenStore, as_it_is, check_space, start_worker
 from recipe.tokenizer import DocumentEncoder
 
 Batch = dict[str, torch.Tensor]
@@ -36,24 +35,25 @@ EVAL_VISIT = -1  # held-out blocks have the masks of this visit, every time
 EMPTY = -1  # what fills the last evaluation micro-batches up
 UNIGRAM_BLOCKS = 20_000  # blocks of training text that the unigram baseline is counted on
 UNIGRAM_STREAMED_BLOCKS = 2_000  # the same where they have to be tokenised first
-HELD_OUT_SHARDS = 8  # of a streamed corpus, whose heads are held out
+HELD_OUT_SHARDS = 8  # of a streamed corpus, whose heads are held out, if those are long enough
 HEADS = 6  # what a permutation is for, as part of its key, beside those of recipe/sampling.py and streaming.py
+SCALARS = ("failed", "stopping", "masked", "digest")  # of an update
 COUNTED = ("blocks", "tokens", "documents")  # of each corpus, in an update
 
 
 class Counts:
     """The counts of an update as one array of integers, which processes can add up at once.
 
-    `failed`: processes whose corpora cannot be read; `masked` tokens; `digest`: of all blocks and masks; `corpora`:
-    (corpora, 3), see `COUNTED`; `streams`: (corpora, 4), see `LEFT_OUT`, and a millionth of the passes of all lanes, so
-    far.
+    `failed` and `stopping`: processes that have no more data, for an error or a signal; `masked` tokens; `digest`: of
+    all blocks and what is masked in them; `corpora`: (corpora, 3), see `COUNTED`; `streams`: (corpora, 4) so far, see
+    `LEFT_OUT`, and last the passes, in millionths, summed over lanes.
     """
 
     def __init__(self, num_corpora: int, array: np.ndarray | None = None) -> None:
-        size = 3 + num_corpora * (len(COUNTED) + len(LEFT_OUT) + 1)
+        size = len(SCALARS) + num_corpora * (len(COUNTED) + len(LEFT_OUT) + 1)
         self.array = np.zeros(size, np.int64) if array is None else array
-        self.corpora = self.array[3 : 3 + num_corpora * len(COUNTED)].reshape(num_corpora, -1)
-        self.streams = self.array[3 + num_corpora * len(COUNTED) :].reshape(num_corpora, -1)
+        self.scalars, corpora, streams = np.split(self.array, [len(SCALARS), len(SCALARS) + num_corpora * len(COUNTED)])
+        self.corpora, self.streams = corpora.reshape(num_corpora, -1), streams.reshape(num_corpora, -1)
 
     @classmethod
     def of_rows(cls, rows: np.ndarray, num_corpora: int) -> "Counts":
@@ -63,28 +63,28 @@ class Counts:
         """
         counts = cls(num_corpora)
         corpus, tokens, documents, masked, digests = rows.T
-        counts.array[1:3] = masked.sum(), digests.sum()
+        counts.scalars[2:] = masked.sum(), digests.sum()
         for column, values in enumerate((np.ones_like(tokens), tokens, documents)):
             np.add.at(counts.corpora[:, column], corpus, values)
         return counts
 
     @classmethod
-    def of_failure(cls, num_corpora: int) -> "Counts":
+    def of_nothing(cls, num_corpora: int, reason: str) -> "Counts":
+        """
+        Args:
+            reason: `failed` or `stopping`.
+        """
         counts = cls(num_corpora)
-        counts.array[0] = 1
+        counts.scalars[SCALARS.index(reason)] = 1
         return counts
 
-    @property
-    def failed(self) -> int:
-        return int(self.array[0])
+    def __getitem__(self, name: str) -> int:
+        """One of `SCALARS`."""
+        return int(self.scalars[SCALARS.index(name)])
 
     @property
-    def masked(self) -> int:
-        return int(self.array[1])
-
-    @property
-    def digest(self) -> int:
-        return int(self.array[2])
+    def tokens(self) -> int:
+        return int(self.corpora[:, COUNTED.index("tokens")].sum())
 
 
 @dataclass
@@ -143,8 +143,6 @@ class MicroBatches(torch.utils.data.Dataset):
 
         Workers stay one update ahead.
         """
-        # The tokenizer's threads have been used by now, and each forked worker would warn about that.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         loader = iter(
             DataLoader(
                 self,
@@ -152,6 +150,7 @@ class MicroBatches(torch.utils.data.Dataset):
                 batch_size=None,
                 collate_fn=to_numpy,
                 num_workers=num_workers,
+                worker_init_fn=start_worker,
                 prefetch_factor=max(2, -(-self.per_update // num_workers)) if num_workers else None,
                 # DataLoader draws a seed for its workers; not from the generator that dropout uses.
                 generator=torch.Generator(),
@@ -236,10 +235,6 @@ class Data:
     def training_sample(self) -> Iterator[np.ndarray]:
         """Ids of blocks that are trained on."""
         raise NotImplementedError
-
-    def lanes_of(self, process_index: int, num_processes: int) -> list[int]:
-        """The lanes of a process, in streaming mode."""
-        return []
 
     def unigram_loss(self) -> float:
         """Cross-entropy, in nats, of the held-out targets under the frequencies of a sample of training blocks.
@@ -372,9 +367,17 @@ class CachedData(Data):
         }
 
     def train_updates(
-        self, process_index: int, num_processes: int, first_update: int, last_update: int, saved: dict[str, Any] | None
+        self,
+        process_index: int,
+        num_processes: int,
+        first_update: int,
+        last_update: int,
+        saved: dict[str, Any],
+        is_stopping: Callable[[], bool],
     ) -> Iterator[UpdateData]:
-        """This process's share of each update. `saved` is of no use in this mode, whose position is the update."""
+        """This process's share of each update. Its position is its number: `saved` is of no use in this mode, and data
+        is there soon or never: nor is `is_stopping`.
+        """
         batches = MicroBatches(
             locate=self.order.locate,
             example=self.example,
@@ -433,13 +436,18 @@ class StreamedData(Data):
             np.concatenate([np.arange(len(blocks)) for blocks in self.held]),
         )
         order = LaneOrder(args.num_lanes, self.quotas, args.seed)
-        shares = np.array(self.quotas) / np.sum(self.quotas)
-        buffer_sizes = np.ceil(args.shuffle_buffer_size * shares / args.num_lanes).astype(int).tolist()
+        buffer_sizes = np.ceil(args.shuffle_buffer_size * self.quota_shares / args.num_lanes).astype(int).tolist()
         self.schedule = Schedule(order, buffer_sizes, args.train_batch_size // args.num_lanes)
+
+    @property
+    def quota_shares(self) -> np.ndarray:
+        return np.array(self.quotas) / np.sum(self.quotas)
 
     def reader(self, corpus: CorpusArguments) -> CorpusReader:
         documents = partial(DocumentFilter, corpus.name, self.args.max_unreadable_documents, self.decontaminator)
-        return CorpusReader(open_source(corpus), {}, self.encoder, documents, self.format)
+        source = open_source(corpus)
+        lane_characters = corpus_bytes(corpus) / self.args.num_lanes if source.shard_bytes else 0.0
+        return CorpusReader(source, {}, self.encoder, documents, self.format, lane_characters)
 
     def hold_out(self, corpus: int, wanted: int) -> None:
         """Take blocks from the heads of some shards, and have training begin behind them.
@@ -448,15 +456,17 @@ class StreamedData(Data):
             UserError: they take all that there is of a corpus to train on.
         """
         reader, is_trained_on = self.readers[corpus], corpus < len(self.names)
-        num_shards = reader.source.num_shards
-        heads = permute(np.arange(num_shards), num_shards, HEADS, self.args.seed, corpus)[:HELD_OUT_SHARDS].tolist()
-        whole = 0
-        for number, shard in enumerate(heads):
-            here = -(-(wanted - len(self.held[corpus])) // (len(heads) - number))
-            if here > 0:
-                blocks, reader.held_out[shard], is_whole = reader.read_head(shard, 0, here)
-                self.held[corpus] += blocks
-                whole += is_whole
+        num_shards, whole = reader.source.num_shards, 0
+        shards = permute(np.arange(num_shards), num_shards, HEADS, self.args.seed, corpus).tolist()
+        for number, shard in enumerate(shards):
+            # The rest, shared evenly with the shards to come; all of it, when there have been so many.
+            missing = wanted - len(self.held[corpus])
+            if missing <= 0:
+                break
+            here = -(-missing // max(1, min(num_shards, HELD_OUT_SHARDS) - number))
+            blocks, reader.held_out[shard], is_whole = reader.read_head(shard, 0, here)
+            self.held[corpus] += blocks
+            whole += is_whole
         if is_trained_on and whole == num_shards:
             raise UserError(
                 f"`eval_blocks` ({self.args.eval_blocks}) takes all of corpus {reader.source.corpus.name!r}; lower it, "
@@ -467,20 +477,19 @@ class StreamedData(Data):
         return self.held[corpus][number]
 
     def identity(self) -> dict[str, list[Any]]:
-        """Shards and held-out blocks of each corpus, by which a resume recognises its data."""
+        """Shards, their sizes and the held-out blocks of each corpus, by which a resume recognises its data."""
         return {
             ("" if number < len(self.names) else "eval ") + reader.source.corpus.name: [
                 reader.source.num_shards,
-                digest(*(block.input_ids.tobytes() for block in held))[:16],
+                digest(reader.source.shard_bytes, *(block.input_ids.tobytes() for block in held))[:16],
             ]
             for number, (reader, held) in enumerate(zip(self.readers, self.held, strict=True))
         }
 
     def describe(self) -> list[str]:
         """Lines for the log: of each corpus its shards and what sharing them costs, and how far a resume reads."""
-        shares = np.array(self.quotas) / np.sum(self.quotas)
         lines, lanes = [], self.args.num_lanes
-        for reader, share in zip(self.readers, shares, strict=False):
+        for reader, share in zip(self.readers, self.quota_shares, strict=False):
             source = reader.source
             line = f"corpus {source.corpus.name}: {share:.1%} of the blocks, {source.num_shards:,} shards"
             if source.num_shards < lanes:
@@ -489,8 +498,9 @@ class StreamedData(Data):
                     "its documents and read past those of the others"
                 )
             lines.append(line)
-        largest = max(reader.source.largest_shard for reader in self.readers)
-        size = f"the largest has {largest / 1e6:.3g} MB" if largest else "of sizes that are not known"
+        sizes = [size for reader in self.readers for size in reader.source.shard_bytes]
+        is_known = all(reader.source.shard_bytes for reader in self.readers)
+        size = f"the largest has {max(sizes) / 1e6:.3g} MB" if is_known else "not all sizes are known"
         lines.append(
             f"streaming: {lanes} lanes, {sum(self.schedule.buffer_sizes) * lanes:,} blocks held back for shuffling; a "
             f"resume reads past what was read of one shard ({size}) for each lane and corpus"
@@ -502,7 +512,7 @@ class StreamedData(Data):
 
         Args:
             counts: of each corpus, see `COUNTED`, since the start of the run.
-            streams: see `Counts`. What was read is a little ahead of what was seen.
+            streams: see `Counts`; what was left out is of what was read, which is ahead of what was seen.
         """
         return {
             name: dict(zip(COUNTED, seen, strict=True))
@@ -512,16 +522,25 @@ class StreamedData(Data):
         }
 
     def train_updates(
-        self, process_index: int, num_processes: int, first_update: int, last_update: int, saved: dict[str, Any] | None
+        self,
+        process_index: int,
+        num_processes: int,
+        first_update: int,
+        last_update: int,
+        saved: dict[str, Any],
+        is_stopping: Callable[[], bool],
     ) -> Iterator[UpdateData]:
         """This process's share of each update.
 
         Args:
             saved: `lanes` of all processes after the update before `first_update`, from a checkpoint.
+            is_stopping: whether this process was asked to stop, which ends a wait for data.
+
+        Raises:
+            InterruptedWaitError: it was.
         """
-        own = self.lanes_of(process_index, num_processes)
-        lanes = Lanes(self.readers, self.schedule, own)
-        lanes.buffers = from_tensors(saved or {}, own)
+        own = list(range(process_index, self.args.num_lanes, num_processes))
+        lanes = Lanes(self.readers, self.schedule, own, from_tensors(saved, own))
         updates = range(first_update, last_update)
         workers = self.args.dataloader_num_workers
         # Here and not in the generator, which runs in a thread: worker processes are forked from this one.
@@ -531,14 +550,11 @@ class StreamedData(Data):
                 batch_size=None,
                 num_workers=workers,
                 collate_fn=as_it_is,
-                worker_init_fn=use_one_thread,
+                worker_init_fn=start_worker,
                 generator=torch.Generator(),
             )
         )
-        return one_ahead(self.collate(lanes, refills, updates, max(1, workers)))
-
-    def lanes_of(self, process_index: int, num_processes: int) -> list[int]:
-        return list(range(process_index, self.args.num_lanes, num_processes))
+        return one_ahead(self.collate(lanes, refills, updates, max(1, workers)), is_stopping)
 
     def collate(
         self, lanes: Lanes, refills: Iterator[list[Refill] | UserError], updates: range, num_workers: int
@@ -553,6 +569,7 @@ class StreamedData(Data):
                     raise sent
                 arrived += sent
             examples = [
+                # Numbers go on from pass to pass, and with them the masks.
                 block._asdict() | {"corpus": corpus, "block": number, "visit": 0}
                 for corpus, number, block in lanes.draw(update, arrived)
             ]
@@ -560,14 +577,14 @@ class StreamedData(Data):
             rows = np.concatenate([batch.pop("rows").numpy() for batch in batches])
             counts = Counts.of_rows(rows, len(self.names))
             for (_, corpus), buffer in lanes.buffers.items():
-                state = buffer.state
-                counts.streams[corpus] += [*(state.counts[name] for name in LEFT_OUT), round(state.progress * 1e6)]
+                left_out = (buffer.state.counts[name] for name in LEFT_OUT)
+                counts.streams[corpus] += [*left_out, round(buffer.passes * 1e6)]
             yield UpdateData(batches, counts, lanes.snapshot())
 
     def training_sample(self) -> Iterator[np.ndarray]:
         shares = apportion(UNIGRAM_STREAMED_BLOCKS, self.quotas)
         for reader, wanted in zip(self.readers, shares, strict=False):
-            for shard in range(reader.source.num_shards):
+            for shard in range(reader.source.num_shards if wanted else 0):
                 blocks, _, _ = reader.read_head(shard, reader.held_out.get(shard, 0), wanted)
                 yield from (block.input_ids for block in blocks)
                 wanted -= len(blocks)

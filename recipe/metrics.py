@@ -20,15 +20,23 @@ class TrainState:
     """
 
     step: int = 0
-    tokens: int = 0  # seen in all, without padding
     nonfinite_updates: int = 0  # skipped in all
     overflows: int = 0  # updates that fp16's gradient scaler skipped
     skipped_in_a_row: int = 0
     window_loss: float = 0.0
     window_masked: int = 0
-    blocks: int = 0
     corpora: list[list[int]] = field(default_factory=list)  # of each corpus: blocks, tokens, documents seen
-    data_digest: int = 0  # of every block and mask seen, in the order of updates
+    data_digest: int = 0  # of which blocks were seen and what was masked in them, in the order of updates
+
+    @property
+    def blocks(self) -> int:
+        """Seen in all."""
+        return sum(blocks for blocks, _, _ in self.corpora)
+
+    @property
+    def tokens(self) -> int:
+        """Seen in all, without padding."""
+        return sum(tokens for _, tokens, _ in self.corpora)
 
     def count(self, loss_sum: float, masked: int, corpora: np.ndarray, digest: int, skipped: str | None) -> None:
         """Take in one update; what was skipped is counted and its loss left out.
@@ -38,9 +46,7 @@ class TrainState:
             digest: of its blocks and masks.
         """
         self.step += 1
-        seen = np.array(self.corpora or np.zeros_like(corpora)) + corpora
-        self.corpora = seen.tolist()
-        self.blocks, self.tokens = seen[:, :2].sum(0).tolist()
+        self.corpora = (np.array(self.corpora or np.zeros_like(corpora)) + corpora).tolist()
         self.data_digest = int(hash64(self.data_digest, digest))
         self.nonfinite_updates += skipped == "nonfinite"
         self.overflows += skipped == "overflow"

@@ -53,10 +53,14 @@ def apportion(total: int, weights: list[float]) -> list[int]:
 def interleave(quotas: list[int]) -> np.ndarray:
     """A sequence with corpus `c` in it `quotas[c]` times, each corpus evenly spread.
 
+    Each begins at another phase (the golden ratio's multiples lie nowhere close together), or corpora of the same quota
+    would all be due at the same places.
+
     Returns:
         (sum of quotas,) int64 corpus numbers.
     """
-    due = np.concatenate([(np.arange(quota) + 0.5) / quota for quota in quotas])
+    phases = (0.5 + np.arange(len(quotas)) * (5**0.5 - 1) / 2) % 1
+    due = np.concatenate([(np.arange(quota) + phase) / quota for quota, phase in zip(quotas, phases, strict=True)])
     corpus = np.repeat(np.arange(len(quotas)), quotas)
     return corpus[np.argsort(due, kind="stable")]
 

@@ -11,9 +11,10 @@
 Lanes do not know of processes or workers: a checkpoint of two processes goes on with one or four.
 """
 
+import queue
+import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -73,8 +74,9 @@ class Remainder(NamedTuple):
 class FeedState:
     """Where a feed stands: its next record, and what it has read and not packed.
 
-    `visit` and `ordinal`: the pass and which of its shards; `found`: documents since it began;
-    `made`: blocks in all; `progress`: passes; `counts`: of the filter.
+    `visit` and `ordinal`: the pass and which of its shards; `found` and `characters`: documents and characters since it
+    began; `last_characters`: of the pass before; `made`: blocks in all; `passes`: read, the running one in part;
+    `counts`: of the filter.
     """
 
     remainder: Remainder
@@ -82,16 +84,19 @@ class FeedState:
     ordinal: int = 0
     record: int = 0
     found: int = 0
+    characters: int = 0
+    last_characters: int = 0
     empty_passes: int = 0
     made: int = 0
-    progress: float = 0.0
+    passes: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
 
 
 class CorpusReader(NamedTuple):
     """What all feeds of a corpus have in common.
 
-    `held_out`: of each shard, how many records at its head are not trained on; `documents` makes a filter.
+    `held_out`: of each shard, how many records at its head are not trained on; `documents` makes a filter;
+    `lane_characters`: about how many a lane reads in a pass, 0 if not known.
     """
 
     source: Source
@@ -99,6 +104,7 @@ class CorpusReader(NamedTuple):
     encoder: DocumentEncoder
     documents: Callable[[], DocumentFilter]
     format: BlockFormat
+    lane_characters: float = 0.0
 
     @property
     def nothing(self) -> Remainder:
@@ -111,6 +117,8 @@ class CorpusReader(NamedTuple):
         ids, documents, sentences = [before.input_ids], [before.document_ends], [before.sentence_ends]
         length = len(before.input_ids)
         for document, ends in self.encoder(texts):
+            if not len(document):  # a normalizer left nothing of it
+                continue
             ids.append(document)
             sentences.append(ends + length)
             length += len(document)
@@ -145,12 +153,12 @@ class CorpusReader(NamedTuple):
         documents, blocks, rest = self.documents(), [], self.nothing
         record = first
         for index, text in self.source.read(shard, first):
+            if len(blocks) >= num_blocks:
+                return blocks[:num_blocks], record, False
             record = index + 1
             if documents.lets_through(text):
                 new, rest = self.pack_texts([text], rest)
                 blocks += new
-            if len(blocks) >= num_blocks:
-                return blocks[:num_blocks], record, False
         blocks += self.pack_texts([], rest, is_last=True)[0]
         return blocks[:num_blocks], record, True
 
@@ -178,13 +186,11 @@ class Feed:
         """The limit of malformed documents is one for each lane and pass (and begins anew after a resume)."""
         self.documents = self.reader.documents()
         self.counted: Counter[str] = Counter()
+        self.parts = self.order.deal(self.corpus, self.state.visit, self.lane, self.reader.source.num_shards)
 
     def settle_counts(self) -> None:
         self.state.counts = self.state.counts + (self.documents.counts - self.counted)
         self.counted = self.documents.counts.copy()
-
-    def deal(self) -> list[tuple[int, int, int]]:
-        return self.order.deal(self.corpus, self.state.visit, self.lane, self.reader.source.num_shards)
 
     def texts(self) -> list[str]:
         """The next documents, some 200,000 characters together.
@@ -195,7 +201,7 @@ class Feed:
         state, texts, size = self.state, [], 0
         while size < REFILL_CHARACTERS:
             if self.records is None:
-                shard, *part = self.deal()[state.ordinal]
+                shard, *part = self.parts[state.ordinal]
                 first = max(state.record, self.reader.held_out.get(shard, 0))
                 self.records = self.reader.source.read(shard, first, Part(*part))
             index, text = next(self.records, (None, ""))
@@ -205,12 +211,14 @@ class Feed:
                     texts.append(text)
                     size += len(text)
                     state.found += 1
+                    state.characters += len(text)
                 continue
             self.records = None
             state.record, state.ordinal = 0, state.ordinal + 1
-            if state.ordinal == len(self.deal()):
+            if state.ordinal == len(self.parts):
                 state.empty_passes = 0 if state.found else state.empty_passes + 1
-                state.visit, state.ordinal, state.found = state.visit + 1, 0, 0
+                state.last_characters = state.characters
+                state.visit, state.ordinal, state.found, state.characters = state.visit + 1, 0, 0, 0
                 self.settle_counts()
                 self.start_pass()
                 if state.empty_passes == EMPTY_PASSES:
@@ -225,7 +233,9 @@ class Feed:
         blocks, remainder = self.reader.pack_texts(self.texts(), self.state.remainder)
         self.state.remainder = remainder
         self.state.made += len(blocks)
-        self.state.progress = self.state.visit + self.state.ordinal / len(self.deal())
+        whole = self.state.last_characters or self.reader.lane_characters
+        part = self.state.characters / whole if whole else self.state.ordinal / len(self.parts)
+        self.state.passes = self.state.visit + min(part, 0.999)
         self.settle_counts()
         return Blocks.join(blocks, self.reader.encoder.dtype), replace(self.state)
 
@@ -316,20 +326,31 @@ class Pump(IterableDataset):
 
 @dataclass
 class Buffer:
-    """The shuffle buffer of a feed: (number, block) of those received and not drawn, and where the feed stood then."""
+    """The shuffle buffer of a feed: (number, block) of those received and not drawn, and where the feed stood then.
+    Numbers count a feed's blocks through all passes.
+    """
 
     state: FeedState
     blocks: list[tuple[int, Block]] = field(default_factory=list)
-    drawn: int = 0
+
+    @property
+    def drawn(self) -> int:
+        return self.state.made - len(self.blocks)
+
+    @property
+    def passes(self) -> float:
+        """Over the feed's part of its corpus, as far as it has been drawn."""
+        return self.state.passes * self.drawn / max(1, self.state.made)
 
     def receive(self, refill: Refill) -> None:
         first = refill.state.made - len(refill.blocks.lengths)
-        self.blocks += enumerate(refill.blocks.split(), start=first)
+        # Copies, or the last block to be drawn would keep all of its refill in memory.
+        new = [block._replace(input_ids=block.input_ids.copy()) for block in refill.blocks.split()]
+        self.blocks += enumerate(new, start=first)
         self.state = refill.state
 
     def draw(self, *key: int) -> tuple[int, Block]:
         at = int(hash64(DRAW, *key, self.drawn) % np.uint64(len(self.blocks)))
-        self.drawn += 1
         self.blocks[at], self.blocks[-1] = self.blocks[-1], self.blocks[at]
         return self.blocks.pop()
 
@@ -343,13 +364,20 @@ class Lanes:
     Args:
         readers, schedule: see `Pump`.
         lanes: of this process.
+        buffers: of those that have been drawn from.
     """
 
-    def __init__(self, readers: list[CorpusReader], schedule: Schedule, lanes: list[int]) -> None:
+    def __init__(
+        self,
+        readers: list[CorpusReader],
+        schedule: Schedule,
+        lanes: list[int],
+        buffers: dict[tuple[int, int], Buffer],
+    ) -> None:
         self.readers = readers
         self.schedule = schedule
         self.lanes = lanes
-        self.buffers: dict[tuple[int, int], Buffer] = {}
+        self.buffers = buffers
 
     def pump(self, updates: range) -> Pump:
         states = {where: buffer.state for where, buffer in self.buffers.items()}
@@ -385,7 +413,6 @@ def to_arrays(buffers: dict[tuple[int, int], Buffer]) -> dict[str, Any]:
         f"{lane}.{corpus}": {
             "state": vars(buffer.state)
             | {"remainder": list(buffer.state.remainder), "counts": dict(buffer.state.counts)},
-            "drawn": buffer.drawn,
             "numbers": [np.array([number for number, _ in buffer.blocks], np.int64)],
             "blocks": list(Blocks.join([b for _, b in buffer.blocks], buffer.state.remainder.input_ids.dtype)),
         }
@@ -417,15 +444,45 @@ def from_tensors(saved: dict[str, Any], lanes: list[int]) -> dict[tuple[int, int
             state = value["state"]
             state |= {"remainder": Remainder(*state["remainder"]), "counts": Counter(state["counts"])}
             numbered = list(zip(value["numbers"][0].tolist(), Blocks(*value["blocks"]).split(), strict=True))
-            buffers[lane, corpus] = Buffer(FeedState(**state), numbered, value["drawn"])
+            buffers[lane, corpus] = Buffer(FeedState(**state), numbered)
     return buffers
 
 
-def one_ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, the next of which is made in a thread while one is in use."""
-    end = object()
-    with ThreadPoolExecutor(1) as thread:
-        future = thread.submit(next, items, end)
-        while (item := future.result()) is not end:
-            future = thread.submit(next, items, end)
-            yield item
+class InterruptedWaitError(Exception):
+    """The process was asked to stop while it waited for data."""
+
+
+def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Iterator[Any]:
+    """The same items, the next of which is made in a thread while one is in use.
+
+    The thread is not waited for when the process ends: it may be waiting for a source.
+
+    Args:
+        is_stopping: looked at every half second while there is no item yet.
+
+    Raises:
+        InterruptedWaitError: it was true.
+    """
+    made: queue.Queue = queue.Queue(maxsize=1)
+
+    def make() -> None:
+        try:
+            for item in items:
+                made.put((item, None))
+            made.put((None, StopIteration()))
+        except Exception as error:  # of whatever kind, it is raised where the item is asked for
+            made.put((None, error))
+
+    threading.Thread(target=make, daemon=True).start()
+    while True:
+        try:
+            item, error = made.get(timeout=0.5)
+        except queue.Empty:
+            if is_stopping():
+                raise InterruptedWaitError from None
+            continue
+        if isinstance(error, StopIteration):
+            return
+        if error:
+            raise error
+        yield item

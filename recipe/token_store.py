@@ -23,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,7 +39,16 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from recipe.config import CorpusArguments, UserError
-from recipe.corpora import Part, Source, corpus_bytes, digest, local_files, open_source, source_fingerprint
+from recipe.corpora import (
+    STOP_WAITING,
+    Part,
+    Source,
+    corpus_bytes,
+    digest,
+    local_files,
+    open_source,
+    source_fingerprint,
+)
 from recipe.hygiene import Decontaminator, DocumentFilter, check_unreadable, text_checksum
 from recipe.packing import PAIRS, SEGMENT, Block, BlockFormat, Packed
 from recipe.tokenizer import DocumentEncoder
@@ -93,9 +103,12 @@ class EncodedShard(IterableDataset):
 
     def encode(self, run: tuple[Counter[str], list[str]]) -> Encoded:
         counted, texts = run
-        return counted, [
-            (ids, ends, text_checksum(text)) for text, (ids, ends) in zip(texts, self.encoder(texts), strict=True)
-        ]
+        rows = [(ids, ends, text_checksum(text)) for text, (ids, ends) in zip(texts, self.encoder(texts), strict=True)]
+        rows = [row for row in rows if len(row[0])]
+        # A normalizer may leave nothing of a text.
+        counted["empty"] += counted["documents"] - len(rows)
+        counted["documents"] = len(rows)
+        return counted, rows
 
 
 def in_threads(function: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
@@ -110,9 +123,12 @@ def in_threads(function: Callable[[Any], Any], items: Iterator[Any]) -> Iterator
             yield pending.popleft().result()
 
 
-def use_one_thread(_: int) -> None:
-    """In a worker: the processes are the parallelism."""
+def start_worker(_: int) -> None:
+    """In a worker process: one thread, since the processes are the parallelism; and SIGTERM, which launchers send to
+    whole groups of processes, is left to the process that trains. A worker ends when that one does.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGTERM, lambda *_: STOP_WAITING.set())
 
 
 def as_it_is(item: Any) -> Any:
@@ -137,7 +153,7 @@ def write_shard(
         if num_workers is None
         else iter(
             DataLoader(
-                encoded, batch_size=None, num_workers=num_workers, collate_fn=as_it_is, worker_init_fn=use_one_thread
+                encoded, batch_size=None, num_workers=num_workers, collate_fn=as_it_is, worker_init_fn=start_worker
             )
         )
     )

@@ -7,12 +7,13 @@ from collections import ChainMap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, gather_object, send_to_device
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, send_to_device
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from recipe.checkpoint import checkpoint_path, save_checkpoint
 from recipe.config import PretrainArguments, UserError
 from recipe.hashing import hash64
-from recipe.loader import COUNTED, Batch, Counts, Data, MicroBatches, UpdateData
+from recipe.loader import Batch, Counts, Data, MicroBatches, UpdateData
 from recipe.metrics import (
     Stopwatch,
     TrainState,
@@ -32,7 +33,7 @@ from recipe.metrics import (
 )
 from recipe.plots import plot_loss
 from recipe.run_directory import RunDirectory
-from recipe.streaming import Buffer, from_tensors, to_arrays, to_tensors
+from recipe.streaming import Buffer, InterruptedWaitError, to_arrays, to_tensors
 
 UNSERVED_ENGINES = {
     DistributedType.FSDP,
@@ -40,6 +41,8 @@ UNSERVED_ENGINES = {
     DistributedType.MEGATRON_LM,
     DistributedType.XLA,
 }
+# A rank may have to wait for a source longer than the ten minutes that the others would have patience for.
+COLLECTIVE_TIMEOUT = timedelta(hours=1)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -51,7 +54,7 @@ def start_accelerator() -> Accelerator:
     """
     # No buffer of the model ever changes, so none has to be sent around at each forward.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(kwargs_handlers=[ddp])
+    accelerator = Accelerator(kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)])
     if accelerator.distributed_type in UNSERVED_ENGINES:
         raise UserError(
             f"`distributed_type` is {accelerator.distributed_type.value}; only DDP and one process are served"
@@ -130,7 +133,8 @@ def train(
 
     Raises:
         FloatingPointError: too many updates in a row were not finite.
-        UserError: a corpus cannot be read any more; there is a checkpoint of the last update.
+        UserError: a corpus cannot be read any more. As after any error of the data, there is a checkpoint of the last
+            update.
     """
     process = accelerator.process_index, accelerator.num_processes
     eval_batches = data.eval_batches(*process)
@@ -145,28 +149,32 @@ def train(
         if accelerator.is_main_process:
             bar.write(line)
 
-    # Where the updates stand after the last one that was trained on, for the checkpoint.
-    lanes = from_tensors(saved_lanes, data.lanes_of(*process))
+    lanes: dict[tuple[int, int], Buffer] = {}  # in streaming mode, after the last update that was trained on
 
     with bar, request.listening():
-        # In here, since worker processes inherit what is done with signals.
-        updates = data.train_updates(*process, state.step, args.max_steps, saved_lanes)
+        # In here, since worker processes inherit what is done with SIGINT.
+        updates = data.train_updates(
+            *process, state.step, args.max_steps, saved_lanes, lambda: request.signal is not None
+        )
         while state.step < args.max_steps:
             with watch.waiting():
                 share, counts, failure = next_update(accelerator, updates, len(args.corpora))
             if share is None:
                 if state.step and saved != checkpoint_path(run.checkpoints, state.step):
                     save(accelerator, args, objective, optimizer, state, run, identity, lanes)
-                raise failure
+                if failure:
+                    raise failure
+                run.write_status("preempted", state.step, request.signal or "a signal to another process")
+                return False
             seed_dropout(args.seed, state.step, accelerator.process_index)
             update = train_step(
-                accelerator, objective, optimizer, share.micro_batches, counts.masked, args.max_grad_norm, request
+                accelerator, objective, optimizer, share.micro_batches, counts["masked"], args.max_grad_norm, request
             )
             lanes = share.lanes
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
-            state.count(update.loss_sum, counts.masked, counts.corpora, counts.digest, update.skipped)
-            watch.count(int(counts.corpora[:, COUNTED.index("tokens")].sum()))
+            state.count(update.loss_sum, counts["masked"], counts.corpora, counts["digest"], update.skipped)
+            watch.count(counts.tokens)
             bar.update()
             is_last = state.step == args.max_steps
 
@@ -198,22 +206,26 @@ def train(
 
 def next_update(
     accelerator: Accelerator, updates: Iterator[UpdateData], num_corpora: int
-) -> tuple[UpdateData | None, Counts, UserError | None]:
+) -> tuple[UpdateData | None, Counts, Exception | None]:
     """This process's share of the next update, and the counts of all shares.
 
     Returns:
-        None for the share, with an error, on all ranks if any of them has no more data: none is left waiting.
+        None for the share on all ranks if any of them has no more data, so that none is left waiting; with an error
+        unless it was asked to stop.
     """
     share, failure = None, None
     try:
         share = next(updates)
-    except UserError as error:
-        failure = error
-    counts = share.counts if share else Counts.of_failure(num_corpora)
+        counts = share.counts
+    except InterruptedWaitError:
+        counts = Counts.of_nothing(num_corpora, "stopping")
+    except Exception as error:  # whatever it is, the other ranks have to know
+        failure, counts = error, Counts.of_nothing(num_corpora, "failed")
     totals = accelerator.reduce(torch.from_numpy(counts.array).to(accelerator.device), "sum")
     counts = Counts(num_corpora, totals.cpu().numpy())
-    if counts.failed:
+    if counts["failed"]:
         failure = failure or UserError("another process cannot read its corpora any more; see its message")
+    if counts["failed"] or counts["stopping"]:
         share = None
     return share, counts, failure
 
@@ -238,7 +250,7 @@ def train_step(
         masked: tokens to predict in the micro-batches of all ranks.
         max_grad_norm: 0 for no clipping.
     """
-    scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / masked
+    scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / max(1, masked)
     loss_sum = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(micro_batches):
         is_last = number == len(micro_batches) - 1

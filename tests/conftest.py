@@ -142,6 +142,11 @@ def run_pretrain(monkeypatch: pytest.MonkeyPatch):
     reset_accelerate()
 
 
+def never() -> bool:
+    """Nobody asks the process to stop."""
+    return False
+
+
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -69,7 +69,7 @@ def test_settings_of_the_optimizer_may_change(tmp_path: Path):
     first.step()
     path = save_checkpoint(tmp_path, 1, model, {"optimizer": first.state_dict()}, {}, 1)
     second = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.2)
-    load_optimizer(load_tensors(path), second, None)
+    load_optimizer(path, second, None)
     assert (second.param_groups[0]["lr"], second.param_groups[0]["weight_decay"]) == (5e-4, 0.2)
     for one, two in zip(first.state.values(), second.state.values(), strict=True):
         assert torch.equal(one["exp_avg_sq"], two["exp_avg_sq"])

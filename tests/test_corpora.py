@@ -123,7 +123,7 @@ def test_small_files_are_one_shard_and_large_ones_are_each_their_own(tmp_path: P
     monkeypatch.setattr("recipe.corpora.SHARD_BYTES", 400)
     source = open_source(corpus(tmp_path))
     assert [[Path(file).stem for file in shard] for shard in source.shards] == [["0", "1", "2"], ["3", "4"], ["5"]]
-    assert source.largest_shard == 700
+    assert source.shard_bytes == (530, 605, 700)
 
 
 def test_fingerprint_changes_with_the_files(tmp_path: Path):
@@ -225,7 +225,7 @@ class FailingSource(LocalSource):
 def test_source_that_fails_is_opened_again_where_it_was(tmp_path: Path, monkeypatch, capsys):
     waits = []
     monkeypatch.setattr("recipe.corpora.RETRY_SECONDS", (1, 5, 30))
-    monkeypatch.setattr("recipe.corpora.time.sleep", waits.append)
+    monkeypatch.setattr("recipe.corpora.STOP_WAITING.wait", waits.append)
     path = write_jsonl(tmp_path / "a.jsonl", [f"document {n}" for n in range(5)])
     source = FailingSource(corpus(path), [path])
     source.failures = 3

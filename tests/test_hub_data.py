@@ -60,7 +60,7 @@ from recipe.corpora import Part, corpus_bytes, open_source
 datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
 datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
 recipe.corpora.RETRY_SECONDS = (1, 1)
-time.sleep = lambda seconds: None
+time.sleep = recipe.corpora.STOP_WAITING.wait = lambda seconds: None
 with report_user_errors():
     corpus = CorpusArguments(**json.loads(sys.argv[1]))
     source = open_source(corpus)

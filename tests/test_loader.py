@@ -8,7 +8,7 @@ import torch
 
 from recipe.config import CorpusArguments, PretrainArguments, UserError
 from recipe.loader import CachedData, Counts, Data, StreamedData
-from tests.conftest import write_jsonl
+from tests.conftest import never, write_jsonl
 
 
 @pytest.fixture
@@ -35,7 +35,8 @@ def make_data(corpus_file: Path, tokenizer, tokenizer_dir: Path):
 def rows_of_update(data: Data, update: int, num_processes: int) -> tuple[list, list[int]]:
     """All rows of an update, in an order that processes do not change, and its counts."""
     shares = [
-        next(data.train_updates(process, num_processes, update, update + 1, None)) for process in range(num_processes)
+        next(data.train_updates(process, num_processes, update, update + 1, {}, never))
+        for process in range(num_processes)
     ]
     rows = [torch.cat([b["input_ids"], b["labels"]], 1) for share in shares for b in share.micro_batches]
     return sorted(torch.cat(rows).tolist()), sum(share.counts.array for share in shares).tolist()
@@ -53,8 +54,8 @@ def test_update_is_the_same_for_any_processes_workers_and_micro_batch(
 
 def test_iteration_goes_on_from_any_update(make_data):
     data = make_data(per_device_train_batch_size=4, dataloader_num_workers=0)
-    whole = list(data.train_updates(0, 1, 0, 6, None))
-    resumed = list(data.train_updates(0, 1, 4, 6, None))
+    whole = list(data.train_updates(0, 1, 0, 6, {}, never))
+    resumed = list(data.train_updates(0, 1, 4, 6, {}, never))
     for one, two in zip(whole[4:], resumed, strict=True):
         assert one.counts.array.tolist() == two.counts.array.tolist()
         for a, b in zip(one.micro_batches, two.micro_batches, strict=True):
@@ -64,7 +65,7 @@ def test_iteration_goes_on_from_any_update(make_data):
 def test_counts_are_those_of_the_rows(make_data, texts):
     data = make_data(train_batch_size=1, per_device_train_batch_size=1, dataloader_num_workers=0, eval_blocks=0)
     blocks = int(data.num_train[0])
-    one_pass = sum(share.counts.array for share in data.train_updates(0, 1, 0, blocks, None))
+    one_pass = sum(share.counts.array for share in data.train_updates(0, 1, 0, blocks, {}, never))
     counts = Counts(1, one_pass)
     assert counts.corpora.tolist() == [[blocks, counts.corpora[0, 1], len(texts)]]
     assert counts.corpora[0, 1] >= data.packed[0].counts["tokens"] + 2 * blocks
@@ -97,7 +98,7 @@ PAIR = PLAIN | {"token_type_ids", "next_sentence_label"}
 def test_every_packing_gives_its_batches(make_data, packing, streaming, names, tokenizer):
     changes = {"streaming": True, "num_lanes": 4, "shuffle_buffer_size": 8} if streaming else {"prepare_only": True}
     data = make_data(packing=packing, train_batch_size=8, **changes)
-    (batch,) = next(data.train_updates(0, 1, 0, 1, None)).micro_batches
+    (batch,) = next(data.train_updates(0, 1, 0, 1, {}, never)).micro_batches
     assert set(batch) == names
     ids = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
     assert (ids[:, 0] == tokenizer.cls_token_id).all()
@@ -130,7 +131,7 @@ def test_test_sentences_are_left_out_and_counted(make_data, tmp_path: Path, text
 def test_update_of_many_micro_batches_keeps_no_file_open(make_data):
     data = make_data(train_batch_size=512, per_device_train_batch_size=1)
     before = len(os.listdir("/proc/self/fd"))
-    share = next(data.train_updates(0, 1, 0, 1, None))
+    share = next(data.train_updates(0, 1, 0, 1, {}, never))
     assert len(share.micro_batches) == 512
     assert len(os.listdir("/proc/self/fd")) < before + 50
 

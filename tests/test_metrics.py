@@ -55,7 +55,7 @@ def test_eval_record_has_the_perplexity_of_its_loss():
 
 
 def test_lines_are_aligned():
-    state = TrainState(step=5, tokens=1_234_567, blocks=3000)
+    state = TrainState(step=5, corpora=[[1000, 234_567, 9], [2000, 1_000_000, 9]])
     state.window_loss, state.window_masked = 30.0, 10
     watch = Stopwatch()
     watch.count(1000)

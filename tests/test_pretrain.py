@@ -17,6 +17,8 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 from recipe.config import UserError
 from tests.conftest import ROOT, SAMPLE, command_line, learning, read_lines, weights, write_jsonl
 
+STREAMED = {"streaming": "true", "num_lanes": 4, "shuffle_buffer_size": 64}
+
 
 def assert_same_run(one: Path, two: Path) -> None:
     assert learning(one / "metrics.jsonl") == learning(two / "metrics.jsonl")
@@ -33,6 +35,18 @@ def launch(flags: dict[str, object], processes: int = 1, **kwargs) -> subprocess
     return subprocess.run(
         [*command, "pretrain.py", *command_line(flags)], cwd=ROOT, env=environment, text=True, check=True, **kwargs
     )
+
+
+def start(flags: dict[str, object], script: Path | str = "pretrain.py", **kwargs) -> subprocess.Popen:
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, script, *command_line(flags)], cwd=ROOT, env=environment, **kwargs)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert path.exists()
 
 
 def test_run_leaves_what_it_promises(flags, run_pretrain, tmp_path: Path, capsys):
@@ -135,16 +149,12 @@ def test_counts_of_corpora_are_in_the_metrics_and_the_log(flags, run_pretrain, t
     assert f"b {b['tokens'] / 1000:.3g}K tokens, {b['documents']} documents, {b['passes']:.2f} passes" in printed
 
 
-STREAMED = {"streaming": "true", "num_lanes": 4, "shuffle_buffer_size": 64}
-
-
 @pytest.mark.parametrize("mode", [{}, STREAMED, STREAMED | {"dataloader_num_workers": 2}])
 def test_killed_run_goes_on_to_the_same_end(flags, run_pretrain, tmp_path: Path, mode):
     flags |= {"max_steps": 120, "save_steps": 4, "eval_steps": 7, "logging_steps": 3} | mode
     run_pretrain(flags)
     killed = flags | {"output_dir": tmp_path / "killed", "resume_from_checkpoint": "latest"}
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen([sys.executable, "pretrain.py", *command_line(killed)], cwd=ROOT, env=environment)
+    process = start(killed)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "killed" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -158,12 +168,9 @@ def test_killed_run_goes_on_to_the_same_end(flags, run_pretrain, tmp_path: Path,
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_saves_and_ends_the_run_as_preempted(flags, run_pretrain, tmp_path: Path, number: signal.Signals):
     flags |= {"max_steps": 100_000, "save_steps": 100_000, "resume_from_checkpoint": "latest", "logging_steps": 1}
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen([sys.executable, "pretrain.py", *command_line(flags)], cwd=ROOT, env=environment)
+    process = start(flags)
     run = tmp_path / "run"
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(run / "metrics.jsonl")
     pids = json.loads((run / "status.json").read_text())["pids"]
     assert pids == [process.pid]
     os.kill(pids[0], number)
@@ -174,6 +181,61 @@ def test_signal_saves_and_ends_the_run_as_preempted(flags, run_pretrain, tmp_pat
     assert (run / "checkpoints" / f"step-{status['step']:08d}").is_dir()
     run_pretrain(flags | {"max_steps": status["step"] + 1, "warmup_steps": 1})
     assert json.loads((run / "status.json").read_text())["state"] == "complete"
+
+
+@pytest.mark.parametrize("mode", [{}, STREAMED], ids=["cached", "streaming"])
+def test_signal_to_the_whole_group_of_processes_saves_too(flags, tmp_path: Path, mode):
+    flags |= {"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1, "dataloader_num_workers": 2} | mode
+    process = start(flags, start_new_session=True)
+    wait_for(tmp_path / "run" / "metrics.jsonl")
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "preempted"
+    assert (tmp_path / "run" / "checkpoints" / f"step-{status['step']:08d}").is_dir()
+
+
+WAITS_FOR_ITS_SOURCE = """
+import pretrain
+import recipe.corpora
+import recipe.streaming
+
+recipe.corpora.RETRY_SECONDS = (600,)
+recipe.streaming.REFILL_CHARACTERS = 2000
+records = recipe.corpora.LocalSource.records
+count = 0
+
+def failing(self, shard, first, part):
+    global count
+    for index, text in records(self, shard, first, part):
+        count += 1
+        if count > 1000:
+            raise ConnectionError("the line is down")
+        yield index, text
+
+recipe.corpora.LocalSource.records = failing
+pretrain.main()
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_signal_is_heard_while_a_source_is_waited_for(flags, tmp_path: Path, workers: int):
+    script = tmp_path / "waits.py"
+    script.write_text(WAITS_FOR_ITS_SOURCE)
+    flags |= STREAMED | {"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1}
+    log = tmp_path / "log.txt"
+    with log.open("w") as out:
+        process = start(flags | {"dataloader_num_workers": workers}, script=script, stdout=out)
+    deadline = time.monotonic() + 120
+    while "opening it again" not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    wait_for(tmp_path / "run" / "metrics.jsonl")
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 0
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "preempted"
+    assert (tmp_path / "run" / "checkpoints" / f"step-{status['step']:08d}").is_dir()
 
 
 def test_two_processes_give_the_losses_of_one(flags, run_pretrain, tmp_path: Path, tokenizer_dir: Path):

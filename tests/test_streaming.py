@@ -1,4 +1,6 @@
 import random
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +11,10 @@ import torch
 
 from recipe.config import CorpusArguments, PretrainArguments, UserError
 from recipe.corpora import LocalSource, SourceError
-from recipe.loader import StreamedData
+from recipe.loader import Counts, StreamedData
 from recipe.sampling import LaneOrder
-from recipe.streaming import Feed, FeedState, from_tensors, one_ahead, to_arrays, to_tensors
-from tests.conftest import make_text, write_jsonl
+from recipe.streaming import Feed, FeedState, InterruptedWaitError, from_tensors, one_ahead, to_arrays, to_tensors
+from tests.conftest import make_text, never, write_jsonl
 
 
 @pytest.fixture
@@ -58,7 +60,9 @@ def make_data(corpora, tokenizer, tokenizer_dir: Path):
 def read(data: StreamedData, num_processes: int, first: int, last: int, saved: dict | None = None):
     """Of each update the rows of all processes, in an order that processes do not change, and the counts; and the
     lanes of all processes at the end, as a checkpoint has them."""
-    processes = [data.train_updates(process, num_processes, first, last, saved) for process in range(num_processes)]
+    processes = [
+        data.train_updates(process, num_processes, first, last, saved or {}, never) for process in range(num_processes)
+    ]
     updates = []
     for _ in range(first, last):
         shares = [next(process) for process in processes]
@@ -85,7 +89,9 @@ def test_checkpoint_goes_on_with_any_number_of_processes(make_data, packing, tmp
         saved = torch.load(tmp_path / "lanes.pt", weights_only=True)
         updates += part
     assert updates == reference
-    assert {key: value["drawn"] for key, value in saved.items()} == {key: value["drawn"] for key, value in end.items()}
+    assert {key: value["numbers"][0].tolist() for key, value in saved.items()} == {
+        key: value["numbers"][0].tolist() for key, value in end.items()
+    }
 
 
 def documents_read(data: StreamedData, lane: int, corpus: int, visits: int) -> list[list[str]]:
@@ -144,6 +150,11 @@ def test_shares_hold_over_any_stretch_and_in_every_lane():
     for start in (0, 1, 77, 12_345, 37_999):
         found = np.bincount(flat[start : start + 10_000], minlength=3) / 10_000
         assert np.abs(found - shares).max() < 0.001
+    # Equal shares are not all due at the same places.
+    many = np.array([90.0] + [1.0] * 10) / 100
+    flat = np.concatenate([LaneOrder(64, many.tolist(), seed=2).corpora(number) for number in range(800)])
+    for start in (0, 33, 20_001):
+        assert np.abs(np.bincount(flat[start : start + 10_000], minlength=11) / 10_000 - many).max() < 0.001
     by_lane = np.stack([np.bincount(lane, minlength=3) for lane in rounds.T]) / len(rounds)
     assert np.abs(by_lane - shares).max() < 0.03
 
@@ -151,7 +162,7 @@ def test_shares_hold_over_any_stretch_and_in_every_lane():
 def test_given_weights_are_kept(make_data, corpora):
     weighted = [replace(corpus, weight=weight) for corpus, weight in zip(corpora, (1, 3), strict=True)]
     updates, _ = read(make_data(corpora=weighted), 1, 0, 300)
-    blocks = np.sum([np.array(counts[3:9]).reshape(2, 3)[:, 0] for _, counts in updates], axis=0)
+    blocks = np.sum([Counts(2, np.array(counts)).corpora[:, 0] for _, counts in updates], axis=0)
     assert blocks[1] / blocks.sum() == pytest.approx(0.75, abs=0.002)
 
 
@@ -175,7 +186,7 @@ def test_eval_corpora_are_not_read_for_training(make_data, tmp_path: Path):
     assert set(data.eval_corpora.tolist()) == {2}
     assert len(data.eval_blocks) == 10
     assert all(not reader.held_out for reader in data.readers[:2])
-    assert next(data.train_updates(0, 1, 0, 1, None)).counts.corpora.shape == (2, 3)
+    assert next(data.train_updates(0, 1, 0, 1, {}, never)).counts.corpora.shape == (2, 3)
 
 
 def test_unigram_loss_is_the_same_every_time(make_data):
@@ -194,7 +205,7 @@ def test_passes_and_left_out_documents_are_counted(make_data, corpora):
     for file in Path(corpora[0].path).iterdir():
         file.write_text(file.read_text() + '{"text": ""}\nnot json\n')
     data = make_data(max_unreadable_documents=3)
-    share = list(data.train_updates(0, 1, 0, 300, None))[-1]
+    share = list(data.train_updates(0, 1, 0, 300, {}, never))[-1]
     seen = data.corpora_record(share.counts.corpora.tolist(), share.counts.streams)
     passes = seen["many"]["passes"]
     assert passes > 2
@@ -202,7 +213,7 @@ def test_passes_and_left_out_documents_are_counted(make_data, corpora):
     assert seen["many"]["empty"] == seen["many"]["unreadable"]
     assert seen["few"]["unreadable"] == 0
     with pytest.raises(UserError, match=r"corpus 'many' has 2 unreadable documents.*line 22: not a JSON object"):
-        list(make_data(max_unreadable_documents=1).train_updates(0, 1, 0, 300, None))
+        list(make_data(max_unreadable_documents=1).train_updates(0, 1, 0, 300, {}, never))
 
 
 def test_corpus_too_small_for_its_lanes_is_named(make_data, corpora, tmp_path: Path):
@@ -210,7 +221,7 @@ def test_corpus_too_small_for_its_lanes_is_named(make_data, corpora, tmp_path: P
     tiny = CorpusArguments(name="tiny", path=str(path))
     data = make_data(corpora=[*corpora, tiny], eval_corpora=[corpora[0]], num_lanes=8, train_batch_size=8)
     # Two documents and eight lanes: each is dealt one now and then.
-    list(data.train_updates(0, 1, 0, 30, None))
+    list(data.train_updates(0, 1, 0, 30, {}, never))
     with pytest.raises(UserError, match=r"`eval_blocks` \(10\) takes all of corpus 'tiny'"):
         make_data(corpora=[replace(tiny, weight=1.0)])
     (tmp_path / "hollow").mkdir()
@@ -218,7 +229,7 @@ def test_corpus_too_small_for_its_lanes_is_named(make_data, corpora, tmp_path: P
     data = make_data(corpora=[replace(tiny, path=str(hollow))], eval_corpora=[corpora[0]])
     data.readers[0].held_out[0] = 1
     with pytest.raises(UserError, match=r"'tiny': lane \d found no document in 20 passes; .* 4 `num_lanes`"):
-        list(data.train_updates(0, 1, 0, 10, None))
+        list(data.train_updates(0, 1, 0, 10, {}, never))
 
 
 class Dies(LocalSource):
@@ -237,9 +248,35 @@ def test_source_that_is_gone_ends_the_updates_with_its_name(make_data, workers, 
     data.readers[0] = data.readers[0]._replace(source=broken)
     shares = []
     with pytest.raises(SourceError, match="corpus 'many'"):
-        shares.extend(data.train_updates(0, 1, 0, 500, None))
+        shares.extend(data.train_updates(0, 1, 0, 500, {}, never))
     # What came before is whole, and can be gone on from.
     assert from_tensors(to_tensors(to_arrays(shares[-1].lanes)), [0, 1, 2, 3]).keys() == shares[-1].lanes.keys()
+
+
+def test_passes_are_of_what_was_drawn(make_data, tmp_path: Path):
+    rng = random.Random(5)
+    (tmp_path / "even").mkdir()
+    for shard in range(4):
+        write_jsonl(tmp_path / "even" / f"{shard}.jsonl", [make_text(rng, 8) for _ in range(50)])
+    even = CorpusArguments(name="even", path=str(tmp_path / "even"))
+    data = make_data(corpora=[even], eval_blocks=0)
+    documents = 0
+    for update, share in enumerate(data.train_updates(0, 1, 0, 400, {}, never)):
+        documents += int(share.counts.corpora[0, 2])
+        if update % 50 == 49:
+            seen = data.corpora_record([[1, 1, 1]], share.counts.streams)["even"]
+            assert seen["passes"] == pytest.approx(documents / 200, abs=0.12)
+    assert documents > 400
+
+
+def test_identity_notices_other_sizes(make_data, corpora):
+    before = make_data(eval_corpora=[corpora[1]]).identity()
+    assert make_data(eval_corpora=[corpora[1]]).identity() == before
+    with (Path(corpora[0].path) / "3.jsonl").open("a") as file:
+        file.write('{"text": "One more."}\n')
+    changed = make_data(eval_corpora=[corpora[1]]).identity()
+    assert changed["many"] != before["many"]
+    assert changed["few"] == before["few"]
 
 
 def test_one_ahead_keeps_order_and_errors():
@@ -247,10 +284,26 @@ def test_one_ahead_keeps_order_and_errors():
         yield from range(5)
         raise KeyError("end")
 
-    ahead = one_ahead(items())
+    ahead = one_ahead(items(), never)
     assert [next(ahead) for _ in range(5)] == list(range(5))
     with pytest.raises(KeyError):
         next(ahead)
+    assert list(one_ahead(iter(range(3)), never)) == [0, 1, 2]
+
+
+def test_waiting_for_data_ends_when_the_process_is_to_stop():
+    def items():
+        yield 1
+        threading.Event().wait(60)
+
+    stopping = []
+    ahead = one_ahead(items(), lambda: bool(stopping))
+    assert next(ahead) == 1
+    stopping.append(True)
+    started = time.monotonic()
+    with pytest.raises(InterruptedWaitError):
+        next(ahead)
+    assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize(
