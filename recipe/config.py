@@ -158,8 +158,8 @@ class PretrainArguments:
     sentence_splitter: Literal["sentencex", "newline"] = identity(default="sentencex")
     """`newline` if the text already has one sentence a line."""
     deduplicate: bool = identity(default=False)
-    """Drop documents that are an exact copy of an earlier one, of any corpus. Needs `streaming` off, and 24 bytes of
-    memory a document while blocks are packed for the first time."""
+    """Drop documents that are an exact copy of an earlier one in `corpora`. Needs `streaming` off, and in each process
+    32 bytes of memory a document for a while at each start."""
     decontaminate_against: list[str] = identity(default_factory=list)
     """Files or globs (GLUE's `.tsv`, or any text, a sentence a line or field) whose sentences must not be trained on:
     a document that shares 13 words in a row with one is dropped, or all words of one that has 8 to 12."""

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import IterableDataset, Value, load_dataset
+from huggingface_hub import HfApi
 
 from recipe.config import CorpusArguments, UserError
 
@@ -31,7 +32,10 @@ PACKED_BY = {".gz": "gzip", ".zst": "zstd"}  # pyarrow's names
 # Bytes of English text for one compressed byte, measured at the tools' default levels; only default weights rest on it.
 COMPRESSION_RATIO = {".gz": 2.6, ".zst": 2.8, ".xz": 3.5}
 SUFFIXES = tuple(kind + packed for kind in LINES + TEXTS for packed in ("", *COMPRESSION_RATIO)) + TABLES
-SHARD_BYTES = 1_000_000  # smaller files are read together, up to this size: each shard ends in a short block
+# Small files that follow each other are one shard, up to this size: each ends in a short block. There are about so many
+# shards of them at the most, as each keeps some files mapped into memory.
+SHARD_BYTES, MAX_SHARDS = 1_000_000, 4096
+NO_TEXT = {"dataset_info.json", "state.json", "dataset_dict.json"}  # what `save_to_disk` writes beside its tables
 ROWS_AT_ONCE = 64  # of a table; a row may be a book
 RETRY_SECONDS = (1, 5, 30, 120, 300)  # waits before a source that failed is opened again
 
@@ -63,6 +67,7 @@ class Source(ABC):
     Attributes:
         corpus: what was opened.
         num_shards: shards, in a fixed order.
+        revision: the commit of a hub data set.
         passing_errors: what may be gone at the next try.
         shard_bytes: of each shard on disk; empty if not known.
     """
@@ -70,6 +75,7 @@ class Source(ABC):
     corpus: CorpusArguments
     num_shards: int
     shard_bytes: tuple[int, ...] = ()
+    revision: str | None = None
     passing_errors: type[Exception] = OSError
 
     @abstractmethod
@@ -114,16 +120,18 @@ class LocalSource(Source):
 
     def __init__(self, corpus: CorpusArguments, files: list[Path]) -> None:
         self.corpus = corpus
+        sizes = {str(file.absolute()): file.stat().st_size for file in files}
+        limit = max(SHARD_BYTES, sum(sizes.values()) / MAX_SHARDS)
         self.shards: list[list[str]] = []
-        size = SHARD_BYTES
-        for file in files:
-            if size >= SHARD_BYTES:
+        filled = limit
+        for file, size in sizes.items():
+            if filled >= limit or size >= limit:
                 self.shards.append([])
-                size = 0
-            self.shards[-1].append(str(file.resolve()))
-            size += file.stat().st_size
+                filled = 0
+            self.shards[-1].append(file)
+            filled += size
         self.num_shards = len(self.shards)
-        self.shard_bytes = tuple(sum(Path(file).stat().st_size for file in shard) for shard in self.shards)
+        self.shard_bytes = tuple(sum(sizes[file] for file in shard) for shard in self.shards)
 
     def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, str | UserError]]:
         files = self.shards[shard]
@@ -140,12 +148,10 @@ class LocalSource(Source):
                             yield start + number, parse(raw, file, number)
                         except UserError as error:
                             yield start + number, error
-            except (EOFError, lzma.LZMAError, pa.ArrowInvalid) as error:
-                raise UserError(f"{file}: damaged or incomplete ({error}); replace it or leave it out") from None
-            except OSError as error:
-                if error.errno is not None:
+            except (EOFError, lzma.LZMAError, pa.ArrowInvalid, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
                     raise  # of the disk; without a number it is a decompressor's
-                raise UserError(f"{file}: damaged or incomplete ({error}); replace it or leave it out") from None
+                raise damaged(file, error) from None
             start += number + 1
 
     def reader(self, file: str) -> tuple[Callable[[str, int], Iterator[Any]], Callable[[Any, str, int], str]]:
@@ -167,7 +173,7 @@ class HubSource(Source):
 
     def __init__(self, corpus: CorpusArguments) -> None:
         self.corpus = corpus
-        self.rows = open_hub_corpus(corpus)
+        self.rows, self.revision = open_hub_corpus(corpus)
         self.num_shards = self.rows.num_shards
 
     def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, str | UserError]]:
@@ -177,7 +183,11 @@ class HubSource(Source):
         batches = (rows.skip(first) if first else rows).iter(batch_size=ROWS_AT_ONCE)
         for index, text in enumerate((text for batch in batches for text in batch["text"]), start=first):
             if part.has(index):
-                yield index, text or ""
+                if text is not None and not isinstance(text, str):
+                    kind = type(text).__name__
+                    yield index, UserError(f"{self.corpus.path}, shard {shard}, row {index + 1}: a {kind}, not text")
+                else:
+                    yield index, text or ""
 
 
 def digest(*values: Any) -> str:
@@ -194,10 +204,11 @@ def local_files(corpus: CorpusArguments) -> list[Path] | None:
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        below = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name.endswith(SUFFIXES))
-        files = [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        # `glob` follows links to folders and leaves out what is hidden.
+        below = map(Path, sorted(set(glob.glob(f"{glob.escape(str(path))}/**", recursive=True))))
+        files = [f for f in below if f.is_file() and f.name.endswith(SUFFIXES) and f.name not in NO_TEXT]
     elif glob.has_magic(corpus.path):
-        files = [Path(file) for file in sorted(glob.glob(str(path), recursive=True)) if Path(file).is_file()]
+        files = [Path(file) for file in sorted(set(glob.glob(str(path), recursive=True))) if Path(file).is_file()]
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", corpus.path) and not corpus.path.endswith(SUFFIXES):
         return None
     else:
@@ -219,8 +230,12 @@ def source_fingerprint(corpus: CorpusArguments) -> str:
     files = local_files(corpus)
     if files is None:
         return digest(corpus.path, corpus.config_name, corpus.split, corpus.revision, corpus.text_column)
-    stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return digest(corpus.text_column, corpus.sample_by, SHARD_BYTES, stamps)
+    stamps = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return digest(corpus.text_column, corpus.sample_by, SHARD_BYTES, MAX_SHARDS, stamps)
+
+
+def damaged(file: str, error: Exception) -> UserError:
+    return UserError(f"{file}: damaged or incomplete ({error}); replace it or leave it out")
 
 
 def packing_of(file: str) -> str:
@@ -350,12 +365,11 @@ def open_source(corpus: CorpusArguments) -> Source:
     return HubSource(corpus) if files is None else LocalSource(corpus, files)
 
 
-def open_hub_corpus(corpus: CorpusArguments) -> IterableDataset:
-    """A hub data set as a stream of rows with the one column `text`."""
+def open_hub_corpus(corpus: CorpusArguments) -> tuple[IterableDataset, str]:
+    """A hub data set as a stream of rows with the one column `text`, and the commit that it is of."""
     try:
-        rows = load_dataset(
-            corpus.path, corpus.config_name, split=corpus.split, revision=corpus.revision, streaming=True
-        )
+        commit = HfApi().dataset_info(corpus.path, revision=corpus.revision).sha
+        rows = load_dataset(corpus.path, corpus.config_name, split=corpus.split, revision=commit, streaming=True)
     except Exception as error:
         # Whatever `datasets` raises here, from a misspelt id to no network, the user needs to know which corpus it was.
         raise UserError(
@@ -373,7 +387,7 @@ def open_hub_corpus(corpus: CorpusArguments) -> IterableDataset:
     if kind not in (Value("string"), Value("large_string")):
         raise UserError(f"corpus {corpus.name!r}: column {corpus.text_column!r} of {corpus.path} is {kind}, not text")
     rows = rows.select_columns([corpus.text_column])
-    return rows if corpus.text_column == "text" else rows.rename_column(corpus.text_column, "text")
+    return (rows if corpus.text_column == "text" else rows.rename_column(corpus.text_column, "text")), commit
 
 
 def check_corpus(corpus: CorpusArguments, max_unreadable: int = 0) -> None:
@@ -413,7 +427,7 @@ def corpus_bytes(corpus: CorpusArguments) -> float:
     files = local_files(corpus)
     if files is not None:
         return sum(file_bytes(str(file), corpus.text_column) for file in files)
-    splits = open_hub_corpus(corpus).info.splits or {}
+    splits = open_hub_corpus(corpus)[0].info.splits or {}
     if corpus.split not in splits or not splits[corpus.split].num_bytes:
         raise UserError(f"corpus {corpus.name!r}: {corpus.path} does not publish its size; give all corpora a `weight`")
     return splits[corpus.split].num_bytes
@@ -426,7 +440,7 @@ def file_bytes(file: str, column: str) -> float:
     try:
         groups = pq.ParquetFile(file).metadata
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file}: damaged or incomplete ({error}); replace it or leave it out") from None
+        raise damaged(file, error) from None
     chunks = (groups.row_group(g).column(c) for g in range(groups.num_row_groups) for c in range(groups.num_columns))
     return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
 

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from recipe.config import UserError
 
 LONGEST, SHORTEST = 13, 8  # words in a row that count as an overlap (GPT-3, appendix C)
 PIECE, OVERLAP = 1_000_000, 2_000  # characters of a document looked at together, and twice
+SHOWN = 5  # malformed documents that each filter prints
 FILTER_BITS = 24  # of the table that tells most text apart from the test sets without looking closer
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-cased words without punctuation."""
-    return re.findall(r"\w+", text.lower())
+    """Lower-cased words without punctuation, in one spelling where Unicode has several."""
+    return re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower())
 
 
 class Decontaminator:
@@ -28,10 +30,11 @@ class Decontaminator:
     occurring often.
 
     Args:
-        patterns: files or globs; each line and each of its tab-separated fields is a sentence.
+        patterns: files or globs; each line and each of its tab-separated fields is a sentence. Words are what stands
+            between spaces and punctuation: languages without spaces are not served.
 
     Raises:
-        UserError: a pattern without a file, or files without a sentence of 8 words.
+        UserError: a pattern without a file, a file that is not UTF-8 text, or no sentence of 8 words in them.
     """
 
     def __init__(self, patterns: list[str]) -> None:
@@ -39,13 +42,22 @@ class Decontaminator:
         self.overlaps: set[tuple[int, ...]] = set()
         checksums = []
         for pattern in patterns:
-            files = [file for file in sorted(glob.glob(pattern, recursive=True)) if Path(file).is_file()]
+            path = Path(pattern).expanduser()
+            found = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
+            files = [file for file in found if Path(file).is_file()]
             if not files:
                 raise UserError(f"`decontaminate_against`: {pattern} is no file")
             for file in files:
                 raw = Path(file).read_bytes()
                 checksums.append(hashlib.sha256(raw).hexdigest())
-                for sentence in re.split(r"[\t\r\n]+", raw.decode("utf-8-sig", errors="replace")):
+                try:
+                    text = raw.decode("utf-8-sig")
+                except UnicodeDecodeError as error:
+                    problem = (
+                        f"{file} is not plain UTF-8 text (byte {error.start}); unpack it, or save it as .tsv or .txt"
+                    )
+                    raise UserError(f"`decontaminate_against`: {problem}") from None
+                for sentence in re.split(r"[\t\r\n]+", text):
                     self.add(words_of(sentence))
         if patterns and not self.overlaps:
             raise UserError(
@@ -118,6 +130,8 @@ class DocumentFilter:
         """
         if isinstance(text, UserError):
             self.counts["unreadable"] += 1
+            if self.counts["unreadable"] <= SHOWN:
+                print(f"passed over: {text}", flush=True)
             check_unreadable(self.name, self.counts["unreadable"], self.max_unreadable, str(text))
             return False
         if not text or text.isspace():

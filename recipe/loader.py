@@ -268,7 +268,8 @@ class CachedData(Data):
 
     def __init__(self, args: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__(args, tokenizer)
-        root = Path(args.token_store_dir or Path(datasets.config.HF_DATASETS_CACHE) / "token_stores")
+        given = args.token_store_dir
+        root = Path(given).expanduser() if given else Path(datasets.config.HF_DATASETS_CACHE) / "token_stores"
         self.stores = [TokenStore(corpus, self.encoder, self.decontaminator, root) for corpus in self.corpora]
         for store in self.stores:
             if not store.is_complete:

@@ -9,7 +9,7 @@
       store.json                   what it was made of and with
       shard-00000.arrow            `input_ids`, `sentence_ends`, `checksum` of the text
       shard-00000.json             documents, tokens and what was left out; written last
-      full_sentences-512-9b2e…/shard-00000/{segments,block_ends,labels}.npy, counts.json
+      full_sentences-512-9b2e…/shard-00000/{segments,block_ends,labels}.bin, counts.json
 
 All processes on all nodes do this side by side: each takes a shard that nobody works on (a lock tells) until none is
 left, then waits for those of the others. Nothing passes between them but files, so that no collective runs into its
@@ -18,17 +18,20 @@ time limit, a killed process leaves its lock and all finished shards behind, and
 
 import bisect
 import errno
+import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import sys
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +59,11 @@ from recipe.tokenizer import DocumentEncoder
 STORE_FORMAT, BLOCKS_FORMAT = 1, 1  # parts of the folders' names: raise them when the contents come out differently
 UNIT_TOKENS = 4_000_000  # that a unit has at least, if its shard has; one block of it is short
 LEFT_OUT = ("empty", "unreadable", "contaminated")  # documents that a store does not have, by reason
-RECORDS_AT_ONCE = 100  # that a worker encodes and sends together
-STORE_BYTES = 0.6  # of a token store for each byte of text: two a token of some 4.4 bytes, and the ends of sentences
+RECORDS_AT_ONCE = 64  # that a worker encodes and sends together
+# Of the arrays of a view, which are files without a head.
+DTYPES = {"segments": SEGMENT, "block_ends": np.dtype(np.int64), "labels": np.dtype(np.int8)}
+# Of a token store for each byte of text, at the least: two a token, the longest of which have some 5 bytes.
+STORE_BYTES = 0.4
 
 
 # Of a run of records what was counted, and of each document its ids, sentence ends and the checksum of its text.
@@ -124,11 +130,24 @@ def in_threads(function: Callable[[Any], Any], items: Iterator[Any]) -> Iterator
 
 
 def start_worker(_: int) -> None:
-    """In a worker process: one thread, since the processes are the parallelism; and SIGTERM, which launchers send to
-    whole groups of processes, is left to the process that trains. A worker ends when that one does.
+    """In a worker process: one thread, since the processes are the parallelism; and no end by the SIGTERM that
+    launchers send to whole groups of processes, which is for the process that trains, but only by that process's own.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGTERM, lambda *_: STOP_WAITING.set())
+    if sys.platform == "linux":  # others cannot tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=heed_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def heed_parent(parent: int) -> None:
+    """End with the parent, which may have been killed, or when it says so."""
+    while os.getppid() == parent:
+        sent = signal.sigtimedwait({signal.SIGTERM}, 5)
+        if sent and sent.si_pid == parent:
+            break
+        if sent:
+            STOP_WAITING.set()
+    os._exit(0)
 
 
 def as_it_is(item: Any) -> Any:
@@ -183,6 +202,7 @@ def write_shard(
             if rows:
                 writer.write(to_batch(rows, schema))
                 counts["tokens"] += size
+        sync(temporary)
         temporary.rename(path)
         write_json(path.with_suffix(".json"), dict(counts))
     finally:
@@ -207,9 +227,17 @@ def list_array(rows: tuple[np.ndarray, ...], kind: pa.ListType) -> pa.ListArray:
     return pa.ListArray.from_arrays(offsets, values)
 
 
+def sync(path: Path) -> None:
+    """Have a file reach the disk before its name does."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Under the lock of whoever writes `path`: two must not do so at once."""
+    temporary = path.with_name(f".{path.name}.writing")
     temporary.write_text(json.dumps(values, indent=1))
+    sync(temporary)
     temporary.rename(path)
 
 
@@ -224,12 +252,17 @@ def share(folder: Path, num_shards: int, process_index: int, is_done: Callable, 
     busy = []
     for number in range(num_shards):
         shard = (number + process_index) % num_shards
+        lock = FileLock(folder / "locks" / f"{shard:05d}")
         try:
-            with FileLock(folder / "locks" / f"{shard:05d}", timeout=0):
-                if not is_done(shard):
-                    make(shard)
+            lock.acquire(timeout=0)
         except Timeout:
             busy.append(shard)
+            continue
+        try:
+            if not is_done(shard):
+                make(shard)
+        finally:
+            lock.release()
     for shard in busy:
         with FileLock(folder / "locks" / f"{shard:05d}"):
             if not is_done(shard):  # its maker has died
@@ -302,6 +335,27 @@ class TokenStore:
         tables = (open_arrow(self.arrow(shard)) for shard in range(self.num_shards))
         return [table.column("checksum").to_numpy() for table in tables]
 
+    def begin(self) -> Source:
+        """Open the corpus and write down what the store is of, once for all that will build it.
+
+        Raises:
+            UserError: the hub's data set has changed since another began.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path / "store.lock"):
+            about = self.path / "store.json"
+            begun = json.loads(about.read_text()) if about.is_file() else None
+            source = open_source(replace(self.corpus, revision=begun["revision"]) if begun else self.corpus)
+            if begun is None:
+                values = {"corpus": asdict(self.corpus), "made_with": self.made_with, "revision": source.revision}
+                write_json(about, values | {"num_shards": source.num_shards})
+            elif begun["num_shards"] != source.num_shards:
+                raise UserError(
+                    f"corpus {self.corpus.name!r}: {self.corpus.path} has {source.num_shards} shards, and "
+                    f"{begun['num_shards']} when {self.path} was begun; remove that folder to begin anew"
+                )
+        return source
+
     def build(self, process_index: int, num_workers: int | None, max_unreadable: int) -> None:
         """Make what is not there yet of the store, together with all processes that do the same.
 
@@ -309,29 +363,27 @@ class TokenStore:
             UserError: the corpus cannot be read, has too many malformed documents, or does not fit on the disk.
         """
         if not self.is_complete:
-            source = open_source(self.corpus)
-            self.path.mkdir(parents=True, exist_ok=True)
-            about = {
-                "corpus": asdict(self.corpus),
-                "made_with": self.made_with,
-                "num_shards": source.num_shards,
-                "sentence_splitter": self.encoder.sentence_splitter,
-                "language": self.encoder.language,
-            }
-            write_json(self.path / "store.json", about)
-            with tqdm(desc=f"tokenising {self.corpus.name}", unit=" documents", disable=process_index > 0) as bar:
+            with (
+                naming_disk_errors(self.path),
+                tqdm(desc=f"tokenising {self.corpus.name}", unit=" documents", disable=process_index > 0) as bar,
+            ):
+                source = self.begin()
 
                 def make(shard: int) -> None:
                     documents = DocumentFilter(self.corpus.name, max_unreadable, self.decontaminator)
                     encoded = EncodedShard(source, shard, self.encoder, documents)
                     write_shard(self.arrow(shard), encoded, num_workers, max_unreadable, bar.update)
 
-                with naming_disk_errors(self.path):
-                    share(self.path, source.num_shards, process_index, self.is_done, make)
+                share(self.path, source.num_shards, process_index, self.is_done, make)
         counts = self.counts()
         check_unreadable(self.corpus.name, counts["unreadable"], max_unreadable, f"counted in {self.path}")
         if not counts["tokens"]:
             raise UserError(f"corpus {self.corpus.name!r}: {self.corpus.path} holds no text")
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(folder for folder in [path, *path.absolute().parents] if folder.exists())
 
 
 @contextmanager
@@ -341,13 +393,16 @@ def naming_disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(path).free / 1e9
+            free = shutil.disk_usage(existing(path)).free / 1e9
             problem = (
                 f"no space left in {path} ({free:.1f} GB free); free some, or set `token_store_dir` to a folder on"
             )
             raise UserError(f"{problem} another disk. What is finished is kept") from error
-        if error.errno in (errno.EACCES, errno.EROFS):
-            raise UserError(f"{path} cannot be written; set `token_store_dir` to a folder that can") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}); set `token_store_dir` to a folder that can, or copy the "
+                "token store that is given as `path` there"
+            ) from error
         raise
 
 
@@ -361,8 +416,7 @@ def check_space(root: Path, stores: list[TokenStore]) -> None:
         if not store.is_complete and local_files(store.corpus) is not None:
             there = sum(file.stat().st_size for file in store.path.glob("shard-*.arrow"))
             needed += max(0.0, corpus_bytes(store.corpus) * STORE_BYTES - there)
-    folder = next(folder for folder in [root, *root.absolute().parents] if folder.exists())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(existing(root)).free
     if needed > free:
         raise UserError(
             f"the token stores need about {needed / 1e9:.1f} GB in {root}, and {free / 1e9:.1f} GB are free; "
@@ -373,6 +427,13 @@ def check_space(root: Path, stores: list[TokenStore]) -> None:
 def open_arrow(path: Path) -> pa.Table:
     """A mapped file as a table, with nothing read but its index."""
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def map_array(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A mapped file as an array. (`np.memmap` keeps the file open, and there may be thousands.)"""
+    if not path.stat().st_size:
+        return np.zeros(0, dtype)
+    return np.frombuffer(pa.memory_map(str(path)).read_buffer(), dtype)
 
 
 def flatten(chunk: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
@@ -413,7 +474,7 @@ class PackedCorpus:
         self.copies = copies
         made_with: list[Any] = [BLOCKS_FORMAT]
         made_with += [block_format.pair_special_tokens, block_format.seed] if block_format.packing in PAIRS else []
-        made_with += [digest(*(shard.tobytes() for shard in copies))] if copies else []
+        made_with += [hashlib.sha256(np.concatenate(copies)).hexdigest()] if copies else []
         name = f"{block_format.packing}-{block_format.max_seq_length}"
         self.path = store.path / f"{name}-{digest(*made_with)[:8]}"
 
@@ -426,12 +487,13 @@ class PackedCorpus:
         if not all(self.folder(shard).is_dir() for shard in range(num_shards)):
             with naming_disk_errors(self.path):
                 share(self.path, num_shards, process_index, lambda shard: self.folder(shard).is_dir(), self.pack_shard)
+        self.copies = None  # are not needed any more, nor sent to workers
         self.open()
 
     def pack_shard(self, shard: int) -> None:
         table = open_arrow(self.store.arrow(shard))
         is_kept = ~self.copies[shard] if self.copies else np.ones(len(table), bool)
-        units = [Packed(np.zeros(0, SEGMENT), np.zeros(0, np.int64), np.zeros(0, np.int8))]
+        units = [Packed(*(np.zeros(0, dtype) for dtype in DTYPES.values()))]
         tokens = documents = num_segments = 0
         for batch in table.to_batches():
             kept = is_kept[documents : documents + len(batch)]
@@ -448,7 +510,8 @@ class PackedCorpus:
         temporary = self.path / f".{self.folder(shard).name}.{os.getpid()}"
         temporary.mkdir()
         for name, array in packed._asdict().items():
-            np.save(temporary / f"{name}.npy", array)
+            array.astype(DTYPES[name], copy=False).tofile(temporary / f"{name}.bin")
+            sync(temporary / f"{name}.bin")
         kept_tokens = int(packed.segments["length"].sum(dtype=np.int64))
         counts = {"documents": int(is_kept.sum()), "tokens": kept_tokens, "copies": int((~is_kept).sum())}
         write_json(temporary / "counts.json", counts)
@@ -488,7 +551,7 @@ class ShardBlocks:
         self.units = [flatten(batch["input_ids"])[0] for batch in batches]
         self.unit_starts = [0, *itertools.accumulate(map(len, self.units))]
         self.segments, self.block_ends, self.labels = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in Packed._fields
+            map_array(folder / f"{name}.bin", dtype) for name, dtype in DTYPES.items()
         )
 
     def read(self, number: int) -> tuple[list[np.ndarray], np.ndarray, int]:

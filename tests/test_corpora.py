@@ -4,6 +4,7 @@ import lzma
 import random
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -75,6 +76,33 @@ def test_formats_folders_and_globs(tmp_path: Path):
     assert read(tmp_path / "a.jsonl") == everything[:2]
 
 
+def test_linked_files_are_what_their_names_say(tmp_path: Path):
+    """As in the hub's cache and in data version control, where the target's name says nothing."""
+    (tmp_path / "blobs").mkdir()
+    write_jsonl(tmp_path / "blobs" / "0a1b2c", ["one", "two"])
+    (tmp_path / "data" / "linked").mkdir(parents=True)
+    (tmp_path / "data" / "train.jsonl").symlink_to(tmp_path / "blobs" / "0a1b2c")
+    (tmp_path / "more").mkdir()
+    write_jsonl(tmp_path / "more" / "b.jsonl", ["three"])
+    (tmp_path / "data" / "sub").symlink_to(tmp_path / "more")
+    assert read(tmp_path / "data") == ["three", "one", "two"]
+    assert len(read(tmp_path / "data" / "**" / "**" / "*.jsonl")) == 3
+
+
+def test_folder_of_save_to_disk_is_read_without_its_descriptions(tmp_path: Path):
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "saved")
+    assert read(tmp_path / "saved") == ["one", "two"]
+
+
+def test_shards_of_small_files_are_not_too_many(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("recipe.corpora.SHARD_BYTES", 1)
+    monkeypatch.setattr("recipe.corpora.MAX_SHARDS", 5)
+    for number in range(50):
+        (tmp_path / f"{number:02}.txt").write_text("x" * 10)
+    assert open_source(corpus(tmp_path)).num_shards == 5
+    assert len(read(tmp_path)) == 50
+
+
 def test_paragraphs_of_a_text_file(tmp_path: Path):
     (tmp_path / "a.txt").write_text("\n\none\nline\n\n \ntwo\n")
     assert [text.strip() for text in read(tmp_path, sample_by="paragraph")] == ["one\nline", "two"]
@@ -122,8 +150,8 @@ def test_small_files_are_one_shard_and_large_ones_are_each_their_own(tmp_path: P
         (tmp_path / f"{number}.txt").write_text("x" * size)
     monkeypatch.setattr("recipe.corpora.SHARD_BYTES", 400)
     source = open_source(corpus(tmp_path))
-    assert [[Path(file).stem for file in shard] for shard in source.shards] == [["0", "1", "2"], ["3", "4"], ["5"]]
-    assert source.shard_bytes == (530, 605, 700)
+    assert [[Path(file).stem for file in shard] for shard in source.shards] == [["0", "1"], ["2"], ["3"], ["4"], ["5"]]
+    assert source.shard_bytes == (30, 500, 5, 600, 700)
 
 
 def test_fingerprint_changes_with_the_files(tmp_path: Path):

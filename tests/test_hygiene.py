@@ -1,3 +1,5 @@
+import gzip
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,15 @@ def test_missing_and_wordless_files_are_named(tmp_path: Path):
     (tmp_path / "a.tsv").write_text("too short\n")
     with pytest.raises(UserError, match="no sentence of 8 words"):
         Decontaminator([str(tmp_path / "a.tsv")])
+    (tmp_path / "b.tsv.gz").write_bytes(gzip.compress(LONG.encode()))
+    with pytest.raises(UserError, match=r"b\.tsv\.gz is not plain UTF-8 text"):
+        Decontaminator([str(tmp_path / "b.tsv.gz")])
+
+
+def test_spellings_of_unicode_are_one(tmp_path: Path):
+    sentence = "le café était fermé et la journée déjà très avancée"
+    (tmp_path / "dev[1].tsv").write_text(unicodedata.normalize("NFD", sentence))
+    assert Decontaminator([str(tmp_path / "dev[1].tsv")]).is_contaminated(unicodedata.normalize("NFC", sentence))
 
 
 def test_filter_counts_what_it_leaves_out(decontaminator):

@@ -338,7 +338,7 @@ def test_prepare_only_makes_the_stores_and_stops(flags, tmp_path: Path, capsys):
     launch(prepared, processes=2)
     (store,) = (tmp_path / "stores").iterdir()
     assert (store / "shard-00000.arrow").exists()
-    assert list(store.glob("full_sentences-32-*/shard-00000/segments.npy"))
+    assert list(store.glob("full_sentences-32-*/shard-00000/segments.bin"))
     assert not (tmp_path / "run").exists()
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from recipe import token_store
 from recipe.config import CorpusArguments, UserError
+from recipe.corpora import LocalSource, local_files
 from recipe.hygiene import Decontaminator, find_copies
 from recipe.packing import BlockFormat
 from recipe.token_store import EncodedShard, PackedCorpus, TokenStore, check_space
@@ -218,6 +219,54 @@ def test_packed_corpus_reopens_its_files_when_sent_to_a_worker(corpus, encoder, 
     sent = pickle.dumps(packed)
     assert len(sent) < 200_000
     assert all_blocks(pickle.loads(sent)) == all_blocks(packed)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
+def test_open_blocks_keep_no_file_open(corpus, encoder, tmp_path: Path):
+    store = build(corpus, encoder, tmp_path)
+    PackedCorpus(store, FULL).build(0)
+    before = len(os.listdir("/proc/self/fd"))
+    views = [PackedCorpus(store, FULL) for _ in range(10)]
+    for view in views:
+        view.build(0)
+    assert len(os.listdir("/proc/self/fd")) < before + 5
+
+
+def test_documents_that_a_normalizer_empties_are_left_out(corpus, texts, tmp_path: Path):
+    from tests.test_tokenizer import make_wordpiece
+
+    encoder = DocumentEncoder(make_wordpiece(texts), "sentencex", "en")
+    write_jsonl(Path(corpus.path) / "0.jsonl", ["\u200b", "a b " * 15, "\u200b", texts[0]])
+    store = build(corpus, encoder, tmp_path)
+    packed = PackedCorpus(store, FULL)
+    packed.build(0)
+    assert store.counts()["empty"] == 2
+    assert all(len(packed.block(number).input_ids) <= 32 for number in range(len(packed)))
+    assert packed.counts["documents"] == store.counts()["documents"] == 92
+
+
+def test_store_of_a_hub_data_set_stays_with_the_commit_that_it_was_begun_with(tmp_path, encoder, corpus, monkeypatch):
+    opened = []
+
+    class Hub(LocalSource):
+        revision = "commit-1"
+
+    def open_hub(asked):
+        opened.append(asked.revision)
+        return Hub(asked, local_files(asked))
+
+    monkeypatch.setattr(token_store, "open_source", open_hub)
+    store = build(corpus, encoder, tmp_path)
+    store.arrow(1).with_suffix(".json").unlink()
+    build(corpus, encoder, tmp_path)
+    assert opened == [None, "commit-1"]
+    store.arrow(1).with_suffix(".json").unlink()
+    (Path(corpus.path) / "3.jsonl").rename(tmp_path / "gone.jsonl")
+    monkeypatch.setattr(token_store, "source_fingerprint", lambda _: "same")
+    changed = TokenStore(corpus, encoder, Decontaminator([]), tmp_path)
+    changed.path = store.path
+    with pytest.raises(UserError, match=r"has 3 shards, and 4 when .* was begun; remove that folder"):
+        changed.build(0, None, 0)
 
 
 def test_large_vocabularies_are_stored_in_four_bytes(corpus, encoder, tmp_path: Path):

@@ -187,14 +187,18 @@ def test_prefix_space_does_not_move_sentence_ends(texts):
     assert rows_of(encoder, texts) == rows_of(by_offsets, texts)
 
 
-def test_other_tokenizers_get_their_ends_from_offsets(texts):
+def make_wordpiece(texts: list[str]) -> PreTrainedTokenizerFast:
     wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     wordpiece.normalizer = normalizers.BertNormalizer()
     wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     wordpiece.train_from_iterator([texts], trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials))
     names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    fast = PreTrainedTokenizerFast(tokenizer_object=wordpiece, **dict(zip(names, specials, strict=True)))
+    return PreTrainedTokenizerFast(tokenizer_object=wordpiece, **dict(zip(names, specials, strict=True)))
+
+
+def test_other_tokenizers_get_their_ends_from_offsets(texts):
+    fast = make_wordpiece(texts)
     ids, ends = next(DocumentEncoder(fast, "sentencex", "en")(["He was. Then she was!"]))
     tokens = fast.convert_ids_to_tokens(ids)
     assert tokens[ends[0] - 1] == "."
