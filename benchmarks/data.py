@@ -5,7 +5,7 @@ python benchmarks/data.py --tokenizer runs/tokenizer --corpora corpora/books cor
 Sections (`--sections` takes some of them):
 
 tokenise    text to token store and blocks, against `encode_batch` of the same tokenizer with the same threads; and with
-            two worker processes against one
+            two worker processes against one, beside what two bare tokenizers make of the machine
 load        masked batches from a store, against the stock way: `group_texts` blocks and the stock collator
 stream      text to masked batches with nothing on disk, against `encode_batch`, both on one thread
 memory      peak memory while streaming `--stream_megabytes` of text, and of one document of 100 MB in both modes
@@ -128,6 +128,13 @@ def bare_rate(args: argparse.Namespace, texts: list[str], size: float, parallel:
         return size / seconds(lambda: [backend.encode_batch(b, add_special_tokens=False) for b in batches])
 
 
+def bare_processes_rate(args: argparse.Namespace, texts: list[str], size: float, number: int) -> float:
+    """MB/s of `encode_batch` on one thread in each of `number` processes that share the texts: the machine's limit."""
+    with multiprocessing.get_context("fork").Pool(number) as pool:
+        shares = [(args, texts[i::number], size / number, False) for i in range(number)]
+        return number * statistics.harmonic_mean(pool.starmap(bare_rate, shares, chunksize=1))
+
+
 def ours_rate(args: argparse.Namespace, size: float, parallel: bool, num_workers: int | None) -> float:
     """MB/s from files to a token store and its blocks."""
     tokenizer = load_tokenizer(args.tokenizer)
@@ -155,6 +162,15 @@ def tokenise(args: argparse.Namespace) -> dict[str, Any]:
             {
                 "one": lambda: ours_rate(args, size, parallel=False, num_workers=1),
                 "two": lambda: ours_rate(args, size, parallel=False, num_workers=2),
+            },
+            over="two",
+            under="one",
+        ),
+        "worker processes, encode_batch alone": in_turn(
+            args.rounds,
+            {
+                "one": lambda: bare_processes_rate(args, texts, size, 1),
+                "two": lambda: bare_processes_rate(args, texts, size, 2),
             },
             over="two",
             under="one",

@@ -292,7 +292,7 @@ class TokenStore:
         given = Path(corpus.path).expanduser()
         if (given / "store.json").is_file():
             self.path = given
-            if json.loads((given / "store.json").read_text())["made_with"] != made_with:
+            if read_json(given / "store.json")["made_with"] != made_with:
                 raise UserError(
                     f"corpus {corpus.name!r}: the token store {given} was made with another tokenizer, "
                     "`sentence_splitter`, `language` or `decontaminate_against`; give those, or the text as `path`"
@@ -311,7 +311,7 @@ class TokenStore:
 
     @property
     def num_shards(self) -> int:
-        return json.loads((self.path / "store.json").read_text())["num_shards"]
+        return read_json(self.path / "store.json")["num_shards"]
 
     def arrow(self, shard: int) -> Path:
         return self.path / f"shard-{shard:05d}.arrow"
@@ -327,7 +327,7 @@ class TokenStore:
         """Documents and tokens in the store, and documents that were left out, by reason."""
         total: Counter[str] = Counter()
         for shard in range(self.num_shards):
-            total.update(json.loads(self.arrow(shard).with_suffix(".json").read_text()))
+            total.update(read_json(self.arrow(shard).with_suffix(".json")))
         return total
 
     def checksums(self) -> list[np.ndarray]:
@@ -344,7 +344,7 @@ class TokenStore:
         self.path.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path / "store.lock"):
             about = self.path / "store.json"
-            begun = json.loads(about.read_text()) if about.is_file() else None
+            begun = read_json(about) if about.is_file() else None
             source = open_source(replace(self.corpus, revision=begun["revision"]) if begun else self.corpus)
             if begun is None:
                 values = {"corpus": asdict(self.corpus), "made_with": self.made_with, "revision": source.revision}
@@ -424,9 +424,27 @@ def check_space(root: Path, stores: list[TokenStore]) -> None:
         )
 
 
+@contextmanager
+def naming_damage(path: Path) -> Iterator[None]:
+    """Turn what a library says about a torn file of a store into an error that names it."""
+    try:
+        yield
+    except (pa.ArrowInvalid, json.JSONDecodeError, FileNotFoundError) as error:
+        raise UserError(
+            f"the token store's {path} is damaged or missing ({error}); copy it again, or remove the folder "
+            f"{path.parent} to have it made again"
+        ) from error
+
+
 def open_arrow(path: Path) -> pa.Table:
     """A mapped file as a table, with nothing read but its index."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    with naming_damage(path):
+        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    with naming_damage(path):
+        return json.loads(path.read_text())
 
 
 def map_array(path: Path, dtype: np.dtype) -> np.ndarray:
@@ -523,7 +541,7 @@ class PackedCorpus:
         self.first_blocks = [0, *itertools.accumulate(len(shard.block_ends) for shard in self.shards)]
         self.counts: Counter[str] = Counter()
         for folder in folders:
-            self.counts.update(json.loads((folder / "counts.json").read_text()))
+            self.counts.update(read_json(folder / "counts.json"))
         stored = self.store.counts()
         self.left_out = {name: stored[name] for name in LEFT_OUT} | {"copies": self.counts["copies"]}
 

@@ -311,3 +311,12 @@ def test_counts_are_read_from_the_store(corpus, encoder, tmp_path: Path, texts):
     assert about["num_shards"] == 4
     assert about["corpus"]["name"] == corpus.name
     assert store.counts()["documents"] == len(texts)
+
+
+@pytest.mark.parametrize("name", ["store.json", "shard-00002.json", "shard-00002.arrow"])
+def test_torn_file_of_a_store_is_named(corpus, encoder, tmp_path: Path, name):
+    store = build(corpus, encoder, tmp_path / "stores")
+    torn = store.path / name
+    torn.write_bytes(torn.read_bytes()[:-20])
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        PackedCorpus(store, FULL).build(0)
