@@ -59,7 +59,7 @@ from recipe.tokenizer import DocumentEncoder
 STORE_FORMAT, BLOCKS_FORMAT = 1, 1  # parts of the folders' names: raise them when the contents come out differently
 UNIT_TOKENS = 4_000_000  # that a unit has at least, if its shard has; one block of it is short
 LEFT_OUT = ("empty", "unreadable", "contaminated")  # documents that a store does not have, by reason
-RECORDS_AT_ONCE = 64  # that a worker encodes and sends together
+RECORDS_AT_ONCE = 8  # that a worker encodes and sends together; of long ones there may be few in a shard
 # Of the arrays of a view, which are files without a head.
 DTYPES = {"segments": SEGMENT, "block_ends": np.dtype(np.int64), "labels": np.dtype(np.int8)}
 # Of a token store for each byte of text, at the least: two a token, the longest of which have some 5 bytes.
