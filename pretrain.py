@@ -15,7 +15,7 @@ from recipe.config import PretrainArguments, identity_of, parse_config, report_u
 from recipe.loader import CachedData, StreamedData
 from recipe.metrics import TrainState
 from recipe.model import build_config, build_model
-from recipe.objectives import MaskedLMObjective
+from recipe.objectives import MaskedLMObjective, compile_in_place
 from recipe.optimizer import build_optimizer, build_scheduler
 from recipe.plan import describe_plan
 from recipe.run_directory import RunDirectory, environment
@@ -60,7 +60,11 @@ def main() -> None:
         ckpt.check_identity(saved["identity"], identity, checkpoint)
         ckpt.load_weights(checkpoint, model)
         state = TrainState(**saved["train_state"])
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     objective = MaskedLMObjective(model, data.collator.max_masked)
+    if args.torch_compile:
+        log(compile_in_place(objective, accelerator.device))
     betas = (args.adam_beta1, args.adam_beta2)
     adamw = build_optimizer(objective, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
     objective, optimizer = accelerator.prepare(objective, adamw)

@@ -19,15 +19,12 @@ and the median of the ratios, round by round.
 
 import argparse
 import contextlib
-import datetime
 import gzip
 import itertools
 import json
 import multiprocessing
 import os
-import platform
 import random
-import re
 import resource
 import shutil
 import statistics
@@ -36,27 +33,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
+import harness
 import numpy as np
 import psutil
+import torch
+from harness import in_child, resident_megabytes
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForLanguageModeling
+
+from recipe.config import CorpusArguments, PretrainArguments
+from recipe.corpora import Part, open_source, read_lines
+from recipe.loader import CachedData, StreamedData
+from recipe.sampling import BlockOrder
+from recipe.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import datasets  # noqa: E402
-import torch  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
-from transformers import DataCollatorForLanguageModeling  # noqa: E402
-
-from recipe.config import CorpusArguments, PretrainArguments  # noqa: E402
-from recipe.corpora import Part, open_source, read_lines  # noqa: E402
-from recipe.loader import CachedData, StreamedData  # noqa: E402
-from recipe.sampling import BlockOrder  # noqa: E402
-from recipe.tokenizer import load_tokenizer  # noqa: E402
-
 LENGTH = 512
 
 
@@ -246,17 +241,6 @@ def stream(args: argparse.Namespace) -> dict[str, Any]:
         over="ours",
         under="encode_batch",
     )
-
-
-def resident_megabytes() -> float:
-    """Of this process, now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result, from a fresh process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 def stream_curve(args: argparse.Namespace) -> list[tuple[float, float]]:
@@ -469,12 +453,6 @@ def one_pass(data: StreamedData, corpus: int, lane: int) -> list[int]:
     return found
 
 
-def to_json(values: dict[str, Any]) -> str:
-    """Indented, with lists of numbers on one line."""
-    lines = json.dumps(values, indent=1)
-    return re.sub(r"\[[^\[\]{}]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), lines)
-
-
 SECTIONS = {f.__name__: f for f in (tokenise, load, stream, memory, resume, exact, counts)}
 
 
@@ -488,24 +466,17 @@ def main() -> None:
     parser.add_argument("--stream_megabytes", type=float, default=1000)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    args.tokenizer = str(Path(args.tokenizer).resolve()) if Path(args.tokenizer).exists() else args.tokenizer
-    args.corpora = [str(Path(path).resolve()) if Path(path).exists() else path for path in args.corpora]
+    args.tokenizer, *args.corpora = harness.resolve([args.tokenizer, *args.corpora])
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
-    report: dict[str, Any] = {
-        "date": str(datetime.date.today()),
-        "corpora": [Path(path).name for path in args.corpora],
-        "cores": os.cpu_count(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "tokenizers", "datasets", "sentencex", "numpy")},
-    }
+    report: dict[str, Any] = harness.header(args.corpora)
     if args.output and args.output.exists():
         report = json.loads(args.output.read_text())
     torch.set_num_threads(1)
     for name in args.sections:
         report[name] = SECTIONS[name](args)
-        print(to_json({name: report[name]}), flush=True)
+        print(harness.to_json({name: report[name]}), flush=True)
         if args.output:
-            args.output.write_text(to_json(report) + "\n")
+            args.output.write_text(harness.to_json(report) + "\n")
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 

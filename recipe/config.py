@@ -210,6 +210,10 @@ class PretrainArguments:
     """Blocks in a micro-batch: what one device holds at once. The accumulation is derived from it."""
     per_device_eval_batch_size: int = 32
     """Blocks in an evaluation micro-batch."""
+    torch_compile: bool = False
+    """Compile the objective, for a minute or two at the start; where that cannot be done, training goes on without."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time."""
     max_steps: int = 500_000
     """Updates in all (paper: 500K)."""
     learning_rate: float = 6e-4

@@ -1,6 +1,8 @@
 """Sums between two lines of the log, throughput, and the line itself."""
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from recipe.hashing import hash64
 
@@ -97,6 +100,40 @@ class Stopwatch:
         return time.perf_counter() - self.started
 
 
+def matmul_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s that a large matrix product reaches here, in what accelerate calls the precision: what 100 % MFU is of.
+
+    The best of several, which takes some tenths of a second. float32 products run as they do in training, on TF32 units
+    too if torch was told to use them.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    b, out = torch.ones_like(a), torch.empty_like(a)
+    best = math.inf
+    for _ in range(10):
+        synchronize(device)
+        started = time.perf_counter()
+        torch.mm(a, b, out=out)
+        synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has had in use at most, on the device if it has memory of its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def train_record(
     state: TrainState,
     watch: Stopwatch,
@@ -104,10 +141,14 @@ def train_record(
     grad_norm: float,
     max_seq_length: int,
     corpora: dict[str, dict[str, float]],
+    flops_share: float,
+    peak_memory: int,
 ) -> dict[str, Any]:
     """A training line of metrics.jsonl; it ends the window of `state`.
 
     Args:
+        flops_share: what one token a second is of what the devices can reach; makes a rate an MFU.
+        peak_memory: bytes.
         corpora: of each corpus what has been seen, `blocks` and `passes` among it.
     """
     epoch = sum(seen["passes"] * seen["blocks"] for seen in corpora.values()) / state.blocks
@@ -121,6 +162,8 @@ def train_record(
         "nonfinite_updates": state.nonfinite_updates,
         "overflows": state.overflows,
         "tokens_per_second": round(watch.tokens / watch.seconds, 1),
+        "mfu": round(watch.tokens / watch.seconds * flops_share, 4),
+        "peak_memory": peak_memory,
         "data_wait_share": round(watch.waited / watch.seconds, 4),
         "seconds_per_update": round(watch.seconds / watch.steps, 4),
         "padding_share": round(state.padding_share(max_seq_length), 4),
@@ -175,7 +218,9 @@ def format_train_line(record: dict[str, Any], max_steps: int) -> str:
             f"grad norm {number(record['grad_norm'], '6.2f')}",
             f"{format_count(record['tokens']):>5} tokens",
             f"{format_count(record['tokens_per_second']):>5} tokens/s",
+            f"mfu {record['mfu']:4.0%}",
             f"data wait {record['data_wait_share']:4.0%}",
+            f"memory {record['peak_memory'] / 1e9:.1f} GB",
             f"left {format_duration(left)}",
             *skipped,
         ]

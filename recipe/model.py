@@ -26,6 +26,11 @@ def build_config(
         UserError: a field that `RobertaConfig` does not have or take, a checkpoint that is no RoBERTa, a tokenizer or a
             length that does not fit.
     """
+    if "attn_implementation" in model_config:
+        raise UserError(
+            f"`model_config` has `attn_implementation: {model_config['attn_implementation']}`; leave it out: attention "
+            "is torch's scaled_dot_product_attention, which takes the fastest kernel there is, flash attention too"
+        )
     known = RobertaConfig().to_dict().keys() - NOT_FOR_MASKED_LM
     for name in model_config:
         if name not in known:
@@ -110,10 +115,12 @@ def model_flops_per_token(config: RobertaConfig, length: int, predicted_share: f
     Args:
         config: the architecture.
         length: tokens in a row.
-        predicted_share: share of the positions that the head projects to the vocabulary.
+        predicted_share: share of the positions whose token is predicted; the head, and what only they need of the last
+            layer, run nowhere else.
     """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    projections = 4 * hidden * hidden + 2 * hidden * config.intermediate_size
-    attention = 2 * length * hidden
+    hidden = config.hidden_size
+    key_value = 2 * hidden * hidden
+    rest = 2 * hidden * hidden + 2 * hidden * config.intermediate_size + 2 * length * hidden
+    layers = config.num_hidden_layers * key_value + (config.num_hidden_layers - 1 + predicted_share) * rest
     head = predicted_share * (hidden * hidden + hidden * config.vocab_size)
-    return 3 * 2 * (layers * (projections + attention) + head)
+    return 3 * 2 * (layers + head)

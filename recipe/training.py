@@ -22,6 +22,7 @@ from recipe.checkpoint import checkpoint_path, save_checkpoint
 from recipe.config import PretrainArguments, UserError
 from recipe.hashing import hash64
 from recipe.loader import Batch, Counts, Data, MicroBatches, UpdateData
+from recipe.memory import largest_micro_batch
 from recipe.metrics import (
     Stopwatch,
     TrainState,
@@ -29,8 +30,11 @@ from recipe.metrics import (
     format_data_line,
     format_eval_line,
     format_train_line,
+    matmul_flops,
+    peak_memory,
     train_record,
 )
+from recipe.model import model_flops_per_token
 from recipe.plots import plot_loss
 from recipe.run_directory import RunDirectory
 from recipe.streaming import Buffer, InterruptedWaitError, to_arrays, to_tensors
@@ -54,7 +58,16 @@ def start_accelerator() -> Accelerator:
     """
     # No buffer of the model ever changes, so none has to be sent around at each forward.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)])
+    try:
+        accelerator = Accelerator(kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)])
+    except ValueError as error:  # of a precision that the device does not have
+        raise UserError(f"{error} Give accelerate another --mixed_precision") from None
+    is_bf16_on_gpu = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
+    if is_bf16_on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(
+            f"`mixed_precision` is bf16, which {torch.cuda.get_device_name()} does not have; give accelerate "
+            "--mixed_precision fp16"
+        )
     if accelerator.distributed_type in UNSERVED_ENGINES:
         raise UserError(
             f"`distributed_type` is {accelerator.distributed_type.value}; only DDP and one process are served"
@@ -149,6 +162,9 @@ def train(
         if accelerator.is_main_process:
             bar.write(line)
 
+    model = accelerator.unwrap_model(objective).model
+    flops = model_flops_per_token(model.config, args.max_seq_length, args.mlm_probability)
+    reachable = matmul_flops(accelerator.device, accelerator.mixed_precision) * accelerator.num_processes
     lanes: dict[tuple[int, int], Buffer] = {}  # in streaming mode, after the last update that was trained on
 
     with bar, request.listening():
@@ -167,9 +183,21 @@ def train(
                 run.write_status("preempted", state.step, request.signal or "a signal to another process")
                 return False
             seed_dropout(args.seed, state.step, accelerator.process_index)
-            update = train_step(
-                accelerator, objective, optimizer, share.micro_batches, counts["masked"], args.max_grad_norm, request
-            )
+            update = None
+            try:
+                update = train_step(
+                    accelerator,
+                    objective,
+                    optimizer,
+                    share.micro_batches,
+                    counts["masked"],
+                    args.max_grad_norm,
+                    request,
+                )
+            except torch.OutOfMemoryError as error:
+                bar.write(f"out of memory: {error}")
+            if update is None:  # and the error is gone, which held on to the activations
+                raise UserError(out_of_memory(accelerator, args, objective, optimizer, share.micro_batches[0]))
             lanes = share.lanes
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
@@ -186,7 +214,16 @@ def train(
                 )
             seen = data.corpora_record(state.corpora, counts.streams)
             if state.step % args.logging_steps == 0 or is_last:
-                record = train_record(state, watch, learning_rate, update.grad_norm, args.max_seq_length, seen)
+                record = train_record(
+                    state,
+                    watch,
+                    learning_rate,
+                    update.grad_norm,
+                    args.max_seq_length,
+                    seen,
+                    flops / reachable,
+                    peak_memory(accelerator.device),
+                )
                 report(record, format_train_line(record, args.max_steps))
                 watch = Stopwatch()
             with watch.paused():
@@ -274,6 +311,27 @@ def train_step(
         scaler.update()
     optimizer.zero_grad()
     return Update(loss, norm, skipped, stopping > 0)
+
+
+def out_of_memory(
+    accelerator: Accelerator,
+    args: PretrainArguments,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+) -> str:
+    """What to do about a micro-batch for which the device has no room."""
+    rows, share = args.per_device_train_batch_size, args.train_batch_size // accelerator.num_processes
+    moments = 0 if optimizer.state else 2 * sum(p.numel() * p.element_size() for p in objective.parameters())
+    sizes = [size for size in range(1, rows) if not share % size]
+    with accelerator.no_sync(objective):
+        largest = largest_micro_batch(objective, batch, sizes, accelerator.device, moments)
+    remedy = "not even one fits: train a smaller model"
+    if largest:
+        remedy = f"the largest that fits is --per_device_train_batch_size {largest}, which leaves the update as it is"
+    if not args.gradient_checkpointing:
+        remedy += "; --gradient_checkpointing true fits more"
+    return f"`per_device_train_batch_size` is {rows}, and the device's memory is too small for it; {remedy}"
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ FLOORS = [
         "model",
         "optimizer",
         "checkpoint",
+        "memory",
         "metrics",
         "plots",
         "run_directory",

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from recipe.masking import DynamicMaskingCollator
+from recipe.memory import largest_micro_batch
 from recipe.model import ROBERTA_DEFAULTS
 from recipe.objectives import MaskedLMObjective
 from recipe.optimizer import build_optimizer
@@ -243,3 +244,44 @@ def test_update_reports_a_stop_request(accelerator, tokenizer):
     assert not take_step(accelerator, prepared, optimizer, batches, 0.0, request)[0].stopping
     request.signal = "SIGTERM"
     assert take_step(accelerator, prepared, optimizer, batches, 0.0, request)[0].stopping
+
+
+def test_same_learning_as_the_stock_loop(accelerator, tokenizer):
+    """50 updates on the same batches, each by its own loss and step."""
+    objective = MaskedLMObjective(make_model(tokenizer), 5)
+    stock = make_model(tokenizer)
+    adamw, theirs = (build_optimizer(module, 1e-3, (0.9, 0.98), 1e-6, 0.01) for module in (objective, stock))
+    objective, optimizer = accelerator.prepare(objective, adamw)
+    collator = DynamicMaskingCollator(tokenizer, max_seq_length=LENGTH)
+    losses: list[tuple[float, float]] = []
+    for number in range(50):
+        batch = collator(make_examples(tokenizer, 8, length=LENGTH - number % 3, seed=number % 2))
+        del batch["rows"]
+        halves = [{name: rows[half] for name, rows in batch.items()} for half in (slice(0, 4), slice(4, 8))]
+        update, masked = take_step(accelerator, objective, optimizer, halves, 0.0, StopRequest())
+        loss = stock(**batch).loss
+        loss.backward()
+        theirs.step()
+        theirs.zero_grad()
+        losses.append((update.loss_sum / masked, loss.item()))
+    assert max(abs(a - b) for a, b in losses) <= 1e-4
+    assert losses[-1][1] < losses[0][1] - 0.3
+
+
+class FitsThreeRows(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, labels, **batch):
+        if len(input_ids) > 3:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return self.model(input_ids, labels=labels).loss, (labels != -100).sum()
+
+
+def test_largest_micro_batch_is_found_by_trying(tokenizer):
+    [batch] = make_batches(tokenizer, 8)
+    model = make_model(tokenizer)
+    assert largest_micro_batch(FitsThreeRows(model), batch, [1, 2, 4], torch.device("cpu"), 1000) == 2
+    assert largest_micro_batch(FitsThreeRows(model), batch, [4], torch.device("cpu"), 1000) is None
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,0 +1,63 @@
+"""What the benchmarks share: fresh processes, versions, JSON."""
+
+import datetime
+import json
+import multiprocessing
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "sentencex", "numpy")
+
+
+def resolve(paths: list[str]) -> list[str]:
+    """Absolute where there is such a file or folder; hub ids stay."""
+    return [str(Path(path).resolve()) if Path(path).exists() else path for path in paths]
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def header(corpora: list[str]) -> dict[str, Any]:
+    """What a result was measured with."""
+    return {
+        "date": str(datetime.date.today()),
+        "corpora": [Path(path).name for path in corpora],
+        "cores": os.cpu_count(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+    }
+
+
+def resident_megabytes() -> float:
+    """Of this process, now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result, from a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def to_json(values: dict[str, Any]) -> str:
+    """Indented, with lists of numbers on one line."""
+    lines = json.dumps(values, indent=1)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda numbers: re.sub(r"\s+", " ", numbers[0]), lines)
+
+
+def keep(path: Path, name: str, report: dict[str, Any]) -> None:
+    """Put a report into a file of several, in place of an earlier one of that name."""
+    reports = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(to_json(reports | {name: report}) + "\n")

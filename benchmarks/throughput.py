@@ -1,0 +1,345 @@
+"""Our training step against the stock loop, side by side in one process: the same model, precision and packed blocks.
+
+python benchmarks/throughput.py --shape small --tokenizer runs/demo-tokenizer --corpora sample_data/novels.jsonl.gz
+
+Sides take turns, a window of training each, for `--rounds` rounds after a warm-up:
+
+ours            pretrain.py's own data path, objective, optimizer and step; with --torch_compile compiled
+stock, shipped  the loop of transformers' run_mlm_no_trainer.py with its defaults: the loss of `RobertaForMaskedLM`, the
+                stock collator in the training process, AdamW as torch picks it
+stock, tuned    the same with fused AdamW, `--workers` loader workers and the micro-batch that suits it best
+
+With `--ladder`, in place of the stock loop: ours with each of its levers off or on alone.
+
+Rates are non-padding tokens a second: medians over the rounds, and the median of the ratios, round by round. MFU is
+the model's FLOPs for those tokens (head and last layer at masked positions only, whoever computes more) over what a
+large matrix product reaches in the same precision in the same run. Peak memory is what training adds, in a process of
+its own.
+"""
+
+import argparse
+import gc
+import itertools
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+
+from recipe.config import CorpusArguments, PretrainArguments
+from recipe.loader import CachedData
+from recipe.metrics import matmul_flops
+from recipe.model import build_config, build_model, model_flops_per_token
+from recipe.objectives import MaskedLMObjective, compile_in_place
+from recipe.optimizer import build_optimizer
+from recipe.tokenizer import load_tokenizer
+from recipe.training import StopRequest, train_step
+
+SHAPES = {
+    "small": {
+        "num_hidden_layers": 4,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_attention_heads": 4,
+    },
+    "base": {},
+    "large": {
+        "num_hidden_layers": 24,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+    },
+}
+MLM_PROBABILITY = 0.15
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to train."""
+
+    name: str
+    micro_batch: int
+    objective: type[nn.Module] | None = MaskedLMObjective  # None: the stock loop
+    packing: str = "full_sentences"
+    fused: bool = True
+    workers: int = 2
+    torch_compile: bool = False
+    gradient_checkpointing: bool = False
+
+
+class HeadEverywhere(nn.Module):
+    """The objective without its gathers: all of the last layer, and the head at every position."""
+
+    def __init__(self, model: nn.Module, max_masked: int) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        hidden = self.model.roberta(input_ids, attention_mask=mask, position_ids=position_ids).last_hidden_state
+        logits = self.model.lm_head(self.select(hidden, labels))
+        return self.loss(logits, labels)
+
+    def select(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        flat = logits.flatten(0, 1).float()
+        return nn.functional.cross_entropy(flat, labels.flatten(), reduction="sum"), (labels != -100).sum()
+
+
+class LastLayerEverywhere(HeadEverywhere):
+    """The objective with the head at masked positions, and all of the last layer."""
+
+    def __init__(self, model: nn.Module, max_masked: int) -> None:
+        super().__init__(model, max_masked)
+        self.max_masked = max_masked
+
+    def select(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.slots = (labels != -100).to(torch.uint8).topk(self.max_masked, dim=1, sorted=False).indices
+        return hidden.gather(1, self.slots[:, :, None].expand(-1, -1, hidden.shape[2]))
+
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().loss(logits, labels.gather(1, self.slots))
+
+
+class PaddedVocabulary(MaskedLMObjective):
+    """The objective with the vocabulary padded to a multiple of 64 for each product; a bias of -inf is never likely."""
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        lm_head = self.model.lm_head
+        hidden = lm_head.layer_norm(nn.functional.gelu(lm_head.dense(hidden)))
+        missing = -lm_head.decoder.out_features % 64
+        weight = nn.functional.pad(lm_head.decoder.weight, (0, 0, 0, missing))
+        bias = nn.functional.pad(lm_head.decoder.bias, (0, missing), value=-torch.inf)
+        return nn.functional.linear(hidden, weight, bias)
+
+
+class Bench:
+    """What all sides have in common."""
+
+    def __init__(self, args: argparse.Namespace, folder: str) -> None:
+        self.args = args
+        self.accelerator = Accelerator(mixed_precision=args.precision)
+        self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(args.tokenizer)
+        self.folder = folder
+        self.config = build_config(SHAPES[args.shape] | {"vocab_size": 50_265}, None, self.tokenizer, args.length)
+        predicted = int(np.ceil(MLM_PROBABILITY * args.length)) / args.length
+        self.flops_per_token = model_flops_per_token(self.config, args.length, predicted)
+
+    def data(self, side: Side) -> CachedData:
+        corpora = [CorpusArguments(name=Path(path).name, path=path) for path in self.args.corpora]
+        arguments = PretrainArguments(
+            output_dir="unused",
+            corpora=corpora,
+            tokenizer_name=self.args.tokenizer,
+            max_seq_length=self.args.length,
+            packing=side.packing,
+            eval_blocks=0,
+            train_batch_size=side.micro_batch * self.args.accumulation,
+            per_device_train_batch_size=side.micro_batch,
+            dataloader_num_workers=side.workers,
+            token_store_dir=self.folder,
+        )
+        data = CachedData(arguments, self.tokenizer)
+        data.prepare(0)
+        return data
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return build_model(self.config, None).train()
+
+    def start(self, side: Side) -> Callable[[], tuple[float, int]]:
+        """A function that trains for one update and gives its seconds and its non-padding tokens."""
+        updates = self.stock_updates(side) if side.objective is None else self.our_updates(side)
+
+        def update() -> tuple[float, int]:
+            self.wait()
+            started = time.perf_counter()
+            tokens = next(updates)
+            self.wait()
+            return time.perf_counter() - started, tokens
+
+        return update
+
+    def wait(self) -> None:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def our_updates(self, side: Side) -> Iterator[int]:
+        data = self.data(side)
+        model = self.model()
+        if side.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        objective = side.objective(model, data.collator.max_masked)
+        if side.torch_compile:
+            compile_in_place(objective, self.accelerator.device)
+        adamw = build_optimizer(objective, 1e-4, (0.9, 0.98), 1e-6, 0.01)
+        for group in adamw.param_groups:
+            group["fused"] = side.fused
+        objective, optimizer = self.accelerator.prepare(objective, adamw)
+        for share in data.train_updates(0, 1, 0, 10**9, {}, lambda: False):
+            masked = share.counts["masked"]
+            train_step(self.accelerator, objective, optimizer, share.micro_batches, masked, 0.0, StopRequest())
+            yield share.counts.tokens
+
+    def stock_updates(self, side: Side) -> Iterator[int]:
+        data = self.data(replace(side, workers=0))
+        [packed] = data.packed[:1]
+        rows = [packed.block(number).input_ids.tolist() for number in range(min(len(packed), 4096))]
+        blocks = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+        collator = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=MLM_PROBABILITY)
+        loader = DataLoader(
+            blocks, side.micro_batch, shuffle=True, collate_fn=collator, num_workers=side.workers, drop_last=True
+        )
+        model = self.model()
+        groups = [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
+            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=side.fused or None)
+        model, optimizer, loader = self.accelerator.prepare(model, optimizer, loader)
+        batches = itertools.chain.from_iterable(itertools.repeat(loader))
+        total_loss = torch.zeros((), device=self.accelerator.device)
+        while True:
+            tokens = torch.zeros((), dtype=torch.long, device=self.accelerator.device)
+            for number in range(self.args.accumulation):
+                batch = next(batches)
+                tokens += batch["attention_mask"].sum()
+                is_last = number == self.args.accumulation - 1
+                with nullcontext() if is_last else self.accelerator.no_sync(model):
+                    loss = model(**batch).loss
+                    total_loss += loss.detach().float()
+                    self.accelerator.backward(loss / self.args.accumulation)
+            optimizer.step()
+            optimizer.zero_grad()
+            yield int(tokens)
+
+
+def sides_of(args: argparse.Namespace) -> list[Side]:
+    ours = Side("ours", args.micro_batch, workers=args.workers, torch_compile=args.torch_compile)
+    if not args.ladder:
+        stock_batch = args.stock_micro_batch or args.micro_batch
+        stock = Side("stock, shipped", min(8, stock_batch), objective=None, fused=False, workers=0)
+        return [ours, stock, Side("stock, tuned", stock_batch, objective=None, workers=args.workers)]
+    return [
+        ours,
+        replace(ours, name="last layer at all positions", objective=LastLayerEverywhere),
+        replace(ours, name="head and last layer at all positions", objective=HeadEverywhere),
+        replace(ours, name="vocabulary padded to 64", objective=PaddedVocabulary),
+        replace(ours, name="compile " + ("off" if ours.torch_compile else "on"), torch_compile=not ours.torch_compile),
+        replace(ours, name="contiguous: no padding, no mask", packing="contiguous"),
+        replace(ours, name="AdamW not fused", fused=False),
+        replace(ours, name="loader workers off", workers=0),
+        replace(ours, name="gradient checkpointing", gradient_checkpointing=True),
+    ]
+
+
+def peak_megabytes(args: argparse.Namespace, side: Side, folder: str) -> float:
+    """What two updates add to the memory, at most; for a process that has done nothing else."""
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    bench = Bench(args, folder)
+    on_gpu = bench.accelerator.device.type == "cuda"
+    data = bench.data(side)  # opened before, so that only training counts
+    del data
+    before = harness.resident_megabytes()
+    update = bench.start(side)
+    update()
+    update()
+    if on_gpu:
+        return torch.cuda.max_memory_allocated() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--corpora", nargs="+", required=True)
+    parser.add_argument("--shape", default="base", choices=list(SHAPES))
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
+    parser.add_argument("--micro_batch", type=int, default=4)
+    parser.add_argument("--stock_micro_batch", type=int, help="of the tuned stock loop; default: ours")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in an update")
+    parser.add_argument("--updates", type=int, default=1, help="in a window")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--torch_compile", action="store_true")
+    parser.add_argument("--ladder", action="store_true")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    args.tokenizer, *args.corpora = harness.resolve([args.tokenizer, *args.corpora])
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    report: dict[str, Any] = harness.header(args.corpora) | {
+        "arguments": {
+            name: value for name, value in vars(args).items() if name not in ("tokenizer", "corpora", "output")
+        }
+    }
+    sides = sides_of(args)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, folder)
+        report["device"] = harness.device_name()
+        ceiling = matmul_flops(bench.accelerator.device, args.precision)
+        updates = {side.name: bench.start(side) for side in sides}
+        for update in updates.values():
+            update()  # warm-up, compilation included
+            update()
+        rates: dict[str, list[float]] = {side.name: [] for side in sides}
+        for _ in range(args.rounds):
+            for name, update in updates.items():
+                spent = [update() for _ in range(args.updates)]
+                rates[name].append(sum(tokens for _, tokens in spent) / sum(seconds for seconds, _ in spent))
+        del updates
+        gc.collect()
+        report["matmul_tflops"] = round(ceiling / 1e12, 3)
+        report["model_mflops_per_token"] = round(bench.flops_per_token / 1e6, 1)
+        report["sides"] = {}
+        for side in sides:
+            ratios = np.array(rates["ours"]) / np.array(rates[side.name])
+            report["sides"][side.name] = {
+                "micro_batch": side.micro_batch,
+                "tokens_per_second": round(float(np.median(rates[side.name])), 1),
+                "range": [round(min(rates[side.name]), 1), round(max(rates[side.name]), 1)],
+                "mfu": round(float(np.median(rates[side.name])) * bench.flops_per_token / ceiling, 3),
+                "peak_megabytes": round(harness.in_child(peak_megabytes, args, side, folder)),
+                "ours_over_it": round(float(np.median(ratios)), 3),
+                "ratio_range": [round(float(ratios.min()), 3), round(float(ratios.max()), 3)],
+            }
+    print_table(report)
+    if args.output:
+        harness.keep(args.output, f"{args.shape}, {args.precision}" + (", ladder" if args.ladder else ""), report)
+
+
+def print_table(report: dict[str, Any]) -> None:
+    print(f"{report['device']}; large matrix product {report['matmul_tflops']} TFLOP/s")
+    columns = f"{'':38}{'batch':>6}{'tokens/s':>11}{'MFU':>7}{'peak MB':>9}{'ours / it':>11}{'range':>15}"
+    print(columns)
+    for name, row in report["sides"].items():
+        low, high = row["ratio_range"]
+        print(
+            f"{name:38}{row['micro_batch']:>6}{row['tokens_per_second']:>11,.0f}{row['mfu']:>7.1%}"
+            f"{row['peak_megabytes']:>9,}{row['ours_over_it']:>10.2f}x{f'{low:.2f} to {high:.2f}':>15}"
+        )
+
+
+if __name__ == "__main__":
+    main()
