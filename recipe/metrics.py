@@ -152,6 +152,7 @@ def train_record(
         corpora: of each corpus what has been seen, `blocks` and `passes` among it.
     """
     epoch = sum(seen["passes"] * seen["blocks"] for seen in corpora.values()) / state.blocks
+    seconds = watch.seconds
     return {
         "step": state.step,
         "loss": state.take_window_loss(),
@@ -161,11 +162,11 @@ def train_record(
         "epoch": round(epoch, 4),
         "nonfinite_updates": state.nonfinite_updates,
         "overflows": state.overflows,
-        "tokens_per_second": round(watch.tokens / watch.seconds, 1),
-        "mfu": round(watch.tokens / watch.seconds * flops_share, 4),
+        "tokens_per_second": round(watch.tokens / seconds, 1),
+        "mfu": round(watch.tokens / seconds * flops_share, 4),
         "peak_memory": peak_memory,
-        "data_wait_share": round(watch.waited / watch.seconds, 4),
-        "seconds_per_update": round(watch.seconds / watch.steps, 4),
+        "data_wait_share": round(watch.waited / seconds, 4),
+        "seconds_per_update": round(seconds / watch.steps, 4),
         "padding_share": round(state.padding_share(max_seq_length), 4),
         "data_digest": f"{state.data_digest:016x}",
         "corpora": corpora,
