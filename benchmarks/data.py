@@ -25,7 +25,6 @@ import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import statistics
 import subprocess
@@ -267,7 +266,7 @@ def long_document(args: argparse.Namespace, path: str, streaming: bool) -> dict[
         data.prepare(0)
         share = next(data.train_updates(0, 1, 0, 1, {}, never))
         tokens = share.lanes[0, 0].state.made * LENGTH if streaming else data.packed[0].counts["tokens"]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        peak = harness.peak_resident_megabytes()
         return {"peak_megabytes_beyond_start": round(peak - before), "tokens": tokens}
 
 

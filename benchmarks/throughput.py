@@ -20,7 +20,6 @@ its own.
 import argparse
 import gc
 import itertools
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -266,7 +265,7 @@ def peak_megabytes(args: argparse.Namespace, side: Side, folder: str) -> float:
     update()
     if on_gpu:
         return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
+    return harness.peak_resident_megabytes() - before
 
 
 def main() -> None:
