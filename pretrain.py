@@ -62,7 +62,7 @@ def main() -> None:
         state = TrainState(**saved["train_state"])
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    objective = MaskedLMObjective(model, data.collator.max_masked)
+    objective = MaskedLMObjective(model, data.max_masked)
     if args.torch_compile:
         log(compile_in_place(objective, accelerator.device))
     betas = (args.adam_beta1, args.adam_beta2)

@@ -181,6 +181,8 @@ class PretrainArguments:
     """Tokens in a block, `<s>` and `</s>` included."""
     mlm_probability: float = identity(default=0.15)
     """Share of the tokens to predict; 80 % become `<mask>`, 10 % a random token, 10 % stay (paper, section 2.3)."""
+    eval_mlm_probability: float = identity(default=0.15)
+    """The same in evaluation, so that losses can be compared whatever the training masks."""
     streaming: bool = identity(default=False)
     """Tokenise and pack while training, with nothing on disk, in place of a token store that is made first."""
     num_lanes: int = identity(default=64)
@@ -286,13 +288,15 @@ class PretrainArguments:
             require(getattr(self, name) > 0, name, getattr(self, name), "give a positive number")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "give a number from 0 up to 1")
-        require(0 < self.mlm_probability < 1, "mlm_probability", self.mlm_probability, "give a number between 0 and 1")
         require(self.max_seq_length >= 8, "max_seq_length", self.max_seq_length, "give 8 or more")
-        if self.mlm_probability * (self.max_seq_length - 2) < 1:
-            raise UserError(
-                f"`mlm_probability` ({self.mlm_probability}) of `max_seq_length` ({self.max_seq_length}) is less than "
-                "one masked token in a block; raise either"
-            )
+        for name in ("mlm_probability", "eval_mlm_probability"):
+            share = getattr(self, name)
+            require(0 < share < 1, name, share, "give a number between 0 and 1")
+            if share * (self.max_seq_length - 2) < 1:
+                raise UserError(
+                    f"`{name}` ({share}) of `max_seq_length` ({self.max_seq_length}) is less than one masked token in "
+                    "a block; raise either"
+                )
         workers = self.preprocessing_num_workers
         require(workers is None or workers >= 1, "preprocessing_num_workers", workers, "give 1 or more, or null")
         if self.packing in ("segment_pair", "sentence_pair") and not self.prepare_only:

@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -181,6 +181,7 @@ class Data:
             seed=args.seed,
             packing=args.packing,
         )
+        self.eval_collator = replace(self.collator, mlm_probability=args.eval_mlm_probability)
         self.encoder = DocumentEncoder(tokenizer, args.sentence_splitter, args.language)
         self.decontaminator = Decontaminator(args.decontaminate_against)
         special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
@@ -191,6 +192,11 @@ class Data:
         self.names = [corpus.name for corpus in args.corpora]
         ids = np.array(special, self.encoder.dtype)
         self.empty_block = Block(ids, np.array([len(ids)], np.int32), -100, 0)
+
+    @property
+    def max_masked(self) -> int:
+        """The most tokens that a row can have masked, in training or evaluation."""
+        return max(self.collator.max_masked, self.eval_collator.max_masked)
 
     def shares(self, corpora: list[CorpusArguments], sizes: list[float]) -> list[int]:
         """`eval_blocks` by weight, by default by size."""
@@ -225,7 +231,7 @@ class Data:
         return MicroBatches(
             locate=self.locate_eval,
             example=self.example,
-            collator=self.collator,
+            collator=self.eval_collator,
             batch_size=-(-len(self.eval_blocks) // rows) * rows,
             micro_batch_size=self.args.per_device_eval_batch_size,
             process_index=process_index,

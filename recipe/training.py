@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object, send_to_device
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -292,7 +292,7 @@ def train_step(
     for number, batch in enumerate(micro_batches):
         is_last = number == len(micro_batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(objective):
-            micro_loss, _ = objective(**send_to_device(batch, accelerator.device))
+            micro_loss, _ = objective(**to_device(batch, accelerator.device))
             accelerator.backward(micro_loss * scale)
             loss_sum += micro_loss.detach()
 
@@ -311,6 +311,13 @@ def train_step(
         scaler.update()
     optimizer.zero_grad()
     return Update(loss, norm, skipped, stopping > 0)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copies that the host does not wait for, since they come from pinned memory."""
+    if device.type != "cuda":
+        return batch
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
 def out_of_memory(
@@ -340,7 +347,7 @@ def evaluate(accelerator: Accelerator, objective: nn.Module, batches: MicroBatch
     objective.eval()
     sums = torch.zeros(2, device=accelerator.device)
     for batch in next(batches.iterate(0, 1, num_workers=0))[0]:
-        sums += torch.stack(objective(**send_to_device(batch, accelerator.device)))
+        sums += torch.stack(objective(**to_device(batch, accelerator.device)))
     objective.train()
     loss_sum, count = accelerator.reduce(sums, "sum").tolist()
     return loss_sum, int(count)

@@ -195,3 +195,12 @@ def test_description_counts_documents_and_tokens(make_data, texts):
     line = make_data().describe()[0]
     assert f"{len(texts):,} documents" in line
     assert json.dumps(make_data().identity())
+
+
+def test_evaluation_masks_as_ever_whatever_the_training_masks(make_data):
+    data, plain = make_data(mlm_probability=0.4, dataloader_num_workers=0), make_data(dataloader_num_workers=0)
+    held_out, expected = (next(d.eval_batches(0, 1).iterate(0, 1, num_workers=0))[0] for d in (data, plain))
+    assert [batch["labels"].tolist() for batch in held_out] == [batch["labels"].tolist() for batch in expected]
+    [share] = data.train_updates(0, 1, 0, 1, {}, never)
+    assert share.counts["masked"] > 0.3 * share.counts.tokens
+    assert data.max_masked == 13

@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from recipe.config import UserError
-from tests.conftest import ROOT, SAMPLE, command_line, learning, read_lines, weights, write_jsonl
+from tests.conftest import ROOT, SAMPLE, SMALL_MODEL, command_line, learning, read_lines, weights, write_jsonl
 
 STREAMED = {"streaming": "true", "num_lanes": 4, "shuffle_buffer_size": 64}
 
@@ -453,6 +453,34 @@ def test_diverged_run_stops_and_says_where_to_go_on(flags, run_pretrain, tmp_pat
     assert "step-00000002" in status["reason"]
 
 
+def losses(run: Path) -> list[float]:
+    return [line.get("loss") or line["eval_loss"] for line in read_lines(run / "metrics.jsonl")]
+
+
+def test_compiled_run_and_recomputed_activations_learn_the_same(flags, run_pretrain, tmp_path: Path, capsys):
+    """Rows without padding and rows with some, in training and in evaluation: a graph each."""
+    flags |= {"model_config": json.dumps(SMALL_MODEL | {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0})}
+    run_pretrain(flags)
+    plain = losses(tmp_path / "run")
+    for name in ("torch_compile", "gradient_checkpointing"):
+        run_pretrain(flags | {name: True, "output_dir": tmp_path / name})
+        assert losses(tmp_path / name) == pytest.approx(plain, rel=1e-4)
+        assert weights(tmp_path / name).keys() == weights(tmp_path / "run").keys()
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_run_goes_on_where_nothing_compiles(flags, tmp_path: Path):
+    environment = os.environ | {
+        "ACCELERATE_USE_CPU": "true",
+        "CXX": "no-such-compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    command = [sys.executable, "pretrain.py", *command_line(flags | {"torch_compile": True})]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert "warning: `torch_compile` is true, and nothing compiles here" in result.stdout
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -468,7 +496,7 @@ def test_diverged_run_stops_and_says_where_to_go_on(flags, run_pretrain, tmp_pat
         ({"corpora": "[a.jsonl]"}, "write {name: ..., path: a.jsonl}"),
         ({"model_config": '{"num_attention_heads": 0}'}, "`num_attention_heads` is 0"),
         ({"model_config": '{"hidden_act": "foo"}'}, "no model can be built"),
-        ({"model_config": '{"attn_implementation": "eager"}'}, "`attn_implementation`"),
+        ({"model_config": '{"attn_implementation": "eager"}'}, "has `attn_implementation: eager`; leave it out"),
         ({"mlm_probability": 0.01}, "less than one masked token"),
     ],
 )
