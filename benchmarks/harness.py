@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "sentencex", "numpy")
 
@@ -67,3 +68,9 @@ def keep(path: Path, name: str, report: dict[str, Any]) -> None:
     """Put a report into a file of several, in place of an earlier one of that name."""
     reports = json.loads(path.read_text()) if path.exists() else {}
     path.write_text(to_json(reports | {name: report}) + "\n")
+
+
+def reset_accelerate() -> None:
+    """Have the next `Accelerator` of this process choose its precision anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
