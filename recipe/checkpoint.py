@@ -158,12 +158,11 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], path: Path) -
     """
     different = [name for name in current if saved.get(name) != current[name]]
     if different:
-        lines = [f"  `{name}`: {saved.get(name)} in the checkpoint, {current[name]} now" for name in different]
+        lines = [f"  `{name}`: {saved.get(name)} before, {current[name]} now" for name in different]
         raise UserError(
             f"{path} is of another experiment:\n"
             + "\n".join(lines)
-            + "\ngive these the checkpoint's values, or start a "
-            "new run in another `output_dir`"
+            + "\ngive these the values of before, or start anew in another `output_dir`"
         )
 
 

@@ -56,3 +56,44 @@ def plot_loss(metrics: list[dict[str, Any]], expected_loss: float | None, title:
     perplexity.set_yticks(ticks, labels=[perplexity_of(nats) for nats in ticks])
     perplexity.set_ylabel("perplexity")
     figure.savefig(path, dpi=120)
+
+
+def plot_glue(rows: list[dict[str, Any]], names: list[str], published: str, title: str, path: Path) -> None:
+    """Median and range of each task beside the majority's and the published result.
+
+    Args:
+        rows: the tasks of summary.json.
+        names: of the rows.
+        published: what the published results are called.
+        title: of the figure.
+        path: PNG file to write.
+    """
+    figure = Figure(figsize=(8, 1.6 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    done = [(place, row) for place, row in enumerate(rows) if row["n"]]
+    spread = [row["standard_deviation"] or 0.0 for _, row in done]
+    axes.barh(range(len(rows)), [100 * row["majority"] for row in rows], color="lightgray", label="majority")
+    axes.errorbar(
+        [100 * row["median"] for _, row in done],
+        [place for place, _ in done],
+        xerr=[100 * value for value in spread],
+        fmt="o",
+        color="tab:blue",
+        capsize=4,
+        label="median over seeds, with their standard deviation",
+    )
+    given = [(place, row["published"]) for place, row in enumerate(rows) if row["published"] is not None]
+    if given:
+        axes.plot(
+            [value for _, value in given], [place for place, _ in given], "D", color="tab:orange", label=published
+        )
+    for place, row in enumerate(rows):
+        text = f"{100 * row['median']:.1f}" if row["n"] else "failed"
+        axes.annotate(text, (100 * row.get("median", 0), place), (0, 7), textcoords="offset points", ha="center")
+    axes.set_yticks(range(len(rows)), labels=names)
+    axes.invert_yaxis()
+    axes.set(xlabel="dev result (percent)", title=title)
+    axes.set_xlim(min(0, *(100 * row.get("median", 0) - 5 for row in rows)), 100)
+    axes.grid(alpha=0.3, axis="x")
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=120)

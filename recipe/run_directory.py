@@ -67,6 +67,7 @@ class RunDirectory:
         self.pids = pids
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
+        self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.loss_plot = self.path / "loss.png"
 
@@ -93,7 +94,7 @@ class RunDirectory:
         """config.yaml: the resolved arguments, and under `environment` what they ran on. `--config` reads it back."""
         if self.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "config.yaml", to_yaml(arguments | {"environment": environment}))
+            write_atomically(self.config_file, to_yaml(arguments | {"environment": environment}))
 
     def write_status(self, state: str, step: int, reason: str | None = None) -> None:
         """status.json: `state` is running, complete, preempted or failed; `pids` are the training processes'."""

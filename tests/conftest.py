@@ -18,6 +18,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from transformers import PreTrainedTokenizerFast
 
+from recipe.model import build_config, build_model
 from recipe.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
 
 ROOT = Path(__file__).parent.parent
@@ -161,3 +162,13 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(run / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def small_model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained masked language model and its tokenizer, as pretrain.py exports them."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    build_model(build_config(SMALL_MODEL, None, tokenizer, 64), None).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -137,8 +137,8 @@ def test_identity_error_lists_every_difference(tmp_path: Path):
     with pytest.raises(UserError) as caught:
         check_identity({"seed": 1, "language": "en", "x": 0}, {"seed": 2, "language": "de", "x": 0}, tmp_path)
     message = str(caught.value)
-    assert "`seed`: 1 in the checkpoint, 2 now" in message
-    assert "`language`: en in the checkpoint, de now" in message
+    assert "`seed`: 1 before, 2 now" in message
+    assert "`language`: en before, de now" in message
     assert "`x`" not in message
 
 

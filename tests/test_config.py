@@ -4,7 +4,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipe.config import PretrainArguments, TokenizerArguments, UserError, identity_of, parse_config, to_yaml
+from recipe.config import (
+    GlueArguments,
+    PretrainArguments,
+    TokenizerArguments,
+    UserError,
+    identity_of,
+    parse_config,
+    to_yaml,
+)
 from tests.conftest import ROOT
 
 BASE = {
@@ -131,7 +139,7 @@ SHIPPED = sorted((ROOT / "recipe" / "configs").rglob("*.yaml"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_shipped_config_is_complete_and_opens_with_its_command(path: Path):
-    cls = {"tokenizer": TokenizerArguments, "pretrain": PretrainArguments}[path.parent.name]
+    cls = {"tokenizer": TokenizerArguments, "pretrain": PretrainArguments, "glue": GlueArguments}[path.parent.name]
     given = yaml.safe_load(path.read_text())
     transient = {"resume_from_checkpoint", "dry_run", "prepare_only"}
     assert set(given) | transient == {field.name for field in dataclasses.fields(cls)} | transient

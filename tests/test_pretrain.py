@@ -386,8 +386,8 @@ def test_resume_with_another_identity_names_the_fields(flags, run_pretrain):
     changed = flags | {"resume_from_checkpoint": "latest", "seed": 7, "mlm_probability": 0.2, "max_steps": 8}
     with pytest.raises(UserError) as caught:
         run_pretrain(changed)
-    assert "`seed`: 42 in the checkpoint, 7 now" in str(caught.value)
-    assert "`mlm_probability`: 0.15 in the checkpoint, 0.2 now" in str(caught.value)
+    assert "`seed`: 42 before, 7 now" in str(caught.value)
+    assert "`mlm_probability`: 0.15 before, 0.2 now" in str(caught.value)
     assert "max_steps" not in str(caught.value)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.config import PretrainArguments, TokenizerArguments, parse_config
+from recipe.config import GlueArguments, PretrainArguments, TokenizerArguments, parse_config
 from tests.conftest import ROOT
 
 
@@ -23,7 +23,12 @@ def readme_commands() -> list[str]:
 @pytest.mark.parametrize("command", readme_commands())
 def test_readme_command_can_be_typed(command: str):
     words = shlex.split(command, comments=True)
-    for script, cls in {"train_tokenizer.py": TokenizerArguments, "pretrain.py": PretrainArguments}.items():
+    scripts = {
+        "train_tokenizer.py": TokenizerArguments,
+        "pretrain.py": PretrainArguments,
+        "finetune_glue.py": GlueArguments,
+    }
+    for script, cls in scripts.items():
         if script in words:
             parse_config(cls, "test", words[words.index(script) + 1 :])
     for name in [word for word in words if re.search(r"\.(py|yaml)$", word)]:

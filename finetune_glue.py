@@ -1,0 +1,84 @@
+"""Fine-tune a model on GLUE by the paper's protocol and print the dev results beside the published ones.
+
+accelerate launch finetune_glue.py --config recipe/configs/glue/base.yaml --model_name_or_path runs/roberta-base/model
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import datasets
+import transformers
+import yaml
+from accelerate.utils import gather_object
+
+from recipe.checkpoint import check_identity
+from recipe.config import GlueArguments, check_output_dir, identity_of, parse_config, report_user_errors
+from recipe.finetuning import load_classifier, load_glue_tokenizer, model_checksum
+from recipe.glue import Grid, plan_jobs
+from recipe.glue_report import describe_data, describe_jobs, format_table, row_title, summarise, write_submission
+from recipe.glue_tasks import TASKS, check_tasks, load_task
+from recipe.plots import plot_glue
+from recipe.run_directory import RunDirectory, environment, write_atomically
+from recipe.training import start_accelerator
+
+
+def main() -> None:
+    args = parse_config(GlueArguments, __doc__)
+    names = args.tasks or list(TASKS)
+    check_tasks("tasks", names)
+    check_tasks("data_parallel_tasks", args.data_parallel_tasks)
+    check_output_dir(Path(args.output_dir))
+    # A bar for each file, and a report of the new head for each job.
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    accelerator = start_accelerator()
+    run = RunDirectory(args.output_dir, accelerator.is_main_process, gather_object([os.getpid()]))
+    started = time.perf_counter()
+    tokenizer = load_glue_tokenizer(args.model_name_or_path, args.max_seq_length)
+    checksum = {"model_checksum": model_checksum(load_classifier(args.model_name_or_path, TASKS[names[0]]))}
+    if run.config_file.exists():
+        saved = yaml.safe_load(run.config_file.read_text())
+        check_identity(saved | saved["environment"], identity_of(args) | checksum, run.path)
+    tasks, data = {}, {}
+    for name in names:
+        tasks[name], remarks = load_task(name, args.glue_dir)
+        data[name] = describe_data(name, tasks[name])
+        for remark in remarks:
+            accelerator.print(f"warning: {remark}")
+    jobs = plan_jobs(args, tasks)
+    grid = Grid(accelerator, args, tokenizer, tasks)
+    grid.check_mnli(jobs)
+    accelerator.print(describe_jobs(jobs, tasks, grid.results.read(), args.num_train_epochs))
+    if args.dry_run:
+        return
+
+    run.write_config(asdict(args), environment(accelerator) | checksum)
+    if accelerator.is_main_process:
+        grid.results.forget_failures()
+    run.write_status("running", len(grid.results.read()))
+    accelerator.wait_for_everyone()
+    grid.run(jobs)
+    if not accelerator.is_main_process:
+        return
+
+    summary = summarise(grid.results.read(), jobs, data, args.compare_with)
+    write_atomically(run.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+    table = format_table(summary, (time.perf_counter() - started) / 3600)
+    write_atomically(run.path / "table.md", table)
+    rows = summary["tasks"]
+    published = f"roberta.{args.compare_with}, published"
+    plot_glue(rows, [row_title(row) for row in rows], published, args.model_name_or_path, run.path / "glue.png")
+    missing = write_submission(run.path / "predictions", run.path / "submission.zip")
+    run.write_status("complete", len(jobs))
+    print(f"\n{table}\nplot: {run.path / 'glue.png'}")
+    if (run.path / "submission.zip").exists():
+        print(f"submission: {run.path / 'submission.zip'}" + (f", without {', '.join(missing)}" if missing else ""))
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main()
