@@ -1,4 +1,4 @@
-# make demo: from nothing to a filled mask.   make test: lint and all tests.   Both make .venv first.
+# make demo: from nothing to a filled mask and a fine-tuned classifier.   make test: lint and all tests.   Both make .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 # Without a number accelerate gives a process on a CPU one thread.
@@ -9,6 +9,7 @@ LAUNCH := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(B
 demo: .venv/installed runs/demo-tokenizer/tokenizer.json
 	$(LAUNCH) pretrain.py --config recipe/configs/pretrain/tiny.yaml --resume_from_checkpoint latest
 	$(BIN)/python -m recipe.demo runs/demo
+	$(LAUNCH) finetune_glue.py --config recipe/configs/glue/tiny.yaml
 
 runs/demo-tokenizer/tokenizer.json: | .venv/installed
 	$(BIN)/python train_tokenizer.py --config recipe/configs/tokenizer/tiny.yaml

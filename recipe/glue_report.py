@@ -111,8 +111,8 @@ def summarise(
 
 
 def average(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of the medians; of the published results too where every row has one."""
-    if not rows:
+    """Of the medians, where there are several; of the published results too where every row has one."""
+    if len(rows) < 2:
         return None
     has_all = all(row["published"] is not None for row in rows)
     return {
