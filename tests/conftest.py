@@ -8,13 +8,16 @@ os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="recipe-test-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import importlib
 import json
 import random
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from transformers import PreTrainedTokenizerFast
 
@@ -126,20 +129,35 @@ def reset_accelerate() -> None:
     GradientState._reset_state()
 
 
-@pytest.fixture
-def run_pretrain(monkeypatch: pytest.MonkeyPatch):
-    """Run pretrain.py's `main` in this process, on the CPU, as its command line would."""
-    import pretrain
-
+def run_in_process(monkeypatch: pytest.MonkeyPatch, script: str) -> Iterator[Callable[[dict[str, object]], None]]:
+    """A function that runs a script's `main` in this process, on the CPU, as its command line would."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
     def run(flags: dict[str, object]) -> None:
         reset_accelerate()
-        monkeypatch.setattr(sys, "argv", ["pretrain.py", *command_line(flags)])
-        pretrain.main()
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *command_line(flags)])
+        importlib.import_module(script).main()
         reset_accelerate()
 
     yield run
+    reset_accelerate()
+
+
+@pytest.fixture
+def run_pretrain(monkeypatch: pytest.MonkeyPatch):
+    yield from run_in_process(monkeypatch, "pretrain")
+
+
+@pytest.fixture
+def run_glue(monkeypatch: pytest.MonkeyPatch):
+    yield from run_in_process(monkeypatch, "finetune_glue")
+
+
+@pytest.fixture
+def accelerator(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    reset_accelerate()
+    yield Accelerator()
     reset_accelerate()
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 from recipe.config import UserError
 from recipe.jobs import Job, Results
-from tests.conftest import ROOT, command_line, read_lines, reset_accelerate
+from tests.conftest import ROOT, command_line, read_lines
 from tests.glue_data import write_cola, write_mnli, write_rte, write_stsb
 
 
@@ -36,22 +36,6 @@ def flags(tmp_path: Path, small_model: Path) -> dict[str, object]:
         "num_train_epochs": 3,
         "max_seq_length": 32,
     }
-
-
-@pytest.fixture
-def run_glue(monkeypatch: pytest.MonkeyPatch):
-    import finetune_glue
-
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-
-    def run(flags: dict[str, object]) -> None:
-        reset_accelerate()
-        monkeypatch.setattr(sys, "argv", ["finetune_glue.py", *command_line(flags)])
-        finetune_glue.main()
-        reset_accelerate()
-
-    yield run
-    reset_accelerate()
 
 
 def learnt(folder: Path) -> dict[Job, list]:

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -22,16 +21,8 @@ from transformers import (
 from recipe.config import GlueArguments, UserError
 from recipe.finetuning import Finetuner, encode_splits, epoch_batches, load_classifier, load_glue_tokenizer
 from recipe.glue_tasks import TASKS, load_task
-from tests.conftest import ROOT, reset_accelerate
+from tests.conftest import ROOT
 from tests.glue_data import write_mnli, write_rte, write_stsb
-
-
-@pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    reset_accelerate()
-    yield Accelerator()
-    reset_accelerate()
 
 
 def arguments(tmp_path: Path, model: Path, **changes: object) -> GlueArguments:

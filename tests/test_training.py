@@ -54,14 +54,6 @@ class KeepGradients(torch.optim.Optimizer):
         self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-@pytest.fixture
-def accelerator(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    reset_accelerate()
-    yield Accelerator()
-    reset_accelerate()
-
-
 def stock_gradients(tokenizer) -> tuple[float, list[torch.Tensor]]:
     model = make_model(tokenizer)
     loss = model(**make_batches(tokenizer, 8)[0]).loss
