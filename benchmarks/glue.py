@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import harness
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     disable_progress_bar()
+    datasets.disable_progress_bars()
     set_verbosity_error()
     accelerator = Accelerator()
     args = GlueArguments(output_dir="unused", model_name_or_path=given.model, max_seq_length=PADDED_LENGTH)

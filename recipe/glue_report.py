@@ -67,7 +67,8 @@ def summarise(
     for job in jobs:
         groups[job.task, job.init].append(job)
     rows = []
-    for (name, init), group in groups.items():
+    for name, init in sorted(groups, key=lambda key: list(TASKS).index(key[0])):
+        group = groups[name, init]
         task, first = TASKS[name], TASKS[name].metrics[0]
         settings = defaultdict(list)
         for job in group:
@@ -130,7 +131,7 @@ def format_table(summary: dict[str, Any], hours: float) -> str:
     """table.md, columns aligned so that it reads on a terminal too.
 
     Args:
-        hours: that the grid took.
+        hours: since the last start.
     """
     published = f"roberta.{summary['compare_with']}"
     lines = [["task", "metric", "median", "best", "sd", "n", "lr", "batch", "majority", published, "difference"]]
@@ -167,7 +168,7 @@ def format_table(summary: dict[str, Any], hours: float) -> str:
     notes = [
         "Dev results in percent: median over n seeds at the best setting, each of its best epoch; majority: what the "
         "commonest answer of the training set gets.",
-        f"{hours:.2f} hours, {summary['device_hours']:.2f} device-hours.",
+        f"{hours:.2f} hours since this start, {summary['device_hours']:.2f} device-hours in all.",
     ]
     if any(row["published"] is not None for row in summary["tasks"]):
         notes.append(f"{published}: fairseq's published dev results; RTE, STS-B and MRPC there start from MNLI.")
