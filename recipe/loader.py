@@ -7,6 +7,7 @@
 3. `train_updates` gives a process's share of each update, from any update on, with what there is to count in it.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,7 +24,8 @@ from recipe.config import CorpusArguments, PretrainArguments, UserError
 from recipe.corpora import check_corpus, corpus_bytes, digest, open_source
 from recipe.hygiene import Decontaminator, DocumentFilter, find_copies
 from recipe.masking import DynamicMaskingCollator
-from recipe.packing import Block, BlockFormat
+from recipe.model import first_position
+from recipe.packing import PAIR_KINDS, Block, BlockFormat
 from recipe.sampling import BlockOrder, LaneOrder, apportion, permute
 from recipe.streaming import Buffer, CorpusReader, Lanes, Refill, Schedule, from_tensors, one_ahead
 from recipe.token_store import LEFT_OUT, PackedCorpus, TokenStore, as_it_is, check_space, start_worker
@@ -36,17 +38,19 @@ EMPTY = -1  # what fills the last evaluation micro-batches up
 UNIGRAM_BLOCKS = 20_000  # blocks of training text that the unigram baseline is counted on
 UNIGRAM_STREAMED_BLOCKS = 2_000  # the same where they have to be tokenised first
 HELD_OUT_SHARDS = 8  # of a streamed corpus, whose heads are held out, if those are long enough
+PAIR_DOCUMENTS = 2_000  # of a corpus, among which there have to be pairs of both kinds
+PAIR_CHARACTERS = 20_000  # of each of them that are looked at
 HEADS = 6  # what a permutation is for, as part of its key, beside those of recipe/sampling.py and streaming.py
-SCALARS = ("failed", "stopping", "masked", "digest")  # of an update
+SCALARS = ("failed", "stopping", "masked", "pairs", "digest")  # of an update
 COUNTED = ("blocks", "tokens", "documents")  # of each corpus, in an update
 
 
 class Counts:
     """The counts of an update as one array of integers, which processes can add up at once.
 
-    `failed` and `stopping`: processes that have no more data, for an error or a signal; `masked` tokens; `digest`: of
-    all blocks and what is masked in them; `corpora`: (corpora, 3), see `COUNTED`; `streams`: (corpora, 4) so far, see
-    `LEFT_OUT`, and last the passes, in millionths, summed over lanes.
+    `failed` and `stopping`: processes that have no more data, for an error or a signal; `masked` tokens; `pairs` of two
+    parts; `digest`: of all blocks and what is masked in them; `corpora`: (corpora, 3), see `COUNTED`; `streams`:
+    (corpora, 4) so far, see `LEFT_OUT`, and last the passes, in millionths, summed over lanes.
     """
 
     def __init__(self, num_corpora: int, array: np.ndarray | None = None) -> None:
@@ -59,11 +63,11 @@ class Counts:
     def of_rows(cls, rows: np.ndarray, num_corpora: int) -> "Counts":
         """
         Args:
-            rows: (rows, 5) int64, see `ROW`.
+            rows: (rows, 6) int64, see `ROW`.
         """
         counts = cls(num_corpora)
-        corpus, tokens, documents, masked, digests = rows.T
-        counts.scalars[2:] = masked.sum(), digests.sum()
+        corpus, tokens, documents, masked, pairs, digests = rows.T
+        counts.scalars[2:] = masked.sum(), pairs.sum(), digests.sum()
         for column, values in enumerate((np.ones_like(tokens), tokens, documents)):
             np.add.at(counts.corpora[:, column], corpus, values)
         return counts
@@ -180,6 +184,8 @@ class Data:
             max_seq_length=args.max_seq_length,
             seed=args.seed,
             packing=args.packing,
+            masking=args.masking,
+            first_position=first_position(args.model_type, tokenizer.pad_token_id),
         )
         self.eval_collator = replace(self.collator, mlm_probability=args.eval_mlm_probability)
         self.encoder = DocumentEncoder(tokenizer, args.sentence_splitter, args.language)
@@ -202,6 +208,33 @@ class Data:
         """`eval_blocks` by weight, by default by size."""
         weights = [corpus.weight for corpus in corpora]
         return apportion(self.args.eval_blocks, sizes if None in weights else weights)
+
+    def check_corpus(self, corpus: CorpusArguments) -> None:
+        """Read a little of a corpus, before anything expensive.
+
+        Raises:
+            UserError: it cannot be read, or has no pairs to learn from.
+        """
+        check_corpus(corpus, self.args.max_unreadable_documents)
+        if not self.args.predicts_pairs:
+            return
+        documents = DocumentFilter(corpus.name, self.args.max_unreadable_documents, self.decontaminator)
+        reader = CorpusReader(open_source(corpus), {}, self.encoder, lambda: documents, self.format)
+        records = (text for shard in range(reader.source.num_shards) for _, text in reader.source.read(shard))
+        texts = (text[:PAIR_CHARACTERS] for text in records if documents.lets_through(text))
+        kinds: set[int] = set()
+        while not kinds >= PAIR_KINDS and documents.counts["documents"] < PAIR_DOCUMENTS:
+            if not (some := list(itertools.islice(texts, 100))):
+                break
+            kinds |= {block.label for block in reader.pack_texts(some, reader.nothing)[0]}
+        self.check_kinds(corpus, kinds, documents.counts["documents"])
+
+    def check_kinds(self, corpus: CorpusArguments, kinds: set[int], documents: int) -> None:
+        if self.args.predicts_pairs and not kinds >= PAIR_KINDS:
+            raise UserError(
+                f"`objective` is {self.args.objective}, and {documents:,} documents of corpus {corpus.name!r} do not "
+                "make pairs of both kinds; give more documents, of two sentences and more, or `objective: masked_lm`"
+            )
 
     def prepare(self, process_index: int) -> None:
         """Whatever takes long, before the first block."""
@@ -279,7 +312,7 @@ class CachedData(Data):
         self.stores = [TokenStore(corpus, self.encoder, self.decontaminator, root) for corpus in self.corpora]
         for store in self.stores:
             if not store.is_complete:
-                check_corpus(store.corpus, args.max_unreadable_documents)
+                self.check_corpus(store.corpus)
         check_space(root, self.stores)
 
     def prepare(self, process_index: int) -> None:
@@ -303,6 +336,7 @@ class CachedData(Data):
                     f"corpus {packed.store.corpus.name!r} has {packed.counts['tokens']} tokens, too few for a single "
                     f"block of `max_seq_length` ({args.max_seq_length}); give more text or shorter blocks"
                 )
+            self.check_kinds(packed.store.corpus, packed.labels, packed.counts["documents"])
 
         sizes = [len(packed) for packed in self.packed[: len(args.corpora)]]
         held_out = [0] * len(sizes) if args.eval_corpora else self.shares(args.corpora, sizes)
@@ -419,7 +453,7 @@ class StreamedData(Data):
         weights = [corpus.weight for corpus in args.corpora]
         self.quotas = [corpus_bytes(corpus) for corpus in args.corpora] if None in weights else weights
         for corpus in self.corpora:
-            check_corpus(corpus, args.max_unreadable_documents)
+            self.check_corpus(corpus)
 
     def prepare(self, process_index: int) -> None:
         """Open the corpora and hold out whole documents at the heads of some shards.

@@ -34,7 +34,7 @@ def take_step(accelerator, objective, optimizer, micro_batches, max_grad_norm, r
     """An update and the masked tokens of all processes."""
     masked = sum((batch["labels"] != -100).sum() for batch in micro_batches)
     masked = int(accelerator.reduce(masked, "sum"))
-    return train_step(accelerator, objective, optimizer, micro_batches, masked, max_grad_norm, request), masked
+    return train_step(accelerator, objective, optimizer, micro_batches, [masked], max_grad_norm, request), masked
 
 
 def make_model(tokenizer) -> RobertaForMaskedLM:
