@@ -8,6 +8,7 @@
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,7 +26,7 @@ from recipe.corpora import check_corpus, corpus_bytes, digest, open_source
 from recipe.hygiene import Decontaminator, DocumentFilter, find_copies
 from recipe.masking import DynamicMaskingCollator
 from recipe.model import first_position
-from recipe.packing import PAIR_KINDS, Block, BlockFormat
+from recipe.packing import Block, BlockFormat
 from recipe.sampling import BlockOrder, LaneOrder, apportion, permute
 from recipe.streaming import Buffer, CorpusReader, Lanes, Refill, Schedule, from_tensors, one_ahead
 from recipe.token_store import LEFT_OUT, PackedCorpus, TokenStore, as_it_is, check_space, start_worker
@@ -38,8 +39,9 @@ EMPTY = -1  # what fills the last evaluation micro-batches up
 UNIGRAM_BLOCKS = 20_000  # blocks of training text that the unigram baseline is counted on
 UNIGRAM_STREAMED_BLOCKS = 2_000  # the same where they have to be tokenised first
 HELD_OUT_SHARDS = 8  # of a streamed corpus, whose heads are held out, if those are long enough
-PAIR_DOCUMENTS = 2_000  # of a corpus, among which there have to be pairs of both kinds
-PAIR_CHARACTERS = 20_000  # of each of them that are looked at
+PAIR_DOCUMENTS = 500  # of a corpus, which are looked at for pairs before it is tokenised
+PAIR_CHARACTERS = 10_000  # of each of them
+LEAST_PAIRS = 0.05  # share of the blocks that each of the two kinds of pairs must have
 HEADS = 6  # what a permutation is for, as part of its key, beside those of recipe/sampling.py and streaming.py
 SCALARS = ("failed", "stopping", "masked", "pairs", "digest")  # of an update
 COUNTED = ("blocks", "tokens", "documents")  # of each corpus, in an update
@@ -222,15 +224,16 @@ class Data:
         reader = CorpusReader(open_source(corpus), {}, self.encoder, lambda: documents, self.format)
         records = (text for shard in range(reader.source.num_shards) for _, text in reader.source.read(shard))
         texts = (text[:PAIR_CHARACTERS] for text in records if documents.lets_through(text))
-        kinds: set[int] = set()
-        while not kinds >= PAIR_KINDS and documents.counts["documents"] < PAIR_DOCUMENTS:
-            if not (some := list(itertools.islice(texts, 100))):
-                break
-            kinds |= {block.label for block in reader.pack_texts(some, reader.nothing)[0]}
-        self.check_kinds(corpus, kinds, documents.counts["documents"])
+        blocks, _ = reader.pack_texts(list(itertools.islice(texts, PAIR_DOCUMENTS)), reader.nothing)
+        self.check_pairs(corpus, Counter(block.label for block in blocks), documents.counts["documents"])
 
-    def check_kinds(self, corpus: CorpusArguments, kinds: set[int], documents: int) -> None:
-        if self.args.predicts_pairs and not kinds >= PAIR_KINDS:
+    def check_pairs(self, corpus: CorpusArguments, labels: Counter[int], documents: int) -> None:
+        """
+        Args:
+            labels: how many blocks have which.
+            documents: that they were made of.
+        """
+        if min(labels[0], labels[1]) < LEAST_PAIRS * labels.total():
             raise UserError(
                 f"`objective` is {self.args.objective}, and {documents:,} documents of corpus {corpus.name!r} do not "
                 "make pairs of both kinds; give more documents, of two sentences and more, or `objective: masked_lm`"
@@ -336,7 +339,8 @@ class CachedData(Data):
                     f"corpus {packed.store.corpus.name!r} has {packed.counts['tokens']} tokens, too few for a single "
                     f"block of `max_seq_length` ({args.max_seq_length}); give more text or shorter blocks"
                 )
-            self.check_kinds(packed.store.corpus, packed.labels, packed.counts["documents"])
+            if args.predicts_pairs:
+                self.check_pairs(packed.store.corpus, packed.count_labels(), packed.counts["documents"])
 
         sizes = [len(packed) for packed in self.packed[: len(args.corpora)]]
         held_out = [0] * len(sizes) if args.eval_corpora else self.shares(args.corpora, sizes)

@@ -18,7 +18,6 @@ from recipe.hashing import hash64
 SEGMENT = np.dtype([("start", np.int64), ("length", np.int32), ("ends_document", np.bool_)])
 # Whether the second part of a pair follows the first, is from elsewhere, or they are swapped; nothing to tell of one.
 CONTINUES, RANDOM, SWAPPED, SINGLE = 0, 1, 1, -100
-PAIR_KINDS = {0, 1}
 # Formats whose blocks do not depend on what comes after the next one, so that packing can stop and go on anywhere.
 STABLE = ("full_sentences", "contiguous")
 

@@ -557,10 +557,10 @@ class PackedCorpus:
     def __len__(self) -> int:
         return self.first_blocks[-1]
 
-    @property
-    def labels(self) -> set[int]:
-        """Those that there are."""
-        return {int(label) for shard in self.shards for label in np.unique(shard.labels)}
+    def count_labels(self) -> Counter[int]:
+        """How many blocks have which label."""
+        labels, counts = np.unique(np.concatenate([shard.labels for shard in self.shards]), return_counts=True)
+        return Counter(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
 
     def block(self, number: int) -> Block:
         shard = bisect.bisect_right(self.first_blocks, number) - 1
