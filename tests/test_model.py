@@ -10,14 +10,23 @@ from recipe.objectives import OBJECTIVES
 from tests.conftest import ROOT, SMALL_MODEL
 
 
-@pytest.mark.parametrize(("name", "millions"), [("roberta-base", 124.7), ("roberta-large", 355.4)])
-def test_shipped_configs_have_the_papers_size(name, millions, tokenizer):
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "millions"),
+    [
+        ("roberta-base", 50265, 124.7),
+        ("roberta-large", 50265, 355.4),
+        ("bert-base", 30522, 110.1),
+        ("albert-base", 30000, 11.81),
+        ("albert-large", 30000, 17.85),
+    ],
+)
+def test_shipped_configs_have_the_papers_size(name, vocab_size, millions, tokenizer):
     path = ROOT / "recipe" / "configs" / "pretrain" / f"{name}.yaml"
     args = parse_config(PretrainArguments, "test", ["--config", str(path)])
-    model_config = args.model_config | {"vocab_size": 50265}  # the tokenizer of bbpe-50k.yaml
-    config = build_config(model_config, None, tokenizer, args.max_seq_length)
+    model_config = args.model_config | {"vocab_size": vocab_size}
+    config = build_config(model_config, None, tokenizer, args.max_seq_length, args.model_type)
     with torch.device("meta"):
-        model = build_model(config, None)
+        model = build_model(config, None, args.predicts_pairs)
     assert count_parameters(model) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
