@@ -7,7 +7,6 @@
 3. `train_updates` gives a process's share of each update, from any update on, with what there is to count in it.
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -39,8 +38,8 @@ EMPTY = -1  # what fills the last evaluation micro-batches up
 UNIGRAM_BLOCKS = 20_000  # blocks of training text that the unigram baseline is counted on
 UNIGRAM_STREAMED_BLOCKS = 2_000  # the same where they have to be tokenised first
 HELD_OUT_SHARDS = 8  # of a streamed corpus, whose heads are held out, if those are long enough
-PAIR_DOCUMENTS = 500  # of a corpus, which are looked at for pairs before it is tokenised
-PAIR_CHARACTERS = 10_000  # of each of them
+# What is looked at for pairs before a corpus is tokenised: of its head, and of one document in it.
+HEAD_CHARACTERS, DOCUMENT_CHARACTERS = 2_000_000, 100_000
 LEAST_PAIRS = 0.05  # share of the blocks that each of the two kinds of pairs must have
 HEADS = 6  # what a permutation is for, as part of its key, beside those of recipe/sampling.py and streaming.py
 SCALARS = ("failed", "stopping", "masked", "pairs", "digest")  # of an update
@@ -223,8 +222,14 @@ class Data:
         documents = DocumentFilter(corpus.name, self.args.max_unreadable_documents, self.decontaminator)
         reader = CorpusReader(open_source(corpus), {}, self.encoder, lambda: documents, self.format)
         records = (text for shard in range(reader.source.num_shards) for _, text in reader.source.read(shard))
-        texts = (text[:PAIR_CHARACTERS] for text in records if documents.lets_through(text))
-        blocks, _ = reader.pack_texts(list(itertools.islice(texts, PAIR_DOCUMENTS)), reader.nothing)
+        texts: list[str] = []
+        characters = 0
+        for text in filter(documents.lets_through, records):
+            texts.append(text[:DOCUMENT_CHARACTERS])
+            characters += len(texts[-1])
+            if characters >= HEAD_CHARACTERS:
+                break
+        blocks, _ = reader.pack_texts(texts, reader.nothing)
         self.check_pairs(corpus, Counter(block.label for block in blocks), documents.counts["documents"])
 
     def check_pairs(self, corpus: CorpusArguments, labels: Counter[int], documents: int) -> None:

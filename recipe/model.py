@@ -94,7 +94,15 @@ def build_config(
         raise UserError(
             f"the tokenizer pads with {tokenizer.pad_token_id} and the model's `pad_token_id` is {config.pad_token_id}"
         )
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "type_vocab_size"):
+    sizes = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "type_vocab_size"]
+    if model_type == "albert":
+        sizes += ["embedding_size", "num_hidden_groups", "inner_group_num"]
+        if config.num_hidden_groups > config.num_hidden_layers:
+            raise UserError(
+                f"`model_config`: `num_hidden_groups` ({config.num_hidden_groups}) is more than `num_hidden_layers` "
+                f"({config.num_hidden_layers}); some would never be used"
+            )
+    for name in sizes:
         if getattr(config, name) < 1:
             raise UserError(f"`model_config`: `{name}` is {getattr(config, name)}; give 1 or more")
     if config.hidden_size % config.num_attention_heads:

@@ -143,6 +143,11 @@ def test_pairs_are_told_apart_better_than_by_chance(pair_flags, run_pretrain, tm
         ({"masking": "static", "streaming": True, "num_lanes": 4}, "`masking` is static"),
         (ROBERTA | {"streaming": True, "num_lanes": 4}, "switch `streaming` off"),
         ({"model_type": "bert", "model_config": '{"embedding_size": 16}'}, "`embedding_size` that BertConfig does not"),
+        ({"model_type": "albert", "model_config": '{"num_hidden_groups": 0}'}, "`num_hidden_groups` is 0; give 1"),
+        (
+            {"model_type": "albert", "model_config": '{"num_hidden_groups": 13}'},
+            "more than `num_hidden_layers` (12)",
+        ),
         ({"model_type": "gpt2"}, "model_type"),
     ],
 )
