@@ -1,4 +1,4 @@
-"""Pretrain RoBERTa with masked language modelling.
+"""Pretrain RoBERTa, or BERT or ALBERT, with masked language modelling.
 
 accelerate launch pretrain.py --config recipe/configs/pretrain/roberta-base.yaml
 """
@@ -15,7 +15,7 @@ from recipe.config import PretrainArguments, identity_of, parse_config, report_u
 from recipe.loader import CachedData, StreamedData
 from recipe.metrics import TrainState
 from recipe.model import build_config, build_model
-from recipe.objectives import MaskedLMObjective, compile_in_place
+from recipe.objectives import OBJECTIVES, compile_in_place
 from recipe.optimizer import build_optimizer, build_scheduler
 from recipe.plan import describe_plan
 from recipe.run_directory import RunDirectory, environment
@@ -36,7 +36,9 @@ def main() -> None:
             accelerator.print(line, flush=True)
 
     tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path)
-    model_config = build_config(args.model_config, args.model_name_or_path, tokenizer, args.max_seq_length)
+    model_config = build_config(
+        args.model_config, args.model_name_or_path, tokenizer, args.max_seq_length, args.model_type
+    )
     log(describe_plan(args, model_config, accelerator.num_processes))
     args.check_lanes(accelerator.num_processes)
     data = (StreamedData if args.streaming else CachedData)(args, tokenizer)
@@ -48,7 +50,7 @@ def main() -> None:
         )
         log(lines)
     torch.manual_seed(args.seed)
-    model = build_model(model_config, args.model_name_or_path)
+    model = build_model(model_config, args.model_name_or_path, args.predicts_pairs)
     if args.streaming or not args.dry_run:  # a stream is opened in seconds
         data.prepare(accelerator.process_index)
         log(data.describe())
@@ -60,16 +62,14 @@ def main() -> None:
         ckpt.check_identity(saved["identity"], identity, checkpoint)
         ckpt.load_weights(checkpoint, model)
         state = TrainState(**saved["train_state"])
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    objective = MaskedLMObjective(model, data.max_masked)
+    objective = OBJECTIVES[args.objective](model, data.max_masked, args.gradient_checkpointing)
     if args.torch_compile:
         log(compile_in_place(objective, accelerator.device))
     betas = (args.adam_beta1, args.adam_beta2)
     adamw = build_optimizer(objective, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
     objective, optimizer = accelerator.prepare(objective, adamw)
     if checkpoint:
-        lanes = ckpt.load_optimizer(checkpoint, adamw, accelerator.scaler)
+        lanes = ckpt.load_optimizer(checkpoint, accelerator.unwrap_model(objective), adamw, accelerator.scaler)
     scheduler = build_scheduler(adamw, args.warmup_steps, args.max_steps, state.step)
 
     run.write_config(asdict(args), environment(accelerator))

@@ -1,4 +1,4 @@
-"""Train a byte-level BPE vocabulary with RoBERTa's special tokens.
+"""Train a byte-level BPE vocabulary with RoBERTa's special tokens, or BERT's WordPiece, or ALBERT's Unigram.
 
 python train_tokenizer.py --config recipe/configs/tokenizer/bbpe-50k.yaml
 """
@@ -13,7 +13,14 @@ from tqdm import tqdm
 
 from recipe.config import TokenizerArguments, UserError, check_output_dir, parse_config, report_user_errors
 from recipe.corpora import check_corpus, corpus_bytes, sample_texts
-from recipe.tokenizer import check_common_words, check_saved_tokenizer, save_tokenizer, train_byte_level_bpe
+from recipe.tokenizer import (
+    check_common_words,
+    check_saved_tokenizer,
+    save_tokenizer,
+    train_byte_level_bpe,
+    train_unigram,
+    train_wordpiece,
+)
 
 # Of each corpus, for the checks after training:
 COUNTED_BYTES = 1_000_000  # text whose words are counted
@@ -33,7 +40,8 @@ def main() -> None:
         size = f", about {available[corpus.name] / 1e6:,.0f} MB" if corpus.name in available else ""
         print(f"corpus {corpus.name}: {corpus.path}{size}")
     expected_bytes = min(args.max_train_bytes, round(sum(available.values())) or args.max_train_bytes)
-    print(f"{args.vocab_size:,} entries from at most {args.max_train_bytes / 1e6:,.0f} MB of text -> {output_dir}")
+    entries = f"{args.vocab_size:,} entries of {args.tokenizer_type}"
+    print(f"{entries} from at most {args.max_train_bytes / 1e6:,.0f} MB of text -> {output_dir}")
     if args.dry_run:
         return
 
@@ -52,16 +60,16 @@ def main() -> None:
                 bar.update(size)
                 yield batch
 
-    tokenizer = train_byte_level_bpe(
-        texts(),
-        vocab_size=args.vocab_size,
-        min_frequency=args.min_frequency,
-        add_prefix_space=args.add_prefix_space,
-        max_document_characters=args.max_document_characters,
-    )
+    longest = args.max_document_characters
+    if args.tokenizer_type == "wordpiece":
+        tokenizer = train_wordpiece(texts(), args.vocab_size, args.min_frequency, args.do_lower_case, longest)
+    elif args.tokenizer_type == "unigram":
+        tokenizer = train_unigram(texts(), args.vocab_size, args.do_lower_case, longest)
+    else:
+        tokenizer = train_byte_level_bpe(texts(), args.vocab_size, args.min_frequency, args.add_prefix_space, longest)
     # Not under its name before the checks are through; what fails them is kept to look at.
     unchecked = output_dir.with_name(f".{output_dir.name}.unchecked")
-    save_tokenizer(tokenizer, unchecked, args.add_prefix_space, args.model_max_length)
+    save_tokenizer(tokenizer, unchecked, args.add_prefix_space, args.model_max_length, args.do_lower_case)
     check_common_words(tokenizer, word_counts)
     check_saved_tokenizer(tokenizer, unchecked, sample, args.add_prefix_space)
     shutil.copytree(unchecked, output_dir, dirs_exist_ok=True)

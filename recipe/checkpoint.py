@@ -6,7 +6,8 @@ before it is used.
 
     step-00010000/
       config.json, model.safetensors   the model, loadable by `from_pretrained`
-      optimizer.pt                     optimizer, gradient scaler and lanes; tensors and plain values only
+      optimizer.pt                     optimizer, gradient scaler, lanes and what the objective trains beside the model;
+                                       tensors and plain values only
       state.json                       update, counters, the arguments and identity of the run
       manifest.json                    size and SHA-256 of each of the above
 """
@@ -21,11 +22,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_model
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.config import UserError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 PREFIX = "step-"
 
@@ -210,13 +212,17 @@ def load_tensors(path: Path) -> dict[str, Any]:
     return torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
 
 
-def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> dict[str, Any]:
-    """Moments and scale of a checkpoint. Learning rate, decay and the like stay as they are now: they may change.
+def load_optimizer(
+    path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+) -> dict[str, Any]:
+    """Moments and scale of a checkpoint, and the objective's weights beside the model's. Learning rate, decay and the
+    like stay as they are now: they may change.
 
     Returns:
         the lanes of a streamed run, if it was one.
     """
     tensors = load_tensors(path)
+    objective.load_state_dict(tensors.get("beside_model", {}), strict=False)
     optimizer.load_state_dict(tensors["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
     if scaler is not None and "scaler" in tensors:
         scaler.load_state_dict(tensors["scaler"])

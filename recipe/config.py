@@ -22,6 +22,9 @@ from typing import Any, Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+PAIR_PACKINGS = ("segment_pair", "sentence_pair", "sentence_order")
+OBJECTIVE_PACKINGS = {"next_sentence": ("segment_pair", "sentence_pair"), "sentence_order": ("sentence_order",)}
+
 
 class UserError(ValueError):
     """Something that the user can mend; the message names the field or file, the value and the way out."""
@@ -108,20 +111,25 @@ def check_output_dir(path: Path) -> None:
 @dataclass(kw_only=True)
 class TokenizerArguments:
     output_dir: str
-    """Folder for `tokenizer.json`, `vocab.json`, `merges.txt` and `tokenizer_config.json`."""
+    """Folder for `tokenizer.json`, `tokenizer_config.json` and the vocabulary."""
     corpora: list[CorpusArguments]
     """The text to learn the vocabulary from; the same list as in the pretraining config."""
+    tokenizer_type: Literal["byte_level_bpe", "wordpiece", "unigram"] = "byte_level_bpe"
+    """RoBERTa's, BERT's or ALBERT's kind of vocabulary."""
+    do_lower_case: bool = False
+    """Uncased and without accents; of `wordpiece` and `unigram`."""
     vocab_size: int = 50265
-    """Entries in all: 5 special tokens, 256 bytes, the rest merges (the released RoBERTa has 50265)."""
+    """Entries in all; of byte-level BPE 5 special tokens, 256 bytes, the rest merges (the released RoBERTa has 50265,
+    BERT 30522 uncased and 28996 cased, ALBERT 30000)."""
     min_frequency: int = 2
-    """Occurrences that a pair needs before it is merged."""
+    """Occurrences that a pair needs before it is merged; `unigram` has no use for it."""
     max_train_bytes: int = 10_000_000_000
     """UTF-8 bytes read in all, shared among the corpora by weight and among a corpus's files evenly. The trainer
     counts words, so its memory grows with the distinct words in this budget, not with the corpora."""
     max_document_characters: int = 1_000_000
     """Longer documents are cut at a space between two letters, which changes no token."""
     add_prefix_space: bool = False
-    """Treat the first word of a text as if a space stood before it (RoBERTa: false)."""
+    """Treat the first word of a text as if a space stood before it (RoBERTa: false); of `byte_level_bpe`."""
     model_max_length: int = 512
     """Length, in tokens, that the saved tokenizer truncates to when it is asked to."""
     dry_run: bool = False
@@ -131,7 +139,12 @@ class TokenizerArguments:
         require(bool(self.output_dir), "output_dir", "empty", "name a folder")
         require(bool(self.corpora), "corpora", "empty", "name at least one corpus")
         check_corpora("corpora", self.corpora)
-        require(self.vocab_size >= 261, "vocab_size", self.vocab_size, "5 special tokens and 256 bytes need 261")
+        if self.tokenizer_type == "byte_level_bpe":
+            require(self.vocab_size >= 261, "vocab_size", self.vocab_size, "5 special tokens and 256 bytes need 261")
+            require(not self.do_lower_case, "do_lower_case", True, "byte_level_bpe keeps every byte; leave it false")
+        else:
+            require(self.vocab_size >= 100, "vocab_size", self.vocab_size, "give 100 or more")
+            require(not self.add_prefix_space, "add_prefix_space", True, "it is an option of byte_level_bpe only")
         require(self.min_frequency >= 1, "min_frequency", self.min_frequency, "give 1 or more")
         require(self.max_train_bytes >= 1, "max_train_bytes", self.max_train_bytes, "give a positive number of bytes")
         require(
@@ -166,12 +179,19 @@ class PretrainArguments:
     max_unreadable_documents: int = 0
     """Documents of a corpus (streaming: of a lane's part of it in a pass) that may be passed over, counted and logged,
     because they are malformed; one more is an error. Empty ones are always passed over and counted."""
-    packing: Literal["full_sentences", "doc_sentences", "contiguous", "segment_pair", "sentence_pair"] = identity(
-        default="full_sentences"
-    )
+    packing: Literal[
+        "full_sentences", "doc_sentences", "contiguous", "segment_pair", "sentence_pair", "sentence_order"
+    ] = identity(default="full_sentences")
     """What makes a block (paper, section 4.2). `full_sentences`: whole sentences, on into the next document.
     `doc_sentences`: never across the end of a document. `contiguous`: cut anywhere, no padding. `segment_pair`,
-    `sentence_pair`: two parts, half of them from different documents."""
+    `sentence_pair`: two parts, half of them from different documents. `sentence_order`: two consecutive segments, half
+    of them swapped."""
+    objective: Literal["masked_lm", "next_sentence", "sentence_order"] = identity(default="masked_lm")
+    """What is learnt: masked tokens alone, in blocks of any packing, or whether the second part of a block follows the
+    first (`segment_pair` and `sentence_pair`), or which part comes first (`sentence_order`), too."""
+    masking: Literal["dynamic", "static"] = identity(default="dynamic")
+    """`dynamic`: new masks on every visit of a block (paper, section 4.1). `static`: ten masks for each block, the same
+    again on every tenth visit, as BERT's copies of the data had them."""
     eval_corpora: list[CorpusArguments] = identity(default_factory=list)
     """Text to evaluate on, same form as `corpora`; empty: blocks of `corpora` are held out."""
     eval_blocks: int = identity(default=512)
@@ -200,10 +220,13 @@ class PretrainArguments:
     """Processes that read ahead of each training process: they mask and collate or, streaming, tokenise and pack."""
 
     # Model
+    model_type: Literal["roberta", "bert", "albert"] = identity(default="roberta")
+    """The architecture."""
     model_config: dict[str, Any] = identity(default_factory=dict)
-    """Fields of `RobertaConfig`, over the defaults of the released roberta-base."""
+    """Fields of `RobertaConfig`, `BertConfig` or `AlbertConfig`, over the defaults of the released base model."""
     model_name_or_path: str | None = identity(default=None)
-    """Folder or hub id of a RoBERTa to go on from, with its own tokenizer and a fresh schedule. None: from scratch."""
+    """Folder or hub id of a model of this type to go on from, with its own tokenizer and a fresh schedule. None: from
+    scratch."""
 
     # Update
     train_batch_size: int = identity(default=8192)
@@ -299,10 +322,10 @@ class PretrainArguments:
                 )
         workers = self.preprocessing_num_workers
         require(workers is None or workers >= 1, "preprocessing_num_workers", workers, "give 1 or more, or null")
-        if self.packing in ("segment_pair", "sentence_pair") and not self.prepare_only:
+        if self.predicts_pairs and self.packing not in OBJECTIVE_PACKINGS[self.objective]:
             raise UserError(
-                f"`packing` is {self.packing}, whose next-sentence objective is not in yet; blocks of it can be made "
-                "with --prepare_only"
+                f"`objective` is {self.objective}, which cannot use blocks of `packing` {self.packing}; give it "
+                f"{' or '.join(OBJECTIVE_PACKINGS[self.objective])}"
             )
         if self.streaming:
             self.check_streaming()
@@ -312,7 +335,21 @@ class PretrainArguments:
                 "the learning rate would never reach its peak"
             )
 
+    @property
+    def predicts_pairs(self) -> bool:
+        return self.objective in OBJECTIVE_PACKINGS
+
     def check_streaming(self) -> None:
+        if self.masking == "static":
+            raise UserError(
+                "`masking` is static, which knows a block by its number, and a stream has new blocks in every pass; "
+                "switch `streaming` off, or mask dynamically"
+            )
+        if self.objective == "next_sentence":
+            raise UserError(
+                "`objective` next_sentence exchanges parts among millions of tokens, and a stream packs few documents "
+                "at a time, or one; switch `streaming` off"
+            )
         if self.deduplicate:
             raise UserError(
                 "`deduplicate` needs every document's checksum before the first block is packed, which a stream does "

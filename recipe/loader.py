@@ -7,6 +7,7 @@
 3. `train_updates` gives a process's share of each update, from any update on, with what there is to count in it.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +24,7 @@ from recipe.config import CorpusArguments, PretrainArguments, UserError
 from recipe.corpora import check_corpus, corpus_bytes, digest, open_source
 from recipe.hygiene import Decontaminator, DocumentFilter, find_copies
 from recipe.masking import DynamicMaskingCollator
+from recipe.model import first_position
 from recipe.packing import Block, BlockFormat
 from recipe.sampling import BlockOrder, LaneOrder, apportion, permute
 from recipe.streaming import Buffer, CorpusReader, Lanes, Refill, Schedule, from_tensors, one_ahead
@@ -36,17 +38,20 @@ EMPTY = -1  # what fills the last evaluation micro-batches up
 UNIGRAM_BLOCKS = 20_000  # blocks of training text that the unigram baseline is counted on
 UNIGRAM_STREAMED_BLOCKS = 2_000  # the same where they have to be tokenised first
 HELD_OUT_SHARDS = 8  # of a streamed corpus, whose heads are held out, if those are long enough
+# What is looked at for pairs before a corpus is tokenised: of its head, and of one document in it.
+HEAD_CHARACTERS, DOCUMENT_CHARACTERS = 2_000_000, 100_000
+LEAST_PAIRS = 0.05  # share of the blocks that each of the two kinds of pairs must have
 HEADS = 6  # what a permutation is for, as part of its key, beside those of recipe/sampling.py and streaming.py
-SCALARS = ("failed", "stopping", "masked", "digest")  # of an update
+SCALARS = ("failed", "stopping", "masked", "pairs", "digest")  # of an update
 COUNTED = ("blocks", "tokens", "documents")  # of each corpus, in an update
 
 
 class Counts:
     """The counts of an update as one array of integers, which processes can add up at once.
 
-    `failed` and `stopping`: processes that have no more data, for an error or a signal; `masked` tokens; `digest`: of
-    all blocks and what is masked in them; `corpora`: (corpora, 3), see `COUNTED`; `streams`: (corpora, 4) so far, see
-    `LEFT_OUT`, and last the passes, in millionths, summed over lanes.
+    `failed` and `stopping`: processes that have no more data, for an error or a signal; `masked` tokens; `pairs` of two
+    parts; `digest`: of all blocks and what is masked in them; `corpora`: (corpora, 3), see `COUNTED`; `streams`:
+    (corpora, 4) so far, see `LEFT_OUT`, and last the passes, in millionths, summed over lanes.
     """
 
     def __init__(self, num_corpora: int, array: np.ndarray | None = None) -> None:
@@ -59,11 +64,11 @@ class Counts:
     def of_rows(cls, rows: np.ndarray, num_corpora: int) -> "Counts":
         """
         Args:
-            rows: (rows, 5) int64, see `ROW`.
+            rows: (rows, 6) int64, see `ROW`.
         """
         counts = cls(num_corpora)
-        corpus, tokens, documents, masked, digests = rows.T
-        counts.scalars[2:] = masked.sum(), digests.sum()
+        corpus, tokens, documents, masked, pairs, digests = rows.T
+        counts.scalars[2:] = masked.sum(), pairs.sum(), digests.sum()
         for column, values in enumerate((np.ones_like(tokens), tokens, documents)):
             np.add.at(counts.corpora[:, column], corpus, values)
         return counts
@@ -180,6 +185,8 @@ class Data:
             max_seq_length=args.max_seq_length,
             seed=args.seed,
             packing=args.packing,
+            masking=args.masking,
+            first_position=first_position(args.model_type, tokenizer.pad_token_id),
         )
         self.eval_collator = replace(self.collator, mlm_probability=args.eval_mlm_probability)
         self.encoder = DocumentEncoder(tokenizer, args.sentence_splitter, args.language)
@@ -202,6 +209,40 @@ class Data:
         """`eval_blocks` by weight, by default by size."""
         weights = [corpus.weight for corpus in corpora]
         return apportion(self.args.eval_blocks, sizes if None in weights else weights)
+
+    def check_corpus(self, corpus: CorpusArguments) -> None:
+        """Read a little of a corpus, before anything expensive.
+
+        Raises:
+            UserError: it cannot be read, or has no pairs to learn from.
+        """
+        check_corpus(corpus, self.args.max_unreadable_documents)
+        if not self.args.predicts_pairs:
+            return
+        documents = DocumentFilter(corpus.name, self.args.max_unreadable_documents, self.decontaminator)
+        reader = CorpusReader(open_source(corpus), {}, self.encoder, lambda: documents, self.format)
+        records = (text for shard in range(reader.source.num_shards) for _, text in reader.source.read(shard))
+        texts: list[str] = []
+        characters = 0
+        for text in filter(documents.lets_through, records):
+            texts.append(text[:DOCUMENT_CHARACTERS])
+            characters += len(texts[-1])
+            if characters >= HEAD_CHARACTERS:
+                break
+        blocks, _ = reader.pack_texts(texts, reader.nothing)
+        self.check_pairs(corpus, Counter(block.label for block in blocks), documents.counts["documents"])
+
+    def check_pairs(self, corpus: CorpusArguments, labels: Counter[int], documents: int) -> None:
+        """
+        Args:
+            labels: how many blocks have which.
+            documents: that they were made of.
+        """
+        if min(labels[0], labels[1]) < LEAST_PAIRS * labels.total():
+            raise UserError(
+                f"`objective` is {self.args.objective}, and {documents:,} documents of corpus {corpus.name!r} do not "
+                "make pairs of both kinds; give more documents, of two sentences and more, or `objective: masked_lm`"
+            )
 
     def prepare(self, process_index: int) -> None:
         """Whatever takes long, before the first block."""
@@ -279,7 +320,7 @@ class CachedData(Data):
         self.stores = [TokenStore(corpus, self.encoder, self.decontaminator, root) for corpus in self.corpora]
         for store in self.stores:
             if not store.is_complete:
-                check_corpus(store.corpus, args.max_unreadable_documents)
+                self.check_corpus(store.corpus)
         check_space(root, self.stores)
 
     def prepare(self, process_index: int) -> None:
@@ -303,6 +344,8 @@ class CachedData(Data):
                     f"corpus {packed.store.corpus.name!r} has {packed.counts['tokens']} tokens, too few for a single "
                     f"block of `max_seq_length` ({args.max_seq_length}); give more text or shorter blocks"
                 )
+            if args.predicts_pairs:
+                self.check_pairs(packed.store.corpus, packed.count_labels(), packed.counts["documents"])
 
         sizes = [len(packed) for packed in self.packed[: len(args.corpora)]]
         held_out = [0] * len(sizes) if args.eval_corpora else self.shares(args.corpora, sizes)
@@ -419,7 +462,7 @@ class StreamedData(Data):
         weights = [corpus.weight for corpus in args.corpora]
         self.quotas = [corpus_bytes(corpus) for corpus in args.corpora] if None in weights else weights
         for corpus in self.corpora:
-            check_corpus(corpus, args.max_unreadable_documents)
+            self.check_corpus(corpus)
 
     def prepare(self, process_index: int) -> None:
         """Open the corpora and hold out whole documents at the heads of some shards.

@@ -1,4 +1,4 @@
-"""Dynamic masking (paper, section 4.1): new masks on every visit, the same masks on a rerun."""
+"""Dynamic masking (paper, section 4.1): new masks on every visit, the same on a rerun; and BERT's static masks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from transformers import DataCollatorForLanguageModeling
 
+from recipe.config import PAIR_PACKINGS
 from recipe.hashing import hash64, uniform
 
 COUNT, CHOICE, REPLACEMENT, TOKEN = range(4)  # what a hash decides
 # What is counted of a row. The digest is of the block and of what is masked in it.
-ROW = ("corpus", "tokens", "documents", "masked", "digest")
+ROW = ("corpus", "tokens", "documents", "masked", "pairs", "digest")
+STATIC_MASKS = 10  # of a block (paper, section 4.1: BERT's data was duplicated ten times)
 
 
 @dataclass
@@ -32,11 +34,16 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
     Attributes:
         max_seq_length: tokens in a row; shorter blocks are padded.
         packing: the format of the blocks, which decides what beside ids and labels a batch has.
+        masking: `dynamic`, or `static`: the masks of a visit are those of ten visits before.
+        first_position: number of a row's first position. Padding has the one before (RoBERTa: the pad token's id), if
+            there is one.
     """
 
     max_seq_length: int = 512
     seed: int = 0
     packing: str = "full_sentences"
+    masking: str = "dynamic"
+    first_position: int = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,8 +69,8 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         Returns:
             `input_ids`, `labels` (-100 where nothing is predicted), `position_ids`: (batch, max_seq_length) int64;
             of the same shape `attention_mask`, if any row has padding, or `document_ids` (0 at padding) where rows are
-            shared by documents that do not see each other, or `token_type_ids` of pairs, beside (batch,)
-            `next_sentence_label`. `rows`: (batch, 5) int64, see `ROW`, for counting; not for the model.
+            shared by documents that do not see each other, or `token_type_ids` of pairs, beside (batch,) `pair_label`.
+            `rows`: (batch, 6) int64, see `ROW`, for counting; not for the model.
         """
         lengths = np.array([len(example["input_ids"]) for example in examples])
         input_ids = np.full((len(examples), self.max_seq_length), self.tokenizer.pad_token_id, np.int64)
@@ -73,9 +80,9 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
 
         positions = np.arange(self.max_seq_length)
         is_text = positions < lengths[:, None]
-        row_keys = hash64(self.seed, *keys)
+        corpora, blocks, visits = keys
+        row_keys = hash64(self.seed, corpora, blocks, visits % STATIC_MASKS if self.masking == "static" else visits)
         labels = self.mask_tokens(input_ids, row_keys)
-        first = self.tokenizer.pad_token_id + 1  # RoBERTa's first position; padding has the pad token's
         batch = {"input_ids": input_ids, "labels": labels}
         if self.packing == "doc_sentences":
             batch["document_ids"] = self.number_parts(examples, first=1, padding=0)
@@ -86,14 +93,17 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
             positions = positions - starts
         elif not is_text.all():
             batch["attention_mask"] = is_text.astype(np.int64)
-        if self.packing in ("segment_pair", "sentence_pair"):
+        pairs = np.zeros_like(lengths)
+        if self.packing in PAIR_PACKINGS:
             batch["token_type_ids"] = self.number_parts(examples, first=0, padding=0)
-            batch["next_sentence_label"] = np.array([example["label"] for example in examples])
-        batch["position_ids"] = np.where(is_text, positions + first, self.tokenizer.pad_token_id)
+            batch["pair_label"] = np.array([example["label"] for example in examples])
+            pairs = batch["pair_label"] != -100
+        batch["position_ids"] = np.where(is_text, positions + self.first_position, max(0, self.first_position - 1))
         is_masked = labels != -100
         digests = np.where(is_masked, hash64(row_keys[:, None], np.arange(self.max_seq_length), labels), 0).sum(1)
         documents = np.array([example["documents"] for example in examples])
-        batch["rows"] = np.stack([keys[0], lengths, documents, is_masked.sum(1), digests.astype(np.int64)], axis=1)
+        rows = [corpora, lengths, documents, is_masked.sum(1), pairs, digests.astype(np.int64)]
+        batch["rows"] = np.stack(rows, axis=1)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def number_parts(self, examples: Sequence[dict[str, Any]], first: int, padding: int) -> np.ndarray:

@@ -13,7 +13,7 @@ def largest_micro_batch(
     Gradients are left at None.
 
     Args:
-        objective: from a batch to (loss sum, count).
+        objective: from a batch to what it measures: (sums, counts).
         batch: a micro-batch, at least as large as any of `sizes`.
         reserve: bytes that have to stay free, for what is not allocated yet.
 
@@ -29,8 +29,8 @@ def fits(objective: nn.Module, batch: dict[str, torch.Tensor], size: int, device
         torch.cuda.empty_cache()
     try:
         kept = torch.empty(reserve, dtype=torch.uint8, device=device)
-        loss, _ = objective(**send_to_device({name: rows[:size] for name, rows in batch.items()}, device))
-        loss.backward()
+        sums, _ = objective(**send_to_device({name: rows[:size] for name, rows in batch.items()}, device))
+        sums.sum().backward()
         del kept
         return True
     except torch.OutOfMemoryError:

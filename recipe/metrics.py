@@ -19,15 +19,14 @@ from recipe.hashing import hash64
 class TrainState:
     """How far a run is; everything of it is in the checkpoint, so that a resume writes the same metrics.
 
-    The `window` values are sums since the last line of the log.
+    `window` holds, of what the objective measures, sums since the last line of the log and what to divide them by.
     """
 
     step: int = 0
     nonfinite_updates: int = 0  # skipped in all
     overflows: int = 0  # updates that fp16's gradient scaler skipped
     skipped_in_a_row: int = 0
-    window_loss: float = 0.0
-    window_masked: int = 0
+    window: dict[str, list[float]] = field(default_factory=dict)
     corpora: list[list[int]] = field(default_factory=list)  # of each corpus: blocks, tokens, documents seen
     data_digest: int = 0  # of which blocks were seen and what was masked in them, in the order of updates
 
@@ -41,10 +40,13 @@ class TrainState:
         """Seen in all, without padding."""
         return sum(tokens for _, tokens, _ in self.corpora)
 
-    def count(self, loss_sum: float, masked: int, corpora: np.ndarray, digest: int, skipped: str | None) -> None:
-        """Take in one update; what was skipped is counted and its loss left out.
+    def count(
+        self, measured: dict[str, tuple[float, int]], corpora: np.ndarray, digest: int, skipped: str | None
+    ) -> None:
+        """Take in one update; what was skipped is counted and its measures left out.
 
         Args:
+            measured: of each of the objective's measures the sum and what to divide it by.
             corpora: (corpora, 3) blocks, tokens and documents of the update.
             digest: of its blocks and masks.
         """
@@ -54,18 +56,19 @@ class TrainState:
         self.nonfinite_updates += skipped == "nonfinite"
         self.overflows += skipped == "overflow"
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        if skipped is None:
-            self.window_loss += loss_sum
-            self.window_masked += masked
+        for name, values in measured.items():
+            window = self.window.setdefault(name, [0.0, 0])
+            if skipped is None:
+                self.window[name] = [total + value for total, value in zip(window, values, strict=True)]
 
     def padding_share(self, max_seq_length: int) -> float:
         return 1 - self.tokens / (self.blocks * max_seq_length)
 
-    def take_window_loss(self) -> float | None:
-        """Mean loss since the last time, in nats; None if every update was skipped."""
-        mean = self.window_loss / self.window_masked if self.window_masked else None
-        self.window_loss, self.window_masked = 0.0, 0
-        return mean
+    def take_means(self) -> dict[str, float | None]:
+        """Means since the last time, losses in nats; None if every update was skipped."""
+        means = {name: total / count if count else None for name, (total, count) in self.window.items()}
+        self.window = {}
+        return means
 
 
 @dataclass
@@ -155,7 +158,7 @@ def train_record(
     seconds = watch.seconds
     return {
         "step": state.step,
-        "loss": state.take_window_loss(),
+        **state.take_means(),
         "learning_rate": learning_rate,
         "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # JSON has no NaN
         "tokens": state.tokens,
@@ -173,15 +176,17 @@ def train_record(
     }
 
 
-def eval_record(state: TrainState, loss_sum: float, count: int, unigram_loss: float) -> dict[str, Any]:
-    """An evaluation line of metrics.jsonl."""
-    loss = loss_sum / count if count else math.nan
-    finite = math.isfinite(loss)
+def eval_record(state: TrainState, means: dict[str, float], unigram_loss: float) -> dict[str, Any]:
+    """An evaluation line of metrics.jsonl.
+
+    Args:
+        means: of what the objective measures; `loss` among it.
+    """
     return {
         "step": state.step,
         "tokens": state.tokens,
-        "eval_loss": loss if finite else None,
-        "eval_perplexity": math.exp(loss) if finite and loss < 700 else None,
+        **{f"eval_{name}": mean if math.isfinite(mean) else None for name, mean in means.items()},
+        "eval_perplexity": math.exp(means["loss"]) if means["loss"] < 700 else None,
         "unigram_loss": unigram_loss,
     }
 
@@ -207,6 +212,15 @@ def number(value: float | None, form: str) -> str:
     return "none".rjust(len(format(0.0, form))) if value is None else format(value, form)
 
 
+def format_accuracies(record: dict[str, Any]) -> list[str]:
+    """What a pair objective measures beside the loss."""
+    return [
+        f"{name.removeprefix('eval_').replace('_', ' ')} {number(value, '.3f')}"
+        for name, value in record.items()
+        if name.endswith("_accuracy")
+    ]
+
+
 def format_train_line(record: dict[str, Any], max_steps: int) -> str:
     """One aligned line of the log."""
     left = (max_steps - record["step"]) * record["seconds_per_update"]
@@ -215,6 +229,7 @@ def format_train_line(record: dict[str, Any], max_steps: int) -> str:
         [
             f"step {record['step']:>{len(str(max_steps))}}/{max_steps}",
             f"loss {number(record['loss'], '6.3f')}",
+            *format_accuracies(record),
             f"lr {record['learning_rate']:.2e}",
             f"grad norm {number(record['grad_norm'], '6.2f')}",
             f"{format_count(record['tokens']):>5} tokens",
@@ -248,5 +263,6 @@ def format_eval_line(record: dict[str, Any], max_steps: int) -> str:
             f"held-out loss {number(record['eval_loss'], '.3f')}",
             f"perplexity {number(record['eval_perplexity'], '.2f')}",
             f"(unigram model: loss {record['unigram_loss']:.3f})",
+            *format_accuracies(record),
         ]
     )

@@ -5,13 +5,41 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    AlbertForPreTraining,
+    AutoConfig,
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from recipe.config import UserError, did_you_mean
 
 NOT_FOR_MASKED_LM = {"is_decoder", "add_cross_attention", "use_cache"}
-# The released models' values where `RobertaConfig` has BERT's.
+# The released base models' values where the config class has others: BERT's in `RobertaConfig`, those of the largest
+# ALBERT in `AlbertConfig`.
 ROBERTA_DEFAULTS = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+ALBERT_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+CONFIGS = {"roberta": RobertaConfig, "bert": BertConfig, "albert": AlbertConfig}
+DEFAULTS = {"roberta": ROBERTA_DEFAULTS, "bert": {}, "albert": ALBERT_DEFAULTS}
+# Without and with a pair head; what RoBERTa does not have the objective adds.
+MODELS = {
+    "roberta": (RobertaForMaskedLM, RobertaForMaskedLM),
+    "bert": (BertForMaskedLM, BertForPreTraining),
+    "albert": (AlbertForMaskedLM, AlbertForPreTraining),
+}
+
+
+def first_position(model_type: str, pad_token_id: int) -> int:
+    """Number of a row's first position: RoBERTa's stand behind the pad token's."""
+    return pad_token_id + 1 if model_type == "roberta" else 0
 
 
 def build_config(
@@ -19,28 +47,31 @@ def build_config(
     model_name_or_path: str | None,
     tokenizer: PreTrainedTokenizerFast,
     max_seq_length: int,
-) -> RobertaConfig:
+    model_type: str = "roberta",
+) -> PreTrainedConfig:
     """The architecture: the released defaults or a checkpoint's, then the user's fields, then the tokenizer's size.
 
     Raises:
-        UserError: a field that `RobertaConfig` does not have or take, a checkpoint that is no RoBERTa, a tokenizer or a
+        UserError: a field that the config class does not have or take, a checkpoint of another type, a tokenizer or a
             length that does not fit.
     """
+    config_class = CONFIGS[model_type]
     if "attn_implementation" in model_config:
         raise UserError(
             f"`model_config` has `attn_implementation: {model_config['attn_implementation']}`; leave it out: attention "
             "is torch's scaled_dot_product_attention, which takes the fastest kernel there is, flash attention too"
         )
-    known = RobertaConfig().to_dict().keys() - NOT_FOR_MASKED_LM
+    known = config_class().to_dict().keys() - NOT_FOR_MASKED_LM
     for name in model_config:
         if name not in known:
             raise UserError(
-                f"`model_config` has a field `{name}` that RobertaConfig does not know{did_you_mean(name, known)}"
+                f"`model_config` has a field `{name}` that {config_class.__name__} does not know"
+                f"{did_you_mean(name, known)}"
             )
     try:
         if model_name_or_path is None:
             ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "pad", "eos")}
-            config = RobertaConfig(**(ROBERTA_DEFAULTS | {"vocab_size": len(tokenizer)} | ids | model_config))
+            config = config_class(**(DEFAULTS[model_type] | {"vocab_size": len(tokenizer)} | ids | model_config))
         else:
             config = AutoConfig.from_pretrained(model_name_or_path, **model_config)
     except OSError as error:
@@ -49,8 +80,11 @@ def build_config(
         ) from None
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise UserError(f"`model_config` {model_config}: {' '.join(str(error).split())}") from None
-    if not isinstance(config, RobertaConfig):
-        raise UserError(f"`model_name_or_path` {model_name_or_path} is a {config.model_type}, not a roberta")
+    if config.model_type != model_type:
+        remedy = f"; give `model_type: {config.model_type}`" if config.model_type in CONFIGS else ""
+        raise UserError(
+            f"`model_name_or_path` {model_name_or_path} is a {config.model_type}, not a {model_type}{remedy}"
+        )
     if config.vocab_size < len(tokenizer):
         raise UserError(
             f"the tokenizer has {len(tokenizer)} entries and the model's `vocab_size` is {config.vocab_size}; "
@@ -60,7 +94,15 @@ def build_config(
         raise UserError(
             f"the tokenizer pads with {tokenizer.pad_token_id} and the model's `pad_token_id` is {config.pad_token_id}"
         )
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "type_vocab_size"):
+    sizes = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "type_vocab_size"]
+    if model_type == "albert":
+        sizes += ["embedding_size", "num_hidden_groups", "inner_group_num"]
+        if config.num_hidden_groups > config.num_hidden_layers:
+            raise UserError(
+                f"`model_config`: `num_hidden_groups` ({config.num_hidden_groups}) is more than `num_hidden_layers` "
+                f"({config.num_hidden_layers}); some would never be used"
+            )
+    for name in sizes:
         if getattr(config, name) < 1:
             raise UserError(f"`model_config`: `{name}` is {getattr(config, name)}; give 1 or more")
     if config.hidden_size % config.num_attention_heads:
@@ -68,7 +110,7 @@ def build_config(
             f"`model_config`: `hidden_size` ({config.hidden_size}) is not a multiple of `num_attention_heads` "
             f"({config.num_attention_heads})"
         )
-    needed = max_seq_length + config.pad_token_id + 1  # positions start behind the pad token's
+    needed = max_seq_length + first_position(model_type, config.pad_token_id)
     if config.max_position_embeddings < needed:
         raise UserError(
             f"`max_seq_length` ({max_seq_length}) needs `max_position_embeddings` >= {needed}, "
@@ -76,29 +118,35 @@ def build_config(
         )
     try:
         with torch.device("meta"):
-            RobertaForMaskedLM(config)
+            MODELS[model_type][1](config)
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"`model_config` {model_config}: no model can be built: {error}") from None
     return config
 
 
-def build_model(config: RobertaConfig, model_name_or_path: str | None) -> RobertaForMaskedLM:
+def build_model(
+    config: PreTrainedConfig, model_name_or_path: str | None, predicts_pairs: bool = False
+) -> PreTrainedModel:
     """New float32 weights under torch's current seed, or those of a checkpoint.
+
+    Args:
+        predicts_pairs: whether a BERT or ALBERT has its pair head.
 
     Raises:
         UserError: the checkpoint has no weights, lacks some, or has them in another shape.
     """
+    model_class = MODELS[config.model_type][predicts_pairs]
     if model_name_or_path is None:
-        return RobertaForMaskedLM(config)
+        return model_class(config)
     try:
-        model, loading = RobertaForMaskedLM.from_pretrained(
+        model, loading = model_class.from_pretrained(
             model_name_or_path, config=config, dtype="float32", output_loading_info=True
         )
     except (OSError, RuntimeError) as error:
         raise UserError(f"`model_name_or_path` {model_name_or_path} cannot be loaded: {error}") from None
     if loading["missing_keys"]:
         raise UserError(
-            f"`model_name_or_path` {model_name_or_path} lacks weights of a masked language model: "
+            f"`model_name_or_path` {model_name_or_path} lacks weights of a {model_class.__name__}: "
             f"{sorted(loading['missing_keys'])[:3]}"
         )
     return model
@@ -109,7 +157,9 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def model_flops_per_token(config: RobertaConfig, length: int, predicted_share: float) -> float:
+def model_flops_per_token(
+    config: PreTrainedConfig, length: int, predicted_share: float, predicts_pairs: bool = False
+) -> float:
     """FLOPs of forward and backward for one token of a row, matrix products only (two a multiply-add).
 
     Args:
@@ -117,10 +167,16 @@ def model_flops_per_token(config: RobertaConfig, length: int, predicted_share: f
         length: tokens in a row.
         predicted_share: share of the positions whose token is predicted; the head, and what only they need of the last
             layer, run nowhere else.
+        predicts_pairs: whether the first position of a row is read, too, by a pooler and a pair head.
     """
-    hidden = config.hidden_size
+    hidden, embedding, layers, to_hidden = config.hidden_size, config.hidden_size, config.num_hidden_layers, 0
+    if isinstance(config, AlbertConfig):
+        embedding, layers = config.embedding_size, layers * config.inner_group_num
+        to_hidden = embedding * hidden
+    rows = predicts_pairs / length  # a token's share of what is done once a row
     key_value = 2 * hidden * hidden
     rest = 2 * hidden * hidden + 2 * hidden * config.intermediate_size + 2 * length * hidden
-    layers = config.num_hidden_layers * key_value + (config.num_hidden_layers - 1 + predicted_share) * rest
-    head = predicted_share * (hidden * hidden + hidden * config.vocab_size)
-    return 3 * 2 * (layers + head)
+    encoder = to_hidden + layers * key_value + (layers - 1 + predicted_share + rows) * rest
+    head = predicted_share * (hidden * embedding + embedding * config.vocab_size)
+    pair_head = rows * (hidden * hidden + 2 * hidden)
+    return 3 * 2 * (encoder + head + pair_head)

@@ -1,9 +1,14 @@
-"""What is learnt: modules from a batch to (loss sum, count)."""
+"""What is learnt: modules from a batch to sums and counts, one each for masked language modelling alone, with next
+sentences and with sentence order.
+"""
+
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import RobertaForMaskedLM
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 
 def take(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -11,29 +16,112 @@ def take(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return values.gather(1, slots[:, :, None].expand(-1, -1, values.shape[2]))
 
 
-def encode_at(
-    layer: nn.Module, hidden: torch.Tensor, slots: torch.Tensor, attention_mask: torch.Tensor | None
-) -> torch.Tensor:
-    """What a layer of RoBERTa gives at some positions, which see all.
+class BertParts:
+    """A BERT in parts, since the whole would run all of the last layer, and would ask the device whether a mask is all
+    ones, and wait for the answer.
 
-    Args:
-        layer: a `RobertaLayer`.
-        hidden: (batch, length, width), its input.
-        slots: (batch, slots) int64, the positions.
-        attention_mask: None, or boolean and broadcastable to (batch, heads, slots, length).
-
-    Returns:
-        (batch, slots, width)
+    Attributes:
+        pair_head: modules that the model does not have.
     """
-    attention = layer.attention.self
-    rows = take(hidden, slots)
-    query, key, value = (
-        projected.unflatten(2, (-1, attention.attention_head_size)).transpose(1, 2)
-        for projected in (attention.query(rows), attention.key(hidden), attention.value(hidden))
-    )
-    dropout = attention.dropout.p if attention.training else 0.0
-    mixed = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=attention.scaling)
-    return layer.feed_forward_chunk(layer.attention.output(mixed.transpose(1, 2).flatten(2), rows))
+
+    pair_head: nn.Module | None = None
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.base = model.base_model
+
+    def add_pair_head(self) -> None:
+        """Make what a pair objective needs and the model does not have."""
+
+    def embed(self, **inputs: torch.Tensor | None) -> torch.Tensor:
+        """(batch, length, width), what the first layer takes."""
+        return self.base.embeddings(**inputs)
+
+    def layers(self) -> list[nn.Module]:
+        return list(self.base.encoder.layer)
+
+    def encode_at(
+        self, layer: nn.Module, hidden: torch.Tensor, slots: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What a layer gives at some positions, which see all.
+
+        Args:
+            hidden: (batch, length, width), its input.
+            slots: (batch, slots) int64, the positions.
+            mask: None, or boolean and broadcastable to (batch, heads, slots, length).
+
+        Returns:
+            (batch, slots, width)
+        """
+        attention, dropout = self.attention(layer)
+        rows = take(hidden, slots)
+        query, key, value = (
+            projected.unflatten(2, (-1, attention.attention_head_size)).transpose(1, 2)
+            for projected in (attention.query(rows), attention.key(hidden), attention.value(hidden))
+        )
+        share = dropout.p if dropout.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, share, scale=attention.scaling)
+        return self.finish(layer, mixed.transpose(1, 2).flatten(2), rows)
+
+    def attention(self, layer: nn.Module) -> tuple[nn.Module, nn.Dropout]:
+        """The module with a layer's projections, and the dropout of its attention."""
+        return layer.attention.self, layer.attention.self.dropout
+
+    def finish(self, layer: nn.Module, mixed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The rest of a layer: (batch, slots, width) of what its attention gave and of its input."""
+        return layer.feed_forward_chunk(layer.attention.output(mixed, rows))
+
+    def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (…, vocabulary) of hidden states (…, width)."""
+        return self.model.cls.predictions(hidden)
+
+    def pair_logits(self, first: torch.Tensor) -> torch.Tensor:
+        """(batch, 2) of the hidden states (batch, width) of the first position."""
+        return self.model.cls.seq_relationship(self.base.pooler(first[:, None]))
+
+
+class RobertaParts(BertParts):
+    """A RoBERTa, which has no pair head: BERT's is put beside it, and stays outside of the model that is saved."""
+
+    def add_pair_head(self) -> None:
+        width = self.model.config.hidden_size
+        self.pair_head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2))
+        self.pair_head.apply(self.model._init_weights)
+
+    def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(hidden)
+
+    def pair_logits(self, first: torch.Tensor) -> torch.Tensor:
+        return self.pair_head(first)
+
+
+class AlbertParts(BertParts):
+    """An ALBERT: one layer many times, or a few groups of them."""
+
+    def embed(self, **inputs: torch.Tensor | None) -> torch.Tensor:
+        return self.base.encoder.embedding_hidden_mapping_in(super().embed(**inputs))
+
+    def layers(self) -> list[nn.Module]:
+        config, groups = self.model.config, self.base.encoder.albert_layer_groups
+        per_group = config.num_hidden_layers / config.num_hidden_groups
+        return [layer for n in range(config.num_hidden_layers) for layer in groups[int(n / per_group)].albert_layers]
+
+    def attention(self, layer: nn.Module) -> tuple[nn.Module, nn.Dropout]:
+        return layer.attention, layer.attention.attention_dropout
+
+    def finish(self, layer: nn.Module, mixed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        attention = layer.attention
+        attended = attention.LayerNorm(rows + attention.output_dropout(attention.dense(mixed)))
+        return layer.full_layer_layer_norm(layer.ff_chunk(attended) + attended)
+
+    def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.predictions(hidden)
+
+    def pair_logits(self, first: torch.Tensor) -> torch.Tensor:
+        return self.model.sop_classifier(self.base.pooler_activation(self.base.pooler(first)))
+
+
+PARTS = {"roberta": RobertaParts, "bert": BertParts, "albert": AlbertParts}
 
 
 class MaskedLMObjective(nn.Module):
@@ -44,17 +132,28 @@ class MaskedLMObjective(nn.Module):
     to the vocabulary, a quarter of all FLOPs of roberta-base, and most of the last layer, whose other outputs nothing
     reads: only its keys and values are needed everywhere.
 
-    The model inside stays a plain `RobertaForMaskedLM`.
+    The model inside stays a plain model of transformers.
 
     Args:
         model: the model to train.
         max_masked: the most masked tokens that a row can have.
+        gradient_checkpointing: keep only each layer's input for the backward pass.
+
+    Attributes:
+        measures: what a forward pass measures, and what of an update each is the mean over (`masked` tokens, `pairs`).
+            What is minimised is the sum of these means; an accuracy has no gradient.
+        leading_slots: positions that are read beside the masked ones.
     """
 
-    def __init__(self, model: RobertaForMaskedLM, max_masked: int) -> None:
+    measures: ClassVar[dict[str, str]] = {"loss": "masked"}
+    leading_slots = 0
+
+    def __init__(self, model: PreTrainedModel, max_masked: int, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.model = model
         self.max_masked = max_masked
+        self.gradient_checkpointing = gradient_checkpointing
+        self.parts = PARTS[model.config.model_type](model)
         # Accelerate's FSDP wraps the classes named here, and nothing, silently, where the attribute is missing.
         self._no_split_modules = model._no_split_modules
 
@@ -62,9 +161,13 @@ class MaskedLMObjective(nn.Module):
         """Tie the output to the input embeddings again, after an engine replaced the parameters."""
         self.model.tie_weights()
 
+    def beside_model(self) -> dict[str, torch.Tensor]:
+        """Weights that are trained and are no part of the model: of use to a resume only."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("model.")}
+
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (…, vocabulary) of hidden states (…, width)."""
-        return self.model.lm_head(hidden)
+        return self.parts.lm_head(hidden)
 
     def forward(
         self,
@@ -73,39 +176,107 @@ class MaskedLMObjective(nn.Module):
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        pair_label: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the cross-entropy over the masked tokens, in nats.
+        """What is measured on a batch.
 
         Args:
             input_ids, labels, position_ids: (batch, length) int64; labels are -100 where nothing is predicted.
             attention_mask: (batch, length), 0 at padding; None where no row has any.
             document_ids: (batch, length), in its place: which document of its row a position belongs to, 0 at padding;
                 positions see those of the same number.
+            token_type_ids: (batch, length), the part of a pair; of no use to a model with a single type, as RoBERTa is.
+            pair_label: (batch,), which of two kinds a pair is, -100 for no pair; of no use to masked LM alone.
 
         Returns:
-            the sum, float32, and the number of masked tokens, int64; scalars.
+            of each of `measures` the sum, float32, and what it is to be divided by, int64: (measures,).
         """
-        is_masked = labels != -100
-        slots = is_masked.to(torch.uint8).topk(self.max_masked, dim=1, sorted=False).indices
+        slots = (labels != -100).to(torch.uint8).topk(self.max_masked, dim=1, sorted=False).indices
+        slot_labels = labels.gather(1, slots)
+        slots = F.pad(slots, (self.leading_slots, 0))
+        if self.model.config.type_vocab_size == 1:
+            token_type_ids = None
+        hidden = self.parts.embed(input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids)
         mask = slot_mask = None
         if attention_mask is not None:
             mask = slot_mask = attention_mask.bool()[:, None, None, :]
         elif document_ids is not None:
             mask = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
             slot_mask = (document_ids.gather(1, slots)[:, :, None] == document_ids[:, None, :])[:, None]
-        # Layer by layer: `RobertaModel.forward` would run all of the last one, and would ask the device whether a mask
-        # is all ones, and wait for the answer.
-        encoder = self.model.roberta
-        hidden = encoder.embeddings(input_ids=input_ids, position_ids=position_ids)
-        *layers, last = encoder.encoder.layer
+        *layers, last = self.parts.layers()
         for layer in layers:
-            hidden = layer(hidden, mask)
-        logits = self.head(encode_at(last, hidden, slots, slot_mask))
-        slot_labels = labels.gather(1, slots)
-        loss_sum = F.cross_entropy(
-            logits.flatten(0, 1).float(), slot_labels.flatten(), ignore_index=-100, reduction="sum"
-        )
-        return loss_sum, is_masked.sum()
+            if self.gradient_checkpointing and self.training:
+                hidden = checkpoint(layer, hidden, mask, use_reentrant=False)
+            else:
+                hidden = layer(hidden, mask)
+        return self.measure(self.parts.encode_at(last, hidden, slots, slot_mask), slot_labels, pair_label)
+
+    def measure(
+        self, hidden: torch.Tensor, labels: torch.Tensor, pair_label: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden: (batch, leading_slots + max_masked, width), of the last layer.
+            labels: (batch, max_masked)
+        """
+        loss_sum, count = self.measure_masked_lm(hidden, labels)
+        return loss_sum[None], count[None]
+
+    def measure_masked_lm(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum of the cross-entropy over the masked tokens, in nats, and their number; scalars."""
+        logits = self.head(hidden).flatten(0, 1).float()
+        loss_sum = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
+        return loss_sum, (labels != -100).sum()
+
+
+class PairObjective(MaskedLMObjective):
+    """Masked language modelling, and telling two kinds of pairs apart by the first position (BERT, section 3.1). What
+    the kinds are is decided by packing.
+    """
+
+    leading_slots = 1  # the first position
+
+    def __init__(self, model: PreTrainedModel, max_masked: int, gradient_checkpointing: bool = False) -> None:
+        super().__init__(model, max_masked, gradient_checkpointing)
+        self.parts.add_pair_head()
+        self.pair_head = self.parts.pair_head
+
+    def measure(
+        self, hidden: torch.Tensor, labels: torch.Tensor, pair_label: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        loss_sum, masked = self.measure_masked_lm(hidden[:, 1:], labels)
+        logits = self.parts.pair_logits(hidden[:, 0]).float()
+        pair_loss = F.cross_entropy(logits, pair_label, ignore_index=-100, reduction="sum")
+        right, pairs = (logits.argmax(1) == pair_label).sum(), (pair_label != -100).sum()
+        return torch.stack([loss_sum, pair_loss, right.float()]), torch.stack([masked, pairs, pairs])
+
+
+class NextSentenceObjective(PairObjective):
+    """The second part follows the first (0), or is from another document (1)."""
+
+    measures: ClassVar[dict[str, str]] = {
+        "loss": "masked",
+        "next_sentence_loss": "pairs",
+        "next_sentence_accuracy": "pairs",
+    }
+
+
+class SentenceOrderObjective(PairObjective):
+    """The parts are in their order (0), or swapped (1) (ALBERT, section 3.1)."""
+
+    measures: ClassVar[dict[str, str]] = {
+        "loss": "masked",
+        "sentence_order_loss": "pairs",
+        "sentence_order_accuracy": "pairs",
+    }
+
+
+OBJECTIVES = {
+    "masked_lm": MaskedLMObjective,
+    "next_sentence": NextSentenceObjective,
+    "sentence_order": SentenceOrderObjective,
+}
 
 
 def compile_in_place(objective: nn.Module, device: torch.device) -> list[str]:

@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from recipe.config import PAIR_PACKINGS
 from recipe.hashing import hash64
 
 SEGMENT = np.dtype([("start", np.int64), ("length", np.int32), ("ends_document", np.bool_)])
-CONTINUES, RANDOM, SINGLE = 0, 1, -100  # whether the second part of a pair follows the first; nothing to tell of one
+# Whether the second part of a pair follows the first, is from elsewhere, or they are swapped; nothing to tell of one.
+CONTINUES, RANDOM, SWAPPED, SINGLE = 0, 1, 1, -100
 # Formats whose blocks do not depend on what comes after the next one, so that packing can stop and go on anywhere.
 STABLE = ("full_sentences", "contiguous")
-PAIRS = ("segment_pair", "sentence_pair")
 
 
 class Packed(NamedTuple):
@@ -49,7 +50,7 @@ class BlockFormat:
     """What blocks are like.
 
     Attributes:
-        packing: `full_sentences`, `doc_sentences`, `contiguous`, `segment_pair` or `sentence_pair`.
+        packing: `full_sentences`, `doc_sentences`, `contiguous`, `segment_pair`, `sentence_pair` or `sentence_order`.
         max_seq_length: tokens in a block, special tokens included.
         cls_token_id, sep_token_id: what stands at a block's start, and at its end and between documents.
         pair_special_tokens: of a pair, 4 for RoBERTa (`<s> A </s></s> B </s>`), 3 for BERT.
@@ -79,8 +80,11 @@ class BlockFormat:
             ends = group_sentences(document_ends, sentence_ends, self.max_seq_length - 2)
             return share_blocks(ends, document_ends, self.max_seq_length)
         room = self.max_seq_length - self.pair_special_tokens
-        make = pair_segments if self.packing == "segment_pair" else pair_sentences
-        return pair_up(*make(document_ends, sentence_ends, room, self.seed), document_ends, room, self.seed)
+        make = pair_sentences if self.packing == "sentence_pair" else pair_segments
+        middles, ends = make(document_ends, sentence_ends, room, self.seed)
+        if self.packing == "sentence_order":
+            return swap(middles, ends, document_ends, self.seed)
+        return pair_up(middles, ends, document_ends, room, self.seed)
 
     def assemble(self, ids: list[np.ndarray], ends_document: np.ndarray, label: int) -> Block:
         """Put the special tokens around and between the segments of a block.
@@ -97,7 +101,7 @@ class BlockFormat:
             input_ids = np.concatenate([cls, *parts[1:], sep], dtype=ids[0].dtype, casting="unsafe")
             return Block(input_ids, np.array([len(input_ids)], np.int32), label, documents)
         # The second part of a pair begins with the second `</s>` of RoBERTa, or with nothing.
-        before = sep * (self.pair_special_tokens - 3) if self.packing in PAIRS else cls
+        before = sep * (self.pair_special_tokens - 3) if self.packing in PAIR_PACKINGS else cls
         spans = [[*(before if number else cls), *segment, *sep] for number, segment in enumerate(ids)]
         input_ids = np.concatenate(spans, dtype=ids[0].dtype, casting="unsafe")
         return Block(input_ids, np.array([len(span) for span in spans], np.int32), label, documents)
@@ -297,6 +301,23 @@ def pair_up(middles: np.ndarray, ends: np.ndarray, document_ends: np.ndarray, ro
     is_block = np.ones(len(ends), bool)
     is_block[two] = False
     segment_starts, segment_ends = segment_starts[is_block], segment_ends[is_block]
-    is_there = segment_ends > segment_starts
-    segments = make_segments(segment_starts[is_there], segment_ends[is_there], document_ends)
-    return Packed(segments, np.cumsum(is_there.sum(1)), labels[is_block])
+    return lay_out(segment_starts, segment_ends, labels[is_block], document_ends)
+
+
+def swap(middles: np.ndarray, ends: np.ndarray, document_ends: np.ndarray, seed: int) -> Packed:
+    """Swap the two parts of half of the pairs (ALBERT, section 3.1). What has no second part stays alone."""
+    starts = starts_of(ends)
+    is_single = middles == ends
+    is_swapped = ~is_single & (hash64(seed, starts, 1) % np.uint64(2) == 0)
+    order = np.where(is_swapped[:, None], [1, 0], [0, 1])
+    segment_starts = np.take_along_axis(np.stack([starts, middles], 1), order, 1)
+    segment_ends = np.take_along_axis(np.stack([middles, ends], 1), order, 1)
+    labels = np.where(is_single, SINGLE, np.where(is_swapped, SWAPPED, CONTINUES)).astype(np.int8)
+    return lay_out(segment_starts, segment_ends, labels, document_ends)
+
+
+def lay_out(starts: np.ndarray, ends: np.ndarray, labels: np.ndarray, document_ends: np.ndarray) -> Packed:
+    """Blocks of the two segments (blocks, 2) of each, or of one where the other is empty."""
+    is_there = ends > starts
+    segments = make_segments(starts[is_there], ends[is_there], document_ends)
+    return Packed(segments, np.cumsum(is_there.sum(1)), labels)

@@ -1,22 +1,22 @@
 """What a run is going to do, in a few lines, before it does it."""
 
 import torch
-from transformers import RobertaConfig
+from transformers import PreTrainedConfig
 
 from recipe.config import PretrainArguments
 from recipe.metrics import format_count
 from recipe.model import build_model, count_parameters, model_flops_per_token
 
 
-def describe_plan(args: PretrainArguments, config: RobertaConfig, num_processes: int) -> list[str]:
+def describe_plan(args: PretrainArguments, config: PreTrainedConfig, num_processes: int) -> list[str]:
     """Lines with the model's size, the batch arithmetic, and positions, updates and FLOPs in all."""
     with torch.device("meta"):
-        parameters = count_parameters(build_model(config, None))
+        parameters = count_parameters(build_model(config, None, args.predicts_pairs))
     accumulation = args.gradient_accumulation_steps(num_processes)
     positions = args.max_steps * args.train_batch_size * args.max_seq_length
-    flops = positions * model_flops_per_token(config, args.max_seq_length, args.mlm_probability)
+    flops = positions * model_flops_per_token(config, args.max_seq_length, args.mlm_probability, args.predicts_pairs)
     return [
-        f"model: {config.num_hidden_layers} layers of width {config.hidden_size}, "
+        f"model: {config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{config.vocab_size:,} entries, {format_count(parameters)} parameters",
         f"update: {args.train_batch_size:,} blocks of {args.max_seq_length} = {num_processes} processes x "
         f"{args.per_device_train_batch_size} a micro-batch x {accumulation} accumulated",

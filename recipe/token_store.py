@@ -41,7 +41,7 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from recipe.config import CorpusArguments, UserError
+from recipe.config import PAIR_PACKINGS, CorpusArguments, UserError
 from recipe.corpora import (
     STOP_WAITING,
     Part,
@@ -53,7 +53,7 @@ from recipe.corpora import (
     source_fingerprint,
 )
 from recipe.hygiene import Decontaminator, DocumentFilter, check_unreadable, text_checksum
-from recipe.packing import PAIRS, SEGMENT, Block, BlockFormat, Packed
+from recipe.packing import SEGMENT, Block, BlockFormat, Packed
 from recipe.tokenizer import DocumentEncoder
 
 STORE_FORMAT, BLOCKS_FORMAT = 1, 1  # parts of the folders' names: raise them when the contents come out differently
@@ -491,7 +491,8 @@ class PackedCorpus:
         self.format = block_format
         self.copies = copies
         made_with: list[Any] = [BLOCKS_FORMAT]
-        made_with += [block_format.pair_special_tokens, block_format.seed] if block_format.packing in PAIRS else []
+        if block_format.packing in PAIR_PACKINGS:
+            made_with += [block_format.pair_special_tokens, block_format.seed]
         made_with += [hashlib.sha256(np.concatenate(copies)).hexdigest()] if copies else []
         name = f"{block_format.packing}-{block_format.max_seq_length}"
         self.path = store.path / f"{name}-{digest(*made_with)[:8]}"
@@ -555,6 +556,11 @@ class PackedCorpus:
 
     def __len__(self) -> int:
         return self.first_blocks[-1]
+
+    def count_labels(self) -> Counter[int]:
+        """How many blocks have which label."""
+        labels, counts = np.unique(np.concatenate([shard.labels for shard in self.shards]), return_counts=True)
+        return Counter(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
 
     def block(self, number: int) -> Block:
         shard = bisect.bisect_right(self.first_blocks, number) - 1

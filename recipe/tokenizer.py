@@ -1,7 +1,9 @@
-"""Train a byte-level BPE vocabulary, save it as the fast tokenizer that `AutoTokenizer` finds, and encode documents.
+"""Train a vocabulary, save it as the fast tokenizer that `AutoTokenizer` finds, and encode documents.
 
-The special tokens stand where the released RoBERTa has them: `<s>`=0, `<pad>`=1, `</s>`=2, `<unk>`=3 and `<mask>` last.
-(`ByteLevelBPETokenizer` given all five would put `<mask>` at 4.)
+The special tokens of byte-level BPE stand where the released RoBERTa has them: `<s>`=0, `<pad>`=1, `</s>`=2, `<unk>`=3
+and `<mask>` last. (`ByteLevelBPETokenizer` given all five would put `<mask>` at 4.) WordPiece is BERT's and Unigram
+ALBERT's, with the normalizer, special tokens (0 to 4) and templates of their classes in transformers; neither keeps
+every byte of the text.
 """
 
 import hashlib
@@ -15,11 +17,20 @@ from pathlib import Path
 import numpy as np
 import sentencex
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizerFast
+from transformers import (
+    AlbertTokenizer,
+    AutoTokenizer,
+    BertTokenizerFast,
+    PreTrainedTokenizerFast,
+    RobertaTokenizerFast,
+)
 
 from recipe.config import UserError
 
 LEADING_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
+BERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+ALBERT_TOKENS = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
+FAST_CLASSES = {models.BPE: RobertaTokenizerFast, models.WordPiece: BertTokenizerFast, models.Unigram: AlbertTokenizer}
 MASK_TOKEN = AddedToken("<mask>", lstrip=True, rstrip=False, normalized=False, special=True)
 
 
@@ -37,6 +48,10 @@ def split_text(text: str, max_characters: int) -> Iterator[str]:
         yield text[start : cut if cut > start else end]
         start = cut if cut > start else end
     yield text[start:]
+
+
+def split_batches(texts: Iterable[list[str]], max_characters: int) -> Iterator[list[str]]:
+    return ([piece for text in batch for piece in split_text(text, max_characters)] for batch in texts)
 
 
 def train_byte_level_bpe(
@@ -65,8 +80,7 @@ def train_byte_level_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=True,
     )
-    pieces = ([piece for text in batch for piece in split_text(text, max_document_characters)] for batch in texts)
-    tokenizer.train_from_iterator(pieces, trainer)
+    tokenizer.train_from_iterator(split_batches(texts, max_document_characters), trainer)
     tokenizer.add_special_tokens([MASK_TOKEN])
     tokenizer.post_processor = processors.RobertaProcessing(
         ("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=add_prefix_space
@@ -74,16 +88,70 @@ def train_byte_level_bpe(
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, output_dir: Path, add_prefix_space: bool, model_max_length: int) -> None:
-    """Write `tokenizer.json`, `tokenizer_config.json`, `vocab.json` and `merges.txt`."""
-    model = json.loads(tokenizer.to_str())["model"]
-    fast = RobertaTokenizerFast(
-        vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
-        mask_token=MASK_TOKEN,
-        add_prefix_space=add_prefix_space,
-        model_max_length=model_max_length,
+def train_wordpiece(
+    texts: Iterable[list[str]], vocab_size: int, min_frequency: int, do_lower_case: bool, max_document_characters: int
+) -> Tokenizer:
+    """Learn BERT's kind of vocabulary.
+
+    Args:
+        do_lower_case: uncased, and without accents.
+        others: see `train_byte_level_bpe`.
+    """
+    tokenizer = BertTokenizerFast(do_lower_case=do_lower_case).backend_tokenizer
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=BERT_TOKENS,
+        limit_alphabet=1000,  # as `BertWordPieceTokenizer` has it; rarer characters are unknown
+        show_progress=True,
     )
+    tokenizer.train_from_iterator(split_batches(texts, max_document_characters), trainer)
+    return tokenizer
+
+
+def train_unigram(
+    texts: Iterable[list[str]], vocab_size: int, do_lower_case: bool, max_document_characters: int
+) -> Tokenizer:
+    """Learn ALBERT's kind of vocabulary; see `train_wordpiece`. SentencePiece's NFKC is NFKD here, without accents when
+    uncased.
+    """
+    tokenizer = AlbertTokenizer(do_lower_case=do_lower_case, keep_accents=not do_lower_case).backend_tokenizer
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=ALBERT_TOKENS, unk_token="<unk>", show_progress=True
+    )
+    tokenizer.train_from_iterator(split_batches(texts, max_document_characters), trainer)
+    return tokenizer
+
+
+def save_tokenizer(
+    tokenizer: Tokenizer,
+    output_dir: Path,
+    add_prefix_space: bool,
+    model_max_length: int,
+    do_lower_case: bool = False,
+) -> None:
+    """Write `tokenizer.json`, `tokenizer_config.json` and the files of the kind: `vocab.json` and `merges.txt`,
+    `vocab.txt`, or `unigram.json`.
+    """
+    model = json.loads(tokenizer.to_str())["model"]
+    if model["type"] == "BPE":
+        fast = RobertaTokenizerFast(
+            vocab=model["vocab"],
+            merges=[tuple(merge) for merge in model["merges"]],
+            mask_token=MASK_TOKEN,
+            add_prefix_space=add_prefix_space,
+            model_max_length=model_max_length,
+        )
+    elif model["type"] == "WordPiece":
+        fast = BertTokenizerFast(vocab=model["vocab"], do_lower_case=do_lower_case, model_max_length=model_max_length)
+    else:
+        fast = AlbertTokenizer(
+            vocab=[tuple(entry) for entry in model["vocab"]],
+            do_lower_case=do_lower_case,
+            keep_accents=not do_lower_case,
+            model_max_length=model_max_length,
+            model_input_names=BertTokenizerFast.model_input_names,  # segment ids too, which the class leaves out
+        )
     fast.save_pretrained(output_dir)
     tokenizer.model.save(str(output_dir))
 
@@ -96,15 +164,22 @@ def check_saved_tokenizer(tokenizer: Tokenizer, output_dir: Path, texts: list[st
             character-level upstream before (transformers#47706).
     """
     expected = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "unk_token_id": 3}
-    special |= {"cls_token_id": 0, "sep_token_id": 2, "mask_token_id": tokenizer.get_vocab_size() - 1}
-    for loader in (AutoTokenizer, RobertaTokenizerFast):
+    fast_class = FAST_CLASSES[type(tokenizer.model)]
+    special = {"pad_token_id": 0, "unk_token_id": 1, "cls_token_id": 2, "sep_token_id": 3, "mask_token_id": 4}
+    if fast_class is RobertaTokenizerFast:
+        special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "unk_token_id": 3}
+        special |= {"cls_token_id": 0, "sep_token_id": 2, "mask_token_id": tokenizer.get_vocab_size() - 1}
+    for loader in (AutoTokenizer, fast_class):
         loaded = loader.from_pretrained(output_dir)
         if [loaded(text, verbose=False)["input_ids"] for text in texts] != expected:
             raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) does not give the trained ids")
         found = {name: getattr(loaded, name) for name in special}
         if found != special or len(loaded) != tokenizer.get_vocab_size():
             raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) moved the special tokens: {found}")
+        if fast_class is not RobertaTokenizerFast:
+            if not isinstance(loaded, fast_class):
+                raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) gives a {type(loaded).__name__}")
+            continue
         if not loaded.added_tokens_decoder[loaded.mask_token_id].lstrip:
             raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) lost `lstrip` of <mask>")
         if loaded.add_prefix_space != add_prefix_space:

@@ -110,14 +110,19 @@ class StopRequest:
 class Update:
     """What an update did, the same on all ranks.
 
-    `loss_sum` in nats over the masked tokens of the whole update; `skipped` is None, `nonfinite` or `overflow`;
+    `sums`: of each of the objective's measures, over the whole update; `skipped` is None, `nonfinite` or `overflow`;
     `stopping` says that some rank was asked to stop.
     """
 
-    loss_sum: float
+    sums: list[float]
     grad_norm: float
     skipped: str | None
     stopping: bool
+
+    @property
+    def loss_sum(self) -> float:
+        """In nats, over the masked tokens."""
+        return self.sums[0]
 
 
 def train(
@@ -162,8 +167,9 @@ def train(
         if accelerator.is_main_process:
             bar.write(line)
 
-    model = accelerator.unwrap_model(objective).model
-    flops = model_flops_per_token(model.config, args.max_seq_length, args.mlm_probability)
+    bare = accelerator.unwrap_model(objective)
+    measures, config = bare.measures, bare.model.config
+    flops = model_flops_per_token(config, args.max_seq_length, args.mlm_probability, args.predicts_pairs)
     reachable = matmul_flops(accelerator.device, accelerator.mixed_precision) * accelerator.num_processes
     lanes: dict[tuple[int, int], Buffer] = {}  # in streaming mode, after the last update that was trained on
 
@@ -183,6 +189,7 @@ def train(
                 run.write_status("preempted", state.step, request.signal or "a signal to another process")
                 return False
             seed_dropout(args.seed, state.step, accelerator.process_index)
+            divisors = [counts[counted] for counted in measures.values()]
             update = None
             try:
                 update = train_step(
@@ -190,7 +197,7 @@ def train(
                     objective,
                     optimizer,
                     share.micro_batches,
-                    counts["masked"],
+                    divisors,
                     args.max_grad_norm,
                     request,
                 )
@@ -201,7 +208,8 @@ def train(
             lanes = share.lanes
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
-            state.count(update.loss_sum, counts["masked"], counts.corpora, counts["digest"], update.skipped)
+            measured = dict(zip(measures, zip(update.sums, divisors, strict=True), strict=True))
+            state.count(measured, counts.corpora, counts["digest"], update.skipped)
             watch.count(counts.tokens)
             bar.update()
             is_last = state.step == args.max_steps
@@ -228,7 +236,8 @@ def train(
                 watch = Stopwatch()
             with watch.paused():
                 if args.eval_blocks and (state.step % args.eval_steps == 0 or is_last):
-                    record = eval_record(state, *evaluate(accelerator, objective, eval_batches), unigram_loss)
+                    means = dict(zip(measures, evaluate(accelerator, objective, eval_batches), strict=True))
+                    record = eval_record(state, means, unigram_loss)
                     report(record, format_eval_line(record, args.max_steps))
                 if state.step % args.save_steps == 0 or is_last or update.stopping:
                     if accelerator.is_main_process:
@@ -272,37 +281,40 @@ def train_step(
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
     micro_batches: list[Batch],
-    masked: int,
+    divisors: list[int],
     max_grad_norm: float,
     request: StopRequest,
 ) -> Update:
-    """One update, the gradient that of the mean loss over the masked tokens of all its micro-batches on all ranks.
+    """One update, the gradient that of the mean loss over the masked tokens of all its micro-batches on all ranks and,
+    of a pair objective, of the mean loss over its pairs.
 
-    The micro-batches' losses are sums, divided in the loss by the count of the whole update; gradients are never
+    The micro-batches' losses are sums, divided in the loss by the counts of the whole update; gradients are never
     rescaled afterwards. Whatever an engine averages over (accumulation, processes) is multiplied in beforehand. There
     is one wait for the device, at the end.
 
     Args:
         micro_batches: of this rank, from the collator.
-        masked: tokens to predict in the micro-batches of all ranks.
+        divisors: of each of the objective's measures, what there is of it in the micro-batches of all ranks.
         max_grad_norm: 0 for no clipping.
     """
-    scale = accelerator.num_processes * accelerator.gradient_accumulation_steps / max(1, masked)
-    loss_sum = torch.zeros((), device=accelerator.device)
+    averaged = accelerator.num_processes * accelerator.gradient_accumulation_steps
+    scale = averaged / torch.tensor(divisors, device=accelerator.device).clamp(min=1)
+    sums = torch.zeros_like(scale)
     for number, batch in enumerate(micro_batches):
         is_last = number == len(micro_batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(objective):
-            micro_loss, _ = objective(**to_device(batch, accelerator.device))
-            accelerator.backward(micro_loss * scale)
-            loss_sum += micro_loss.detach()
+            micro_sums, _ = objective(**to_device(batch, accelerator.device))
+            accelerator.backward((micro_sums * scale).sum())
+            sums = sums + micro_sums.detach()
 
     grad_norm = accelerator.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
     stopping = torch.tensor(float(request.signal is not None), device=accelerator.device)
-    totals = accelerator.reduce(torch.stack([loss_sum, stopping]), "sum")
-    loss, stopping, norm = torch.cat([totals, grad_norm[None]]).tolist()
+    totals = accelerator.reduce(torch.hstack([sums, stopping]), "sum")
+    *totals, stopping, norm = torch.hstack([totals, grad_norm]).tolist()
     skipped, scaler = None, accelerator.scaler
-    if not math.isfinite(norm) or not math.isfinite(loss):
-        skipped = "overflow" if scaler is not None and math.isfinite(loss) else "nonfinite"
+    is_finite = all(map(math.isfinite, totals))
+    if not math.isfinite(norm) or not is_finite:
+        skipped = "overflow" if scaler is not None and is_finite else "nonfinite"
     if skipped != "nonfinite":
         # A scaler leaves out an overflowing update by itself and lowers its scale. (Under a fused optimizer accelerate
         # does not notice, and its `optimizer_step_was_skipped` says nothing.)
@@ -310,7 +322,7 @@ def train_step(
     elif scaler is not None:
         scaler.update()
     optimizer.zero_grad()
-    return Update(loss, norm, skipped, stopping > 0)
+    return Update(totals, norm, skipped, stopping > 0)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -342,15 +354,15 @@ def out_of_memory(
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, objective: nn.Module, batches: MicroBatches) -> tuple[float, int]:
-    """Sum of the loss over the held-out blocks' masked tokens, in nats, and their number. Every block counts once."""
+def evaluate(accelerator: Accelerator, objective: nn.Module, batches: MicroBatches) -> list[float]:
+    """Means of the objective's measures over the held-out blocks, each of which counts once; NaN of nothing."""
     objective.eval()
-    sums = torch.zeros(2, device=accelerator.device)
+    totals = torch.zeros((), device=accelerator.device)
     for batch in next(batches.iterate(0, 1, num_workers=0))[0]:
-        sums += torch.stack(objective(**to_device(batch, accelerator.device)))
+        totals = totals + torch.stack(objective(**to_device(batch, accelerator.device)))
     objective.train()
-    loss_sum, count = accelerator.reduce(sums, "sum").tolist()
-    return loss_sum, int(count)
+    sums, counts = accelerator.reduce(totals, "sum")
+    return (sums / counts).tolist()
 
 
 def seed_dropout(seed: int, step: int, process_index: int) -> None:
@@ -371,12 +383,13 @@ def save(
     """Checkpoint, status and plot."""
     all_lanes = gather_object([to_arrays(lanes)])
     if accelerator.is_main_process:
+        bare = accelerator.unwrap_model(objective)
         tensors = {"optimizer": optimizer.state_dict(), "lanes": to_tensors(dict(ChainMap(*all_lanes)))}
+        tensors["beside_model"] = bare.beside_model()
         if accelerator.scaler is not None:
             tensors["scaler"] = accelerator.scaler.state_dict()
         kept = {"train_state": asdict(state), "identity": identity, "arguments": asdict(args)}
-        model = accelerator.unwrap_model(objective).model
-        save_checkpoint(run.checkpoints, state.step, model, tensors, kept, args.save_total_limit)
+        save_checkpoint(run.checkpoints, state.step, bare.model, tensors, kept, args.save_total_limit)
         run.write_status("running", state.step)
         plot_loss(run.read_metrics(), args.expected_loss, str(run.path), run.loss_plot)
     accelerator.wait_for_everyone()

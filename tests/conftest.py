@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import PreTrainedTokenizerFast
 
 from recipe.model import build_config, build_model
-from recipe.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
+from recipe.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe, train_unigram, train_wordpiece
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ROOT / "sample_data"
@@ -71,6 +71,18 @@ def tokenizer_dir(texts: list[str], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_dir: Path) -> PreTrainedTokenizerFast:
     return load_tokenizer(str(tokenizer_dir))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dirs(texts: list[str], tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tokenizer of each model type."""
+    folders = {"roberta": tokenizer_dir, "bert": tmp_path_factory.mktemp("bert")}
+    wordpiece = train_wordpiece([texts], 300, 2, do_lower_case=True, max_document_characters=10_000)
+    save_tokenizer(wordpiece, folders["bert"], False, model_max_length=64, do_lower_case=True)
+    folders["albert"] = tmp_path_factory.mktemp("albert")
+    unigram = train_unigram([texts], 200, do_lower_case=False, max_document_characters=10_000)
+    save_tokenizer(unigram, folders["albert"], False, model_max_length=64)
+    return folders
 
 
 SMALL_MODEL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}

@@ -35,7 +35,7 @@ def save(folder: Path, step: int, limit: int = 5) -> Path:
 def test_checkpoint_comes_back(tmp_path: Path):
     path = save(tmp_path, 7)
     assert path.name == "step-00000007"
-    assert read_state(path) == {"note": 7, "format": 1, "step": 7}
+    assert read_state(path) == {"note": 7, "format": 2, "step": 7}
     assert torch.equal(load_tensors(path)["t"], torch.arange(7))
     other = make_model(99)
     load_weights(path, other)
@@ -69,7 +69,7 @@ def test_settings_of_the_optimizer_may_change(tmp_path: Path):
     first.step()
     path = save_checkpoint(tmp_path, 1, model, {"optimizer": first.state_dict()}, {}, 1)
     second = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.2)
-    load_optimizer(path, second, None)
+    load_optimizer(path, model, second, None)
     assert (second.param_groups[0]["lr"], second.param_groups[0]["weight_decay"]) == (5e-4, 0.2)
     for one, two in zip(first.state.values(), second.state.values(), strict=True):
         assert torch.equal(one["exp_avg_sq"], two["exp_avg_sq"])

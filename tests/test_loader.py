@@ -79,7 +79,7 @@ def test_counts_are_those_of_the_rows(make_data, texts):
 
 
 PLAIN = {"input_ids", "labels", "position_ids", "attention_mask"}
-PAIR = PLAIN | {"token_type_ids", "next_sentence_label"}
+PAIR = PLAIN | {"token_type_ids", "pair_label"}
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,12 @@ PAIR = PLAIN | {"token_type_ids", "next_sentence_label"}
         ("contiguous", True, {"input_ids", "labels", "position_ids"}),
         ("segment_pair", False, PAIR),
         ("sentence_pair", False, PAIR),
+        ("sentence_order", False, PAIR),
+        ("sentence_order", True, PAIR),
     ],
 )
 def test_every_packing_gives_its_batches(make_data, packing, streaming, names, tokenizer):
-    changes = {"streaming": True, "num_lanes": 4, "shuffle_buffer_size": 8} if streaming else {"prepare_only": True}
+    changes = {"streaming": True, "num_lanes": 4, "shuffle_buffer_size": 8} if streaming else {}
     data = make_data(packing=packing, train_batch_size=8, **changes)
     (batch,) = next(data.train_updates(0, 1, 0, 1, {}, never)).micro_batches
     assert set(batch) == names

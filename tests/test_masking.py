@@ -1,9 +1,12 @@
+from collections import Counter
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from transformers import DataCollatorForLanguageModeling
 
-from recipe.masking import DynamicMaskingCollator
+from recipe.masking import ROW, DynamicMaskingCollator
 
 LENGTH = 128
 
@@ -65,14 +68,17 @@ def test_special_tokens_are_neither_masked_nor_inserted(tokenizer, collator):
     assert set(inserted.tolist()) & set(tokenizer.all_special_ids) == {tokenizer.mask_token_id}
 
 
-def test_masks_change_with_every_visit_and_repeat_on_a_rerun(tokenizer, collator):
-    seen = set()
+@pytest.mark.parametrize(("masking", "times"), [("dynamic", [1] * 40), ("static", [4] * 10)])
+def test_masks_of_40_visits(tokenizer, collator, masking, times):
+    """Dynamic: none repeats, but on a rerun; static: ten, each four times."""
+    collator = replace(collator, masking=masking)
+    seen = Counter()
     for visit in range(40):
         examples = make_examples(tokenizer, 1, visit)
         batch, again = collator(examples), collator(examples)
         assert all(torch.equal(batch[name], again[name]) for name in batch)
-        seen.add(tuple((batch["labels"][0] != -100).nonzero().flatten().tolist()))
-    assert len(seen) == 40
+        seen[str([batch[name].tolist() for name in ("input_ids", "labels")])] += 1
+    assert list(seen.values()) == times
 
 
 def test_masks_do_not_depend_on_the_rest_of_the_batch(tokenizer, collator):
@@ -124,8 +130,16 @@ def test_pairs_have_segment_ids_and_a_label(tokenizer):
     example = make_examples(tokenizer, 1, length=8)[0] | {"spans": np.array([5, 3]), "label": 1}
     batch = collator([example])
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 0, 0]]
-    assert batch["next_sentence_label"].tolist() == [1]
+    assert batch["pair_label"].tolist() == [1]
     assert batch["position_ids"].tolist() == [[2, 3, 4, 5, 6, 7, 8, 9, 1, 1]]
+    assert batch["rows"][0, ROW.index("pairs")] == 1
+    single = collator([example | {"spans": np.array([8]), "label": -100}])
+    assert single["rows"][0, ROW.index("pairs")] == 0
+
+
+def test_positions_of_bert_begin_at_0(tokenizer):
+    collator = DynamicMaskingCollator(tokenizer, max_seq_length=6, first_position=0)
+    assert collator(make_examples(tokenizer, 1, length=4))["position_ids"].tolist() == [[0, 1, 2, 3, 0, 0]]
 
 
 def test_rows_count_and_tell_masks_apart(tokenizer, collator):
@@ -137,8 +151,8 @@ def test_rows_count_and_tell_masks_apart(tokenizer, collator):
     again = collator(examples)["rows"]
     assert torch.equal(rows, again)
     other_visit = collator(make_examples(tokenizer, 50, visit=1))["rows"]
-    assert (rows[:, 4] != other_visit[:, 4]).all()
-    assert len(set(rows[:, 4].tolist())) == 50
+    assert (rows[:, -1] != other_visit[:, -1]).all()
+    assert len(set(rows[:, -1].tolist())) == 50
 
 
 def test_checks_of_the_stock_collator_hold(tokenizer):

@@ -18,22 +18,23 @@ from recipe.metrics import (
 def test_window_is_the_mean_over_tokens_and_leaves_out_skipped_updates():
     state = TrainState()
     seen = np.array([[2, 60, 1], [1, 40, 3]])
-    state.count(10.0, 2, seen, 1, None)
-    state.count(math.nan, 5, seen, 1, "nonfinite")
-    state.count(2.0, 4, seen, 1, None)
-    state.count(1.0, 4, seen, 1, "overflow")
+    state.count({"loss": (10.0, 2)}, seen, 1, None)
+    state.count({"loss": (math.nan, 5)}, seen, 1, "nonfinite")
+    state.count({"loss": (2.0, 4)}, seen, 1, None)
+    state.count({"loss": (1.0, 4)}, seen, 1, "overflow")
     assert state.corpora == [[8, 240, 4], [4, 160, 12]]
     assert state.blocks == 12
     assert state.padding_share(50) == pytest.approx(1 / 3)
     assert (state.step, state.tokens, state.nonfinite_updates, state.overflows) == (4, 400, 1, 1)
-    assert state.take_window_loss() == 2.0
-    assert state.take_window_loss() is None
+    assert state.take_means() == {"loss": 2.0}
+    state.count({"loss": (1.0, 4)}, seen, 1, "nonfinite")
+    assert state.take_means() == {"loss": None}
 
 
 def test_skipped_updates_in_a_row_are_counted():
     state = TrainState()
     for skipped in ("nonfinite", "nonfinite", None, "overflow", "nonfinite"):
-        state.count(1.0, 1, np.array([[1, 1, 1]]), 1, skipped)
+        state.count({"loss": (1.0, 1)}, np.array([[1, 1, 1]]), 1, skipped)
     assert state.skipped_in_a_row == 2
 
 
@@ -42,21 +43,22 @@ def test_digest_tells_the_order_of_updates():
     for order in [(1, 2, 3), (2, 1, 3), (1, 2, 3)]:
         state = TrainState()
         for digest in order:
-            state.count(1.0, 1, np.array([[1, 1, 1]]), digest, None)
+            state.count({"loss": (1.0, 1)}, np.array([[1, 1, 1]]), digest, None)
         digests.append(state.data_digest)
     assert digests[0] == digests[2] != digests[1]
 
 
 def test_eval_record_has_the_perplexity_of_its_loss():
-    record = eval_record(TrainState(step=3), 20.0, 10, 6.5)
+    record = eval_record(TrainState(step=3), {"loss": 2.0, "next_sentence_accuracy": 0.75}, 6.5)
     assert record["eval_loss"] == 2.0
     assert record["eval_perplexity"] == pytest.approx(math.exp(2))
-    assert eval_record(TrainState(), math.inf, 10, 6.5)["eval_loss"] is None
+    assert "next sentence accuracy 0.750" in format_eval_line(record, 10)
+    assert eval_record(TrainState(), {"loss": math.inf}, 6.5)["eval_loss"] is None
 
 
 def test_lines_are_aligned():
     state = TrainState(step=5, corpora=[[1000, 234_567, 9], [2000, 1_000_000, 9]])
-    state.window_loss, state.window_masked = 30.0, 10
+    state.window = {"loss": [30.0, 10]}
     watch = Stopwatch()
     watch.count(1000)
     corpora = {

@@ -2,22 +2,31 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, RobertaConfig, RobertaForSequenceClassification
+from transformers import AlbertConfig, BertConfig, RobertaConfig, RobertaForSequenceClassification
 
 from recipe.config import PretrainArguments, UserError, parse_config
 from recipe.model import ROBERTA_DEFAULTS, build_config, build_model, count_parameters, model_flops_per_token
-from recipe.objectives import MaskedLMObjective
+from recipe.objectives import OBJECTIVES
 from tests.conftest import ROOT, SMALL_MODEL
 
 
-@pytest.mark.parametrize(("name", "millions"), [("roberta-base", 124.7), ("roberta-large", 355.4)])
-def test_shipped_configs_have_the_papers_size(name, millions, tokenizer):
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "millions"),
+    [
+        ("roberta-base", 50265, 124.7),
+        ("roberta-large", 50265, 355.4),
+        ("bert-base", 30522, 110.1),
+        ("albert-base", 30000, 11.81),
+        ("albert-large", 30000, 17.85),
+    ],
+)
+def test_shipped_configs_have_the_papers_size(name, vocab_size, millions, tokenizer):
     path = ROOT / "recipe" / "configs" / "pretrain" / f"{name}.yaml"
     args = parse_config(PretrainArguments, "test", ["--config", str(path)])
-    model_config = args.model_config | {"vocab_size": 50265}  # the tokenizer of bbpe-50k.yaml
-    config = build_config(model_config, None, tokenizer, args.max_seq_length)
+    model_config = args.model_config | {"vocab_size": vocab_size}
+    config = build_config(model_config, None, tokenizer, args.max_seq_length, args.model_type)
     with torch.device("meta"):
-        model = build_model(config, None)
+        model = build_model(config, None, args.predicts_pairs)
     assert count_parameters(model) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
@@ -62,14 +71,14 @@ def test_missing_or_other_checkpoint_is_named(tokenizer, tmp_path):
     with pytest.raises(UserError, match="no model there"):
         build_config({}, str(tmp_path / "nothing"), tokenizer, 128)
     BertConfig().save_pretrained(tmp_path / "bert")
-    with pytest.raises(UserError, match="is a bert, not a roberta"):
+    with pytest.raises(UserError, match="is a bert, not a roberta; give `model_type: bert`"):
         build_config({}, str(tmp_path / "bert"), tokenizer, 128)
 
 
 def test_checkpoint_without_a_head_is_refused(tokenizer, tmp_path):
     config = RobertaConfig(**ROBERTA_DEFAULTS, **SMALL_MODEL, vocab_size=len(tokenizer))
     RobertaForSequenceClassification(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="lacks weights of a masked language model"):
+    with pytest.raises(UserError, match="lacks weights of a RobertaForMaskedLM"):
         build_model(build_config({}, str(tmp_path), tokenizer, 128), str(tmp_path))
 
 
@@ -80,16 +89,33 @@ def test_checkpoint_comes_as_float32(tokenizer, tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_flops_are_those_of_a_counter():
-    config = RobertaConfig(vocab_size=1000, **SMALL_MODEL, **ROBERTA_DEFAULTS)
-    length, slots = 40, 6
+@pytest.mark.parametrize("objective", ["masked_lm", "next_sentence"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        RobertaConfig(vocab_size=1000, **SMALL_MODEL, **ROBERTA_DEFAULTS),
+        BertConfig(vocab_size=1000, **SMALL_MODEL),
+        AlbertConfig(vocab_size=1000, embedding_size=16, **SMALL_MODEL),
+        AlbertConfig(vocab_size=1000, embedding_size=16, num_hidden_groups=2, inner_group_num=3, **SMALL_MODEL),
+    ],
+    ids=["roberta", "bert", "albert", "albert-groups"],
+)
+def test_flops_are_those_of_a_counter(config, objective):
+    length, slots, predicts_pairs = 40, 6, objective == "next_sentence"
     with torch.device("meta"):
-        objective = MaskedLMObjective(build_model(config, None), slots)
+        module = OBJECTIVES[objective](build_model(config, None, predicts_pairs), slots)
         ids = torch.zeros(3, length, dtype=torch.long)
         counter = FlopCounterMode(display=False)
         with counter, sdpa_kernel(SDPBackend.MATH):  # the counter knows matrix products
-            loss, _ = objective(ids, ids, ids)
-            loss.backward()
+            sums, _ = module(ids, ids, ids, pair_label=ids[:, 0])
+            sums.sum().backward()
     assert counter.get_total_flops() == pytest.approx(
-        3 * length * model_flops_per_token(config, length, slots / length)
+        3 * length * model_flops_per_token(config, length, slots / length, predicts_pairs)
     )
+
+
+@pytest.mark.parametrize("layers", [1, 12, 24])
+def test_albert_base_has_its_size_whatever_its_depth(tokenizer, layers):
+    config = build_config({"vocab_size": 30_000, "num_hidden_layers": layers}, None, tokenizer, 512, "albert")
+    with torch.device("meta"):
+        assert count_parameters(build_model(config, None, predicts_pairs=True)) / 1e6 == pytest.approx(11.81, abs=0.005)

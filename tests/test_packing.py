@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipe.packing import CONTINUES, RANDOM, SINGLE, Block, BlockFormat, pack_full_sentences
+from recipe.packing import CONTINUES, RANDOM, SINGLE, SWAPPED, Block, BlockFormat, pack_full_sentences
 
 CLS, SEP = 1_000_000, 2_000_000
 documents_of_sentences = st.lists(
@@ -37,7 +37,7 @@ def blocks_of(documents: list[list[int]], max_seq_length: int) -> list[list[int]
     return [block.input_ids.tolist() for block, _ in pack_all("full_sentences", documents, max_seq_length)]
 
 
-ALL = ["full_sentences", "doc_sentences", "contiguous", "segment_pair", "sentence_pair"]
+ALL = ["full_sentences", "doc_sentences", "contiguous", "segment_pair", "sentence_pair", "sentence_order"]
 
 
 @pytest.mark.parametrize("packing", ALL)
@@ -122,6 +122,26 @@ def test_half_of_the_pairs_come_from_two_documents(packing):
     labels = np.array(labels)
     assert 0.45 < (labels == RANDOM).mean() < 0.55
     assert (labels == SINGLE).sum() <= 2
+
+
+def test_half_of_the_ordered_pairs_are_swapped():
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(5, 60, rng.integers(1, 40)).tolist() for _ in range(500)]
+    document_ends, sentence_ends = ends_of(documents)
+    labels = []
+    for block, segments in pack_all("sentence_order", documents, 128):
+        labels.append(block.label)
+        if block.label == SINGLE:
+            assert len(segments) == 1
+            continue
+        one, two = segments[::-1] if block.label == SWAPPED else segments
+        assert two["start"] == one["start"] + one["length"]
+        assert min(one["length"], two["length"]) > 0
+        found = np.searchsorted(document_ends, [one["start"], two["start"]], side="right")
+        assert found[0] == found[1]
+        assert two["start"] in sentence_ends
+    labels = np.array(labels)
+    assert 0.45 < (labels == SWAPPED).sum() / (labels != SINGLE).sum() < 0.55
 
 
 def test_pairs_of_bert_have_one_separator_less():

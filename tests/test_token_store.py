@@ -17,7 +17,7 @@ from recipe.corpora import LocalSource, local_files
 from recipe.hygiene import Decontaminator, find_copies
 from recipe.packing import BlockFormat
 from recipe.token_store import EncodedShard, PackedCorpus, TokenStore, check_space
-from recipe.tokenizer import DocumentEncoder
+from recipe.tokenizer import DocumentEncoder, load_tokenizer
 from tests.conftest import write_jsonl
 
 FULL = BlockFormat("full_sentences", 32, 0, 2, pair_special_tokens=4, seed=1)
@@ -232,10 +232,8 @@ def test_open_blocks_keep_no_file_open(corpus, encoder, tmp_path: Path):
     assert len(os.listdir("/proc/self/fd")) < before + 5
 
 
-def test_documents_that_a_normalizer_empties_are_left_out(corpus, texts, tmp_path: Path):
-    from tests.test_tokenizer import make_wordpiece
-
-    encoder = DocumentEncoder(make_wordpiece(texts), "sentencex", "en")
+def test_documents_that_a_normalizer_empties_are_left_out(corpus, texts, tokenizer_dirs, tmp_path: Path):
+    encoder = DocumentEncoder(load_tokenizer(str(tokenizer_dirs["bert"])), "sentencex", "en")
     write_jsonl(Path(corpus.path) / "0.jsonl", ["\u200b", "a b " * 15, "\u200b", texts[0]])
     store = build(corpus, encoder, tmp_path)
     packed = PackedCorpus(store, FULL)

@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizerFast
+from transformers import (
+    AlbertTokenizer,
+    AutoTokenizer,
+    BertTokenizerFast,
+    PreTrainedTokenizerFast,
+    RobertaTokenizerFast,
+)
 
 from recipe.config import UserError
 from recipe.tokenizer import (
@@ -24,6 +29,8 @@ from recipe.tokenizer import (
     save_tokenizer,
     split_text,
     train_byte_level_bpe,
+    train_unigram,
+    train_wordpiece,
 )
 from tests.conftest import ROOT, SAMPLE
 
@@ -187,18 +194,32 @@ def test_prefix_space_does_not_move_sentence_ends(texts):
     assert rows_of(encoder, texts) == rows_of(by_offsets, texts)
 
 
-def make_wordpiece(texts: list[str]) -> PreTrainedTokenizerFast:
-    wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    wordpiece.normalizer = normalizers.BertNormalizer()
-    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    wordpiece.train_from_iterator([texts], trainers.WordPieceTrainer(vocab_size=300, special_tokens=specials))
-    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    return PreTrainedTokenizerFast(tokenizer_object=wordpiece, **dict(zip(names, specials, strict=True)))
+@pytest.mark.parametrize("do_lower_case", [True, False])
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_vocabularies_of_bert_and_albert_survive_the_round_trip(texts, tmp_path: Path, kind: str, do_lower_case: bool):
+    texts = [text.replace("was", "né") for text in texts]
+    if kind == "wordpiece":
+        trained = train_wordpiece([texts], 300, 2, do_lower_case, max_document_characters=10_000)
+    else:
+        trained = train_unigram([texts], 200, do_lower_case, max_document_characters=10_000)
+    save_tokenizer(trained, tmp_path, False, model_max_length=64, do_lower_case=do_lower_case)
+    check_saved_tokenizer(trained, tmp_path, texts[:20], False)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(loaded, BertTokenizerFast if kind == "wordpiece" else AlbertTokenizer)
+    pair = loaded("He né.", "They had!")
+    expected = "[CLS]hene.[SEP]theyhad![SEP]" if do_lower_case else "[CLS]Hené.[SEP]Theyhad![SEP]"
+    assert loaded.decode(pair["input_ids"]).replace(" ", "") == expected
+    assert pair["token_type_ids"][-1] == 1
+    assert loaded.convert_tokens_to_ids(["[CLS]", "[SEP]", "[MASK]"]) == [2, 3, 4]
+    other = train_wordpiece if kind == "wordpiece" else train_unigram
+    smaller = other([texts[:9]], *([250, 2] if kind == "wordpiece" else [150]), do_lower_case, 10_000)
+    with pytest.raises(RuntimeError, match="does not give the trained ids"):
+        check_saved_tokenizer(smaller, tmp_path, texts[:20], False)
 
 
-def test_other_tokenizers_get_their_ends_from_offsets(texts):
-    fast = make_wordpiece(texts)
+@pytest.mark.parametrize("kind", ["bert", "albert"])
+def test_other_tokenizers_get_their_ends_from_offsets(tokenizer_dirs, kind: str):
+    fast = load_tokenizer(str(tokenizer_dirs[kind]))
     ids, ends = next(DocumentEncoder(fast, "sentencex", "en")(["He was. Then she was!"]))
     tokens = fast.convert_ids_to_tokens(ids)
     assert tokens[ends[0] - 1] == "."

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from transformers import RobertaConfig, RobertaForMaskedLM
+from transformers import BertConfig, BertForPreTraining, RobertaConfig, RobertaForMaskedLM
 
 from recipe.masking import DynamicMaskingCollator
 from recipe.memory import largest_micro_batch
 from recipe.model import ROBERTA_DEFAULTS
-from recipe.objectives import MaskedLMObjective
+from recipe.objectives import MaskedLMObjective, NextSentenceObjective
 from recipe.optimizer import build_optimizer
 from recipe.training import StopRequest, Update, seed_dropout, train_step
 from tests.conftest import ROOT, SMALL_MODEL, reset_accelerate
@@ -34,7 +34,7 @@ def take_step(accelerator, objective, optimizer, micro_batches, max_grad_norm, r
     """An update and the masked tokens of all processes."""
     masked = sum((batch["labels"] != -100).sum() for batch in micro_batches)
     masked = int(accelerator.reduce(masked, "sum"))
-    return train_step(accelerator, objective, optimizer, micro_batches, masked, max_grad_norm, request), masked
+    return train_step(accelerator, objective, optimizer, micro_batches, [masked], max_grad_norm, request), masked
 
 
 def make_model(tokenizer) -> RobertaForMaskedLM:
@@ -83,6 +83,34 @@ def test_gradients_are_those_of_one_big_batch_through_the_stock_loss(accelerator
     assert_close(gradients, expected)
     norm = torch.cat([g.flatten() for g in expected]).norm().item()
     assert update.grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [8, 2, 1])
+def test_gradients_of_both_losses_are_those_of_one_big_stock_batch(accelerator, tokenizer, micro_batch):
+    """Micro-batches have unlike shares of the masked tokens and of the pairs; some have no pair."""
+    sizes = SMALL_MODEL | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    torch.manual_seed(0)
+    model = BertForPreTraining(BertConfig(**sizes, vocab_size=len(tokenizer)))
+    pair_label = torch.tensor([0, 1, 1, -100, 0, 1, -100, -100])
+    [whole] = make_batches(tokenizer, 8)
+    stock = model(**whole, next_sentence_label=pair_label).loss
+    stock.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+
+    objective = NextSentenceObjective(model, 5)
+    keeper = KeepGradients(objective.parameters())
+    prepared, optimizer = accelerator.prepare(objective, keeper)
+    batches = [
+        {name: rows[i : i + micro_batch] for name, rows in (whole | {"pair_label": pair_label}).items()}
+        for i in range(0, 8, micro_batch)
+    ]
+    divisors = [int((whole["labels"] != -100).sum()), 5, 5]
+    update = train_step(accelerator, prepared, optimizer, batches, divisors, 0.0, StopRequest())
+    loss, pair_loss, accuracy = (total / count for total, count in zip(update.sums, divisors, strict=True))
+    assert loss + pair_loss == pytest.approx(stock.item(), rel=1e-5)
+    assert 0 <= accuracy <= 1
+    assert_close(keeper.gradients, expected)
 
 
 def test_accumulation_set_by_the_launcher_changes_nothing(monkeypatch, tokenizer):
