@@ -67,7 +67,7 @@ def curve(args: argparse.Namespace, accelerator: Accelerator, folder: str, stock
             optimizer.zero_grad()
             losses.append(loss.item())
         else:
-            update = train_step(accelerator, module, optimizer, share.micro_batches, masked, 0.0, StopRequest())
+            update = train_step(accelerator, module, optimizer, share.micro_batches, [masked], 0.0, StopRequest())
             losses.append(update.loss_sum / masked)
     return losses
 

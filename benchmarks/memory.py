@@ -47,9 +47,7 @@ def kept_bytes(config: RobertaConfig, rows: int, gradient_checkpointing: bool) -
     """Parameters, and bytes that a micro-batch's forward pass leaves, in bf16 autocast, dropout's masks apart."""
     with FakeTensorMode():
         model = build_model(config, None).train()
-        if gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        objective = MaskedLMObjective(model, MAX_MASKED)
+        objective = MaskedLMObjective(model, MAX_MASKED, gradient_checkpointing)
         ids = torch.zeros(rows, LENGTH, dtype=torch.long)
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         with kept_tensors(weights) as kept, torch.autocast("cpu", dtype=torch.bfloat16):

@@ -81,7 +81,7 @@ class Side:
 class HeadEverywhere(nn.Module):
     """The objective without its gathers: all of the last layer, and the head at every position."""
 
-    def __init__(self, model: nn.Module, max_masked: int) -> None:
+    def __init__(self, model: nn.Module, max_masked: int, gradient_checkpointing: bool) -> None:
         super().__init__()
         self.model = model
 
@@ -102,14 +102,14 @@ class HeadEverywhere(nn.Module):
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         flat = logits.flatten(0, 1).float()
-        return nn.functional.cross_entropy(flat, labels.flatten(), reduction="sum"), (labels != -100).sum()
+        return nn.functional.cross_entropy(flat, labels.flatten(), reduction="sum")[None], (labels != -100).sum()[None]
 
 
 class LastLayerEverywhere(HeadEverywhere):
     """The objective with the head at masked positions, and all of the last layer."""
 
-    def __init__(self, model: nn.Module, max_masked: int) -> None:
-        super().__init__(model, max_masked)
+    def __init__(self, model: nn.Module, max_masked: int, gradient_checkpointing: bool) -> None:
+        super().__init__(model, max_masked, gradient_checkpointing)
         self.max_masked = max_masked
 
     def select(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -186,9 +186,7 @@ class Bench:
     def our_updates(self, side: Side) -> Iterator[int]:
         data = self.data(side)
         model = self.model()
-        if side.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        objective = side.objective(model, data.collator.max_masked)
+        objective = side.objective(model, data.collator.max_masked, side.gradient_checkpointing)
         if side.torch_compile:
             compile_in_place(objective, self.accelerator.device)
         adamw = build_optimizer(objective, 1e-4, (0.9, 0.98), 1e-6, 0.01)
@@ -197,7 +195,7 @@ class Bench:
         objective, optimizer = self.accelerator.prepare(objective, adamw)
         for share in data.train_updates(0, 1, 0, 10**9, {}, lambda: False):
             masked = share.counts["masked"]
-            train_step(self.accelerator, objective, optimizer, share.micro_batches, masked, 0.0, StopRequest())
+            train_step(self.accelerator, objective, optimizer, share.micro_batches, [masked], 0.0, StopRequest())
             yield share.counts.tokens
 
     def stock_updates(self, side: Side) -> Iterator[int]:
