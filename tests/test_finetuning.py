@@ -127,7 +127,7 @@ def test_micro_batches_make_no_difference(accelerator, dropless_model: Path, tmp
 
 
 def test_best_epoch_counts_and_its_weights_are_kept(accelerator, small_model: Path, tmp_path: Path):
-    write_rte(tmp_path, train=400, dev=40)
+    write_rte(tmp_path, train=320, dev=40)
     task, tokenizer = TASKS["rte"], load_glue_tokenizer(str(small_model), 32)
     splits = encode_splits(load_task("rte", str(tmp_path))[0], task, tokenizer, 32)
     args = arguments(tmp_path, small_model, num_train_epochs=8)
@@ -145,7 +145,7 @@ def test_best_epoch_counts_and_its_weights_are_kept(accelerator, small_model: Pa
 
 
 def test_scores_are_predicted_on_their_own_scale(accelerator, small_model: Path, tmp_path: Path):
-    write_stsb(tmp_path, train=400)
+    write_stsb(tmp_path, train=320)
     task, tokenizer = TASKS["stsb"], load_glue_tokenizer(str(small_model), 32)
     splits = encode_splits(load_task("stsb", str(tmp_path))[0], task, tokenizer, 32)
     assert set(splits["train"].labels.tolist()) == {0.0, 1.0}
