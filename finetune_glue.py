@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 
 from recipe.checkpoint import check_identity
 from recipe.config import GlueArguments, check_output_dir, identity_of, parse_config, report_user_errors
-from recipe.finetuning import load_classifier, load_glue_tokenizer, model_checksum
+from recipe.finetuning import load_glue_tokenizer, model_checksum
 from recipe.glue import Grid, plan_jobs
 from recipe.glue_report import describe_data, describe_jobs, format_table, row_title, summarise, write_submission
 from recipe.glue_tasks import TASKS, check_tasks, load_task
@@ -39,7 +39,7 @@ def main() -> None:
     run = RunDirectory(args.output_dir, accelerator.is_main_process, gather_object([os.getpid()]))
     started = time.perf_counter()
     tokenizer = load_glue_tokenizer(args.model_name_or_path, args.max_seq_length)
-    checksum = {"model_checksum": model_checksum(load_classifier(args.model_name_or_path, TASKS[names[0]]))}
+    checksum = {"model_checksum": model_checksum(args.model_name_or_path, TASKS[names[0]])}
     if run.config_file.exists():
         saved = yaml.safe_load(run.config_file.read_text())
         check_identity(saved | saved["environment"], identity_of(args) | checksum, run.path)

@@ -140,11 +140,14 @@ def load_classifier(name_or_path: str, task: Task) -> PreTrainedModel:
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"`model_name_or_path` {name_or_path} cannot be loaded: {error}") from None
     prefix = f"{model.base_model_prefix}."
-    missing = sorted(
-        name for name in loading["missing_keys"] if name.startswith(prefix) and not name.startswith(f"{prefix}pooler")
-    )
-    if missing:
-        raise UserError(f"`model_name_or_path` {name_or_path} lacks weights of the encoder: {', '.join(missing[:3])}")
+    # A masked language model has no pooler; one whose shape is wrong is an error.
+    lacking = {name for name in loading["missing_keys"] if not name.startswith(f"{prefix}pooler")}
+    lacking |= {name for name, *_ in loading["mismatched_keys"]}
+    if lacking := sorted(name for name in lacking if name.startswith(prefix)):
+        raise UserError(
+            f"`model_name_or_path` {name_or_path} lacks weights of the encoder, or has them in another shape than its "
+            f"config says: {', '.join(lacking[:3])}"
+        )
     if {name for name in model.state_dict() if not name.startswith(prefix)} - loading["missing_keys"]:
         new = AutoModelForSequenceClassification.from_config(config)
         for name, module in model.named_children():
@@ -153,10 +156,15 @@ def load_classifier(name_or_path: str, task: Task) -> PreTrainedModel:
     return model
 
 
-def model_checksum(model: PreTrainedModel) -> str:
-    """SHA-256 of the encoder's weights."""
+def model_checksum(name_or_path: str, task: Task) -> str:
+    """SHA-256 of the encoder's weights.
+
+    Raises:
+        UserError: as `load_classifier`.
+    """
+    torch.manual_seed(0)  # for weights that the checkpoint does not have: a pooler's
     checksum = hashlib.sha256()
-    for name, tensor in sorted(model.base_model.state_dict().items()):
+    for name, tensor in sorted(load_classifier(name_or_path, task).base_model.state_dict().items()):
         checksum.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return checksum.hexdigest()
 

@@ -13,13 +13,22 @@ from hypothesis import strategies as st
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
     RobertaConfig,
     RobertaForMaskedLM,
     get_linear_schedule_with_warmup,
 )
 
 from recipe.config import GlueArguments, UserError
-from recipe.finetuning import Finetuner, encode_splits, epoch_batches, load_classifier, load_glue_tokenizer
+from recipe.finetuning import (
+    Finetuner,
+    encode_splits,
+    epoch_batches,
+    load_classifier,
+    load_glue_tokenizer,
+    model_checksum,
+)
 from recipe.glue_tasks import TASKS, load_task
 from tests.conftest import ROOT
 from tests.glue_data import write_mnli, write_rte, write_stsb
@@ -195,8 +204,23 @@ def test_model_without_encoder_weights_is_refused(small_model: Path, tmp_path: P
     model = RobertaForMaskedLM(config)
     weights = {name: tensor for name, tensor in model.state_dict().items() if "layer.1." not in name}
     model.save_pretrained(tmp_path / "half", state_dict=weights)
-    with pytest.raises(UserError, match=r"lacks weights of the encoder: roberta.encoder.layer.1"):
+    with pytest.raises(UserError, match=r"lacks weights of the encoder, .*: roberta\.encoder\.layer\.1"):
         load_classifier(str(tmp_path / "half"), TASKS["rte"])
+
+
+def test_weights_of_another_shape_than_the_config_says_are_refused(small_model: Path, tmp_path: Path):
+    folder = shutil.copytree(small_model, tmp_path / "wide")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 401}))
+    with pytest.raises(UserError, match=r"another shape than its config says: roberta\.embeddings\.word_embeddings"):
+        load_classifier(str(folder), TASKS["rte"])
+
+
+def test_checksum_of_a_model_without_pooler_is_always_the_same(tokenizer, tmp_path: Path):
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
+    checksums = {model_checksum(str(tmp_path), TASKS[name]) for name in ("rte", "rte", "mnli")}
+    assert len(checksums) == 1
 
 
 def test_what_is_no_model_and_what_does_not_match_is_refused(small_model: Path, tokenizer_dir: Path, tmp_path: Path):
