@@ -96,6 +96,8 @@ def main() -> None:
     report = harness.header([]) | {
         "device": harness.device_name(),
         "task": TASKS[given.task].title,
+        "batch_size": given.batch_size,
+        "window": given.window,
         "updates": given.window * len(ratios),
         "mean_tokens": round(float(train.lengths.mean()), 1),
         "sequences_per_second": {name: round(float(np.median(values)), 1) for name, values in rates.items()},
