@@ -71,6 +71,12 @@ def test_switch_may_stand_alone(config_file):
         ),
         ({"train_batch_size": 0}, [], ["train_batch_size", "0", "1 or more"]),
         ({"warmup_steps": 11, "max_steps": 10}, [], ["warmup_steps", "11", "max_steps", "10"]),
+        ({"seq_length_warmup_steps": -1}, [], ["seq_length_warmup_steps", "-1", "0 or more"]),
+        (
+            {"seq_length_warmup_steps": 5, "packing": "doc_sentences"},
+            [],
+            ["seq_length_warmup_steps", "doc_sentences", "full_sentences or contiguous"],
+        ),
         ({"mlm_probability": 1.5}, [], ["mlm_probability", "1.5"]),
         ({"tokenizer_name": None}, [], ["tokenizer_name", "missing"]),
         ({"model_name_or_path": "m"}, [], ["tokenizer_name", "model_name_or_path", "both"]),

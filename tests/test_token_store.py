@@ -73,7 +73,7 @@ def test_store_does_not_depend_on_workers(corpus, encoder, tmp_path: Path, monke
 
 def test_killed_worker_is_told_of(corpus, encoder, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(RunEncoder, "__call__", lambda self, run: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(UserError, match="a preprocessing worker was killed.*lower `preprocessing_num_workers`"):
+    with pytest.raises(UserError, match=r"a preprocessing worker was killed.*lower `preprocessing_num_workers`"):
         build(corpus, encoder, tmp_path, num_workers=2)
 
 
