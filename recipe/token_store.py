@@ -29,7 +29,7 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -108,12 +108,17 @@ class Encoders:
         else:
             self.encode = encode_in_worker
             self.pool = ProcessPoolExecutor(num_workers, initializer=start_encoder, initargs=(encode_run,))
+            self.pool.submit(os.getpid).result()  # has them forked now, before there are threads
 
-    def __enter__(self) -> "Encoders":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.shutdown(cancel_futures=True)
+    def run(self, times: int, function: Callable[[int], None]) -> None:
+        """`function(0)`, `function(1)` and so on, all at once; what one of them raises ends the others too."""
+        with ThreadPoolExecutor(times) as threads:
+            futures = [threads.submit(function, number) for number in range(times)]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            finally:
+                self.pool.shutdown(cancel_futures=True)
 
     def map(self, runs: Iterator[list[Record]]) -> Iterator[Encoded]:
         """
@@ -373,15 +378,18 @@ class TokenStore:
             with (
                 naming_disk_errors(self.path),
                 tqdm(desc=f"tokenising {self.corpus.name}", unit=" documents", disable=process_index > 0) as bar,
-                Encoders(encode_run, num_workers) as encoders,
             ):
                 source = self.begin()
+                encoders = Encoders(encode_run, num_workers)
 
                 def make(shard: int) -> None:
                     runs = encoders.map(runs_of(source.read(shard)))
                     write_shard(self.arrow(shard), self.watch(runs, max_unreadable, bar), self.encoder.dtype)
 
-                share(self.path, source.num_shards, process_index, self.is_done, make)
+                # Two shards at once, so that nobody is idle while the last, long document of one is encoded.
+                encoders.run(
+                    2, lambda number: share(self.path, source.num_shards, process_index + number, self.is_done, make)
+                )
         counts = self.counts()
         check_unreadable(self.corpus.name, counts["unreadable"], max_unreadable, f"counted in {self.path}")
         if not counts["tokens"]:
