@@ -190,7 +190,8 @@ class Data:
             first_position=first_position(args.model_type, tokenizer.pad_token_id),
         )
         self.warmup_collator = replace(self.collator, max_seq_length=args.seq_length(0))
-        self.eval_collator = replace(self.collator, mlm_probability=args.eval_mlm_probability)
+        # Held-out blocks have one mask each, the same whatever the training masks.
+        self.eval_collator = replace(self.collator, mlm_probability=args.eval_mlm_probability, masking="dynamic")
         self.encoder = DocumentEncoder(tokenizer, args.sentence_splitter, args.language)
         self.decontaminator = Decontaminator(args.decontaminate_against)
         special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
