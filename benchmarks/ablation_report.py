@@ -65,42 +65,6 @@ def share_held_out_text(configs: list[dict[str, Any]]) -> bool:
     return all(config[name] == configs[0][name] for config in configs for name in fields)
 
 
-def judge(finding: Finding, measure: str, runs: dict[str, list[dict[str, Any]]], table: Table) -> str:
-    """`agrees`, `disagrees`, `within the noise` or `not judged`, of one measure of two rows.
-
-    Noise is what the seeds come to: where the ranges of the two rows overlap, nothing is told apart. The direction is
-    that of the paper's figures for this measure, or else that of what it says.
-    """
-    better, worse = ([run["scores"][measure] for run in runs[row] if measure in run["scores"]] for row in (finding.better, finding.worse))
-    if min(len(better), len(worse)) < 2:
-        return "not judged"
-    if max(better) >= min(worse) and max(worse) >= min(better):
-        return "within the noise"
-    is_above = (min(better) > max(worse)) != (measure == LOSS)
-    published = table.published.get({LOSS: "perplexity"}.get(measure, measure), {})
-    expected = True
-    if published.get(finding.better, 0) != published.get(finding.worse, 0):
-        expected = (published[finding.better] > published[finding.worse]) != (measure == LOSS)
-    return "agrees" if is_above == expected else "disagrees"
-
-
-def sentence(finding: Finding, measures: list[str], runs: dict[str, list[dict[str, Any]]], table: Table) -> str:
-    """What the paper says of two rows, and what the runs say."""
-    said: dict[str, list[str]] = {}
-    for measure in measures:
-        said.setdefault(judge(finding, measure, runs, table), []).append(measure)
-    opening = f"{table.rows[finding.better]} against {table.rows[finding.worse]}. The paper: {finding.statement}. Here: "
-    if set(said) == {"within the noise"}:
-        return f"{opening}the difference is within the noise of the seeds, by {' and by '.join(measures)}."
-    wording = {
-        "agrees": "the direction agrees by",
-        "disagrees": "the direction disagrees by",
-        "within the noise": "within the noise of the seeds by",
-        "not judged": "not judged, for want of two seeds, by",
-    }
-    return opening + "; ".join(f"{wording[verdict]} {', '.join(said[verdict])}" for verdict in wording if verdict in said) + "."
-
-
 def spread(values: list[float], digits: int) -> str:
     """Median and range."""
     if not values:
@@ -109,38 +73,119 @@ def spread(values: list[float], digits: int) -> str:
     return median if len(values) == 1 else f"{median} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def chance_of_no_overlap(seeds: int) -> float:
-    """That the ranges of two rows that do not differ do not overlap."""
-    return 2 / math.comb(2 * seeds, seeds)
-
-
-def report(name: str, table: Table, configs: dict[str, dict[str, Any]], runs: dict[str, list[dict[str, Any]]]) -> str:
-    """The comparison as markdown.
+class Comparison:
+    """A table with the runs of its rows.
 
     Args:
-        name: of the comparison and its scale, in the title.
-        configs: of each row, flat.
-        runs: of each row, what its complete runs came to.
+        table: of the paper.
+        configs: of each row, the options that it ran with.
+        runs: of each row, what its complete runs came to, see `measure_run`.
     """
-    is_comparable = share_held_out_text(list(configs.values()))
-    done = [run for row in table.rows for run in runs[row]]
-    tasks = list(dict.fromkeys(measure for run in done for measure in run["scores"] if measure != LOSS))
-    has_pairs = any(run["pair_accuracy"] is not None for run in done)
-    heads = ["row", "runs", "parameters", "tokens", "passes", "time", LOSS + ("" if is_comparable else " ¹"), "perplexity"]
-    heads += ["pairs told"] * has_pairs + tasks + [f"paper: {measure}" for measure in table.published]
-    lines = []
-    for row, title in table.rows.items():
-        own = runs[row]
-        losses = [run["scores"][LOSS] for run in own]
-        cells = [title, str(len(own)), format_count(own[0]["parameters"]) if own else "–"]
-        cells += [middle(own, "tokens", format_count), middle(own, "passes", "{:.1f}".format)]
-        cells += [middle(own, "seconds", format_duration), spread(losses, 3), spread([math.exp(loss) for loss in losses], 1)]
-        if has_pairs:
-            cells.append(spread([100 * run["pair_accuracy"] for run in own if run["pair_accuracy"] is not None], 1))
-        cells += [spread([run["scores"][task] for run in own if task in run["scores"]], 1) for task in tasks]
-        lines.append([*cells, *(f"{figures[row]:g}" for figures in table.published.values())])
-    if done:
-        guess = ["commonest answer", *["–"] * (6 + has_pairs), *(f"{done[0]['majority'][task]:.1f}" for task in tasks)]
-        guess[6] = ... 
-        lines.append(guess + [""] * len(table.published))
-    return ""
+
+    def __init__(self, table: Table, configs: dict[str, dict[str, Any]], runs: dict[str, list[dict[str, Any]]]) -> None:
+        self.table = table
+        self.runs = runs
+        self.is_loss_comparable = share_held_out_text(list(configs.values()))
+        self.done = [run for own in runs.values() for run in own]
+        self.tasks = list(dict.fromkeys(name for run in self.done for name in run["scores"] if name != LOSS))
+
+    def scores(self, row: str, measure: str) -> list[float]:
+        return [run["scores"][measure] for run in self.runs[row] if measure in run["scores"]]
+
+    def judge(self, finding: Finding, measure: str) -> str:
+        """`agrees`, `disagrees`, `within the noise` or `not judged`: two rows by one measure.
+
+        Noise is what the seeds come to: where the ranges of the two rows overlap, nothing is told apart. The direction
+        is that of the paper's figures for this measure or, without any, that of what it says.
+        """
+        better, worse = self.scores(finding.better, measure), self.scores(finding.worse, measure)
+        if min(len(better), len(worse)) < 2:
+            return "not judged"
+        if max(better) >= min(worse) and max(worse) >= min(better):
+            return "within the noise"
+        sign = -1 if measure == LOSS else 1
+        figures = self.table.published.get("perplexity" if measure == LOSS else measure)
+        expected = sign * (figures[finding.better] - figures[finding.worse]) if figures else 1
+        return "agrees" if (sign * (min(better) - min(worse)) > 0) == (expected > 0) else "disagrees"
+
+    def sentence(self, finding: Finding) -> str:
+        """What the paper says of two rows, and what the runs say."""
+        said: dict[str, list[str]] = {}
+        for measure in [LOSS] * self.is_loss_comparable + self.tasks:
+            said.setdefault(self.judge(finding, measure), []).append(measure)
+        wording = {
+            "agrees": "the direction agrees by",
+            "disagrees": "the direction disagrees by",
+            "within the noise": "the difference is within the noise of the seeds by",
+            "not judged": "there are too few runs to judge by",
+        }
+        here = [f"{words} {', '.join(said[verdict])}" for verdict, words in wording.items() if verdict in said]
+        better, worse = self.table.rows[finding.better], self.table.rows[finding.worse]
+        return f"**{better} against {worse}.** The paper: {finding.statement}. Here: {'; '.join(here)}."
+
+    def cells(self, row: str) -> list[str]:
+        """What stands behind a row's name."""
+        runs, losses = self.runs[row], self.scores(row, LOSS)
+        pairs = [100 * run["pair_accuracy"] for run in runs if run["pair_accuracy"] is not None]
+        numbers = {"parameters": format_count, "tokens": format_count, "passes": "{:.1f}".format}
+        numbers |= {"seconds": format_duration}
+        return [
+            str(len(runs)),
+            *(form(statistics.median(run[name] for run in runs)) if runs else "–" for name, form in numbers.items()),
+            spread(losses, 3),
+            spread([math.exp(loss) for loss in losses], 0 if min(losses, default=0) > 4 else 2),
+            spread(pairs, 1),
+            *(spread(self.scores(row, task), 1) for task in self.tasks),
+        ]
+
+    def to_markdown(self, head: str) -> str:
+        """The runs, the paper's figures, a sentence a finding, and how to read them.
+
+        Args:
+            head: text to begin with.
+        """
+        rows = self.table.rows
+        names = ["", "runs", "parameters", "tokens", "passes", "time", LOSS, "perplexity", "pairs", *self.tasks]
+        lines = [names] + [[title, *self.cells(row)] for row, title in rows.items()]
+        majority = self.done[0]["majority"]
+        lines.append(["*commonest answer*", *[""] * 8, *(f"{majority[task]:.1f}" for task in self.tasks)])
+        text = [head, "", *rows_of(lines), ""]
+        if published := self.table.published:
+            figures = [[title, *(f"{values[row]:g}" for values in published.values())] for row, title in rows.items()]
+            text += [*rows_of([["the paper", *published], *figures]), ""]
+        text += [*(f"- {self.sentence(finding)}" for finding in self.table.findings), ""]
+
+        seeds = min(map(len, self.runs.values()))
+        chance = f", which {2 / math.comb(2 * seeds, seeds):.0%} of the pairs of equal rows do by chance" * (seeds > 1)
+        notes = [
+            "Medians over runs with a seed each, from pretraining on, and their range; GLUE dev and pairs told apart in"
+            f" percent. A difference counts where the two ranges do not overlap{chance}.",
+            "Tokens are without padding; time is of pretraining, beside other work on the same cores.",
+            "Held-out losses are of the same blocks under the same masks in all rows, for each seed."
+            if self.is_loss_comparable
+            else "Held-out losses are of each row's own tokens or blocks, and not compared between rows.",
+        ]
+        return "\n".join([*text, *notes]) + "\n"
+
+    def plot(self, path: Path) -> None:
+        """Every run and the median of each row, by each measure."""
+        measures, rows = [LOSS, *self.tasks], self.table.rows
+        figure = Figure(figsize=(2.6 * len(measures) + 2, 1.4 + 0.5 * len(rows)), layout="constrained")
+        panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+        for axes, measure in zip(panels, measures, strict=True):
+            for place, values in enumerate(self.scores(row, measure) for row in rows):
+                axes.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
+                axes.plot(statistics.median(values or [math.nan]), place, "|", color="tab:red", markersize=18)
+            unit = "percent" if measure != LOSS else "nats" if self.is_loss_comparable else "nats, not to be compared"
+            axes.set(title=measure, xlabel=unit)
+            axes.grid(alpha=0.3, axis="x")
+        panels[0].set_yticks(range(len(rows)), labels=list(rows.values()))
+        panels[0].invert_yaxis()
+        figure.suptitle(f"{self.table.title}: runs (dots), their median (bars)")
+        figure.savefig(path, dpi=110)
+
+
+def rows_of(lines: list[list[str]]) -> list[str]:
+    """A markdown table, the first line its head."""
+    body = ["| " + " | ".join(line) + " |" for line in lines]
+    return [body[0], "| --- |" + " ---: |" * (len(lines[0]) - 1), *body[1:]]
