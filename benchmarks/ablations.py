@@ -218,10 +218,11 @@ class Study:
         """
         folder, scale = self.run_folder(row, seed), self.scale
         options = scale.shrink(options, scale.pretrain, row)
-        if blocks := scale.pretrain.get("equal_tokens", {}).get(row):
-            most = min(blocks, options["per_device_train_batch_size"])
-            micro_batch = next(size for size in range(most, 0, -1) if not blocks % size)
-            options |= {"train_batch_size": blocks, "per_device_train_batch_size": micro_batch}
+        options["train_batch_size"] = blocks = scale.pretrain.get("equal_tokens", {}).get(
+            row, options["train_batch_size"]
+        )
+        most = min(blocks, options["per_device_train_batch_size"])
+        options["per_device_train_batch_size"] = next(size for size in range(most, 0, -1) if not blocks % size)
         held_out = [scale.locate(name, corpus, self.corpora) for name, corpus in scale.eval_corpora.items()]
         options |= {
             "output_dir": str(folder / "pretrain"),

@@ -261,7 +261,9 @@ class Data:
         return found._asdict() | {"corpus": corpus, "block": block, "visit": visit}
 
     def set_eval_blocks(self, corpora: np.ndarray, blocks: np.ndarray) -> None:
-        self.eval_corpora, self.eval_blocks = corpora, blocks
+        # `eval_corpora` are counted from the end: their masks do not depend on how many there are to train on.
+        self.eval_corpora = corpora - len(self.corpora) if self.args.eval_corpora else corpora
+        self.eval_blocks = blocks
 
     def locate_eval(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Corpus, visit and block of held-out blocks; behind the last one `EMPTY` blocks."""
