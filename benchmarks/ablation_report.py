@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ablation_tables import Finding, Table
+from ablation_tables import PERPLEXITY, Finding, Table
 from matplotlib.figure import Figure
 from safetensors import safe_open
 
@@ -96,7 +96,7 @@ class Comparison:
         """`agrees`, `disagrees`, `within the noise` or `not judged`: two rows by one measure.
 
         Noise is what the seeds come to: where the ranges of the two rows overlap, nothing is told apart. The direction
-        is that of the paper's figures for this measure or, without any, that of what it says.
+        is that of the paper's figures for this measure or, where they are equal or missing, that of what it says.
         """
         better, worse = self.scores(finding.better, measure), self.scores(finding.worse, measure)
         if min(len(better), len(worse)) < 2:
@@ -104,9 +104,9 @@ class Comparison:
         if max(better) >= min(worse) and max(worse) >= min(better):
             return "within the noise"
         sign = -1 if measure == LOSS else 1
-        figures = self.table.published.get("perplexity" if measure == LOSS else measure)
-        expected = sign * (figures[finding.better] - figures[finding.worse]) if figures else 1
-        return "agrees" if (sign * (min(better) - min(worse)) > 0) == (expected > 0) else "disagrees"
+        figures = self.table.published.get(PERPLEXITY if measure == LOSS else measure)
+        published = sign * (figures[finding.better] - figures[finding.worse]) if figures else 0
+        return "agrees" if (sign * (min(better) - min(worse)) > 0) == (published >= 0) else "disagrees"
 
     def sentence(self, finding: Finding) -> str:
         """What the paper says of two rows, and what the runs say."""
@@ -120,8 +120,14 @@ class Comparison:
             "not judged": "there are too few runs to judge by",
         }
         here = [f"{words} {', '.join(said[verdict])}" for verdict, words in wording.items() if verdict in said]
-        better, worse = self.table.rows[finding.better], self.table.rows[finding.worse]
-        return f"**{better} against {worse}.** The paper: {finding.statement}. Here: {'; '.join(here)}."
+        better, worse = finding.better, finding.worse
+        text = f"**{self.table.rows[better]} against {self.table.rows[worse]}.** {finding.statement}. "
+        text += f"Here: {'; '.join(here)}."
+        if self.is_loss_comparable:
+            one, two = ({run["seed"]: run["scores"][LOSS] for run in self.runs[row]} for row in (better, worse))
+            apart = [f"{one[seed] - two[seed]:+.3f}" for seed in sorted(one.keys() & two.keys())]
+            text += f" Difference of the {LOSS}es, seed by seed: {', '.join(apart) or 'no seed of both'}."
+        return text
 
     def cells(self, row: str) -> list[str]:
         """What stands behind a row's name."""
@@ -151,7 +157,11 @@ class Comparison:
         lines.append(["*commonest answer*", *[""] * 8, *(f"{majority[task]:.1f}" for task in self.tasks)])
         text = [head, "", *rows_of(lines), ""]
         if published := self.table.published:
-            figures = [[title, *(f"{values[row]:g}" for values in published.values())] for row, title in rows.items()]
+            digits = {PERPLEXITY: 2}
+            figures = [
+                [title, *(f"{values[row]:.{digits.get(name, 1)}f}" for name, values in published.items())]
+                for row, title in rows.items()
+            ]
             text += [*rows_of([["the paper", *published], *figures]), ""]
         text += [*(f"- {self.sentence(finding)}" for finding in self.table.findings), ""]
 

@@ -1,7 +1,6 @@
-"""The paper's comparisons: which configs are the rows of a table, what they may differ in, what the paper found.
+"""The paper's comparisons: which configs are the rows of a table, what they differ in, what the paper found.
 
-The figures are the paper's (arXiv 1907.11692, Tables 1 to 4); what it ran and `ablations.py` does not (MNLI at a small
-scale, SQuAD, RACE) is quoted beside. A figure that is missing here is not in the paper.
+The figures are those of the paper (arXiv 1907.11692, Tables 1 to 4), on SQuAD and RACE too, which are not run here.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ SQUAD_1, SQUAD_2, MNLI, SST, RACE, PERPLEXITY = "SQuAD 1.1", "SQuAD 2.0", "MNLI"
 
 @dataclass(frozen=True)
 class Finding:
-    """The row `better` is above the row `worse`, on the whole, as `statement` puts it."""
+    """The row `better` is above the row `worse` on the whole, as `statement` has it."""
 
     better: str
     worse: str
@@ -73,7 +72,13 @@ TABLES = {
         "Static and dynamic masking (Table 1)",
         MASKING,
         frozenset({"masking"}),
-        [Finding("segment-pair-nsp", "static-masking", "dynamic masks are as good as static ones or slightly better")],
+        [
+            Finding(
+                "segment-pair-nsp",
+                "static-masking",
+                "The paper: dynamic masks are as good as static ones or slightly better",
+            )
+        ],
         columns(MASKING, **{SQUAD_2: [78.3, 78.7], MNLI: [84.3, 84.0], SST: [92.5, 92.9]}),
     ),
     "format": Table(
@@ -81,9 +86,13 @@ TABLES = {
         FORMAT,
         frozenset({"packing", "objective", "train_batch_size"}),
         [
-            Finding("segment-pair-nsp", "sentence-pair-nsp", "single sentences hurt"),
-            Finding("full-sentences", "segment-pair-nsp", "nothing is lost without next-sentence prediction"),
-            Finding("doc-sentences", "full-sentences", "text of one document is slightly better than of several"),
+            Finding("segment-pair-nsp", "sentence-pair-nsp", "The paper: single sentences hurt"),
+            Finding(
+                "full-sentences", "segment-pair-nsp", "The paper: nothing is lost without next-sentence prediction"
+            ),
+            Finding(
+                "doc-sentences", "full-sentences", "The paper: text of one document is slightly better than of several"
+            ),
         ],
         columns(
             FORMAT,
@@ -101,8 +110,8 @@ TABLES = {
         BATCH,
         frozenset({"train_batch_size", "max_steps", "learning_rate", "warmup_steps"}),
         [
-            Finding("batch-2k", "full-sentences", "a batch of 2K is better than one of 256"),
-            Finding("batch-8k", "full-sentences", "so is one of 8K"),
+            Finding("batch-2k", "full-sentences", "The paper: a batch of 2K is better than one of 256"),
+            Finding("batch-8k", "full-sentences", "The paper: one of 8K is better, too"),
         ],
         columns(BATCH, **{PERPLEXITY: [3.99, 3.68, 3.77], MNLI: [84.7, 85.2, 84.6], SST: [92.7, 92.9, 92.8]}),
     ),
@@ -111,9 +120,9 @@ TABLES = {
         DATA,
         frozenset({"corpora", "max_steps"}),
         [
-            Finding("data-160gb-100k", "data-16gb-100k", "ten times the text is better"),
-            Finding("data-160gb-300k", "data-160gb-100k", "three times the updates are better"),
-            Finding("data-160gb-500k", "data-160gb-300k", "five times are better still"),
+            Finding("data-160gb-100k", "data-16gb-100k", "The paper: ten times the text is better"),
+            Finding("data-160gb-300k", "data-160gb-100k", "The paper: three times the updates are better"),
+            Finding("data-160gb-500k", "data-160gb-300k", "The paper: five times are better still"),
         ],
         columns(
             DATA,
@@ -129,16 +138,22 @@ TABLES = {
         "Character-level and byte-level vocabulary (section 4.4, which has no figures)",
         VOCABULARY,
         frozenset({"tokenizer_name"}),
-        [Finding("character-vocabulary", "full-sentences", "the byte-level one is slightly worse on some tasks")],
+        [
+            Finding(
+                "character-vocabulary",
+                "full-sentences",
+                "The paper: the byte-level one is slightly worse on some tasks",
+            )
+        ],
     ),
     "systems": Table(
-        "BERT, RoBERTa and ALBERT at one budget (which the papers do not compare)",
+        "BERT, RoBERTa and ALBERT at one budget (which no table of the paper has)",
         SYSTEMS,
         frozenset({"model_type", "tokenizer_name", "packing", "objective", "masking"})
         | {f"model_config.{name}" for name in MODEL_FIELDS},
         [
-            Finding("full-sentences", "bert", "RoBERTa is better than BERT"),
-            Finding("bert", "albert", "ALBERT-base, with a ninth of the parameters, is below BERT-base"),
+            Finding("full-sentences", "bert", "The paper, with other budgets: RoBERTa is better"),
+            Finding("bert", "albert", "ALBERT's paper: with a ninth of the parameters, ALBERT-base is below"),
         ],
     ),
 }

@@ -177,7 +177,7 @@ def test_another_scale_does_not_go_on_with_runs_of_the_first(run):
 
 
 def measured(*scores: tuple[float, float]) -> list[dict]:
-    return [{"scores": {LOSS: loss, "SST-2": percent}} for loss, percent in scores]
+    return [{"seed": seed, "scores": {LOSS: loss, "SST-2": percent}} for seed, (loss, percent) in enumerate(scores)]
 
 
 @pytest.mark.parametrize(
@@ -208,6 +208,17 @@ def test_direction_is_that_of_the_papers_figure_for_the_measure():
     }
     comparison = Comparison(table, {row: ROWS[row] for row in table.rows}, runs)
     assert comparison.judge(Finding("segment-pair-nsp", "static-masking", ""), "MNLI") == "agrees"
+
+
+def test_equal_figures_of_the_paper_leave_the_direction_to_what_it_says():
+    table = TABLES["format"]
+    runs = {row: [] for row in table.rows} | {
+        "doc-sentences": [{"scores": {"MNLI": 62.0}}, {"scores": {"MNLI": 63.0}}],
+        "full-sentences": [{"scores": {"MNLI": 60.0}}, {"scores": {"MNLI": 61.0}}],
+    }
+    comparison = Comparison(table, {row: ROWS[row] for row in table.rows}, runs)
+    assert table.published["MNLI"]["doc-sentences"] == table.published["MNLI"]["full-sentences"]
+    assert comparison.judge(table.findings[2], "MNLI") == "agrees"
 
 
 def test_losses_are_compared_only_where_held_out_blocks_are_the_same():
