@@ -190,7 +190,8 @@ class Data:
             first_position=first_position(args.model_type, tokenizer.pad_token_id),
         )
         self.warmup_collator = replace(self.collator, max_seq_length=args.seq_length(0))
-        self.eval_collator = replace(self.collator, mlm_probability=args.eval_mlm_probability)
+        # Held-out blocks have one mask each, the same whatever the training masks.
+        self.eval_collator = replace(self.collator, mlm_probability=args.eval_mlm_probability, masking="dynamic")
         self.encoder = DocumentEncoder(tokenizer, args.sentence_splitter, args.language)
         self.decontaminator = Decontaminator(args.decontaminate_against)
         special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
@@ -260,7 +261,9 @@ class Data:
         return found._asdict() | {"corpus": corpus, "block": block, "visit": visit}
 
     def set_eval_blocks(self, corpora: np.ndarray, blocks: np.ndarray) -> None:
-        self.eval_corpora, self.eval_blocks = corpora, blocks
+        # `eval_corpora` are counted from the end: their masks do not depend on how many there are to train on.
+        self.eval_corpora = corpora - len(self.corpora) if self.args.eval_corpora else corpora
+        self.eval_blocks = blocks
 
     def locate_eval(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Corpus, visit and block of held-out blocks; behind the last one `EMPTY` blocks."""

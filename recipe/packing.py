@@ -277,7 +277,8 @@ def pair_up(middles: np.ndarray, ends: np.ndarray, document_ends: np.ndarray, ro
     is_single = middles == ends
 
     drawn = np.flatnonzero(~is_single & (hash64(seed, starts, 1) % np.uint64(2) == 0))
-    drawn = drawn[np.argsort((ends - middles)[drawn], kind="stable")]
+    # By length; those of one length in a random order, or neighbours would be of the same document.
+    drawn = drawn[np.lexsort((hash64(seed, starts[drawn], 2), (ends - middles)[drawn]))]
     one, two = drawn[: len(drawn) // 2 * 2 : 2], drawn[1::2]
     fits = (middles - starts)[one] + (ends - middles)[two] <= room
     fits &= (middles - starts)[two] + (ends - middles)[one] <= room

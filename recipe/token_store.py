@@ -55,7 +55,7 @@ from recipe.hygiene import Decontaminator, DocumentFilter, check_unreadable, tex
 from recipe.packing import SEGMENT, Block, BlockFormat, Packed
 from recipe.tokenizer import DocumentEncoder
 
-STORE_FORMAT, BLOCKS_FORMAT = 1, 1  # parts of the folders' names: raise them when the contents come out differently
+STORE_FORMAT, BLOCKS_FORMAT = 1, 2  # parts of the folders' names: raise them when the contents come out differently
 UNIT_TOKENS = 4_000_000  # that a unit has at least, if its shard has; one block of it is short
 LEFT_OUT = ("empty", "unreadable", "contaminated")  # documents that a store does not have, by reason
 RUN_CHARACTERS, RUN_RECORDS = 500_000, 1000  # that a worker encodes and sends together; either is enough

@@ -140,12 +140,13 @@ def test_config_of_a_run_can_be_given_again(config_file, tmp_path):
     assert parse("--config", path) == args
 
 
-SHIPPED = sorted((ROOT / "recipe" / "configs").rglob("*.yaml"))
+CONFIGS = ROOT / "recipe" / "configs"
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_shipped_config_is_complete_and_opens_with_its_command(path: Path):
-    cls = {"tokenizer": TokenizerArguments, "pretrain": PretrainArguments, "glue": GlueArguments}[path.parent.name]
+    kind = path.relative_to(CONFIGS).parts[0]
+    cls = {"tokenizer": TokenizerArguments, "pretrain": PretrainArguments, "glue": GlueArguments}[kind]
     given = yaml.safe_load(path.read_text())
     transient = {"resume_from_checkpoint", "dry_run", "prepare_only"}
     assert set(given) | transient == {field.name for field in dataclasses.fields(cls)} | transient
