@@ -46,7 +46,7 @@ def main() -> None:
     args.check_lanes(accelerator.num_processes)
     data = (StreamedData if args.streaming else CachedData)(args, tokenizer)
     identity = identity_of(args) | {"tokenizer": tokenizer_checksum(tokenizer)}
-    wanted = on_main(accelerator, lambda: fetch_checkpoint(args.resume_from_checkpoint, run.path))
+    wanted = on_main(accelerator, lambda: fetch_checkpoint(args))
     checkpoint, saved, lines = ckpt.open_checkpoint(run.checkpoints, wanted, identity, asdict(args))
     publisher = Publisher(args, accelerator.is_main_process, tokenizer.save_pretrained, build_card)
     args.hub_model_id, warnings = on_main(accelerator, lambda: publisher.check(is_fresh=checkpoint is None))
@@ -84,7 +84,7 @@ def main() -> None:
             accelerator, args, objective, optimizer, scheduler, data, state, run, identity, lanes, publisher
         )
     if not is_complete:
-        log([f"stopped after update {state.step:,}; go on with --resume_from_checkpoint latest"])
+        log([f"stopped after update {state.step:,}; go on with --resume_from_checkpoint latest", *publisher.waiting()])
         return
     if accelerator.is_main_process:
         ckpt.export_model(run.model, accelerator.unwrap_model(objective).model, tokenizer)

@@ -173,7 +173,8 @@ def describe_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str
     return [
         f"changed since the checkpoint: `{name}` {saved.get(name)} -> {value}"
         for name, value in current.items()
-        if saved.get(name) != value and name != "resume_from_checkpoint"
+        # The repository's full name is found out later, and stands in the last line of the log.
+        if saved.get(name) != value and name not in ("resume_from_checkpoint", "hub_model_id")
     ]
 
 

@@ -33,7 +33,7 @@ from huggingface_hub import HfApi, constants, get_token, set_client_factory, sna
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from tqdm import tqdm
 
-from recipe.config import PretrainArguments, UserError, check_repo_id, did_you_mean, report_user_errors
+from recipe.config import PretrainArguments, UserError, check_repo_id, did_you_mean, identity_of, report_user_errors
 
 SCHEME = "hub://"
 STATE_FILES = ("optimizer.pt", "state.json", "manifest.json")  # of a checkpoint, beside the model
@@ -84,12 +84,15 @@ def retrying(action: Callable[[], Result], what: str) -> Result:
         wait *= 2
 
 
-def check_access(repo_id: str, private: bool | None, is_fresh: bool, dry_run: bool) -> tuple[str, list[str]]:
+def check_access(
+    repo_id: str, private: bool | None, identity: dict[str, Any], is_fresh: bool, dry_run: bool
+) -> tuple[str, list[str]]:
     """Find out before training whether checkpoints can be pushed, and create the repository.
 
     Args:
         repo_id: with or without a namespace.
         private: of a new repository.
+        identity: the fields that define the run's experiment.
         is_fresh: whether the run begins now, and its repository must be empty.
         dry_run: create nothing.
 
@@ -108,7 +111,7 @@ def check_access(repo_id: str, private: bool | None, is_fresh: bool, dry_run: bo
     api, doing = HfApi(), "the token"
     try:
         user = api.whoami()
-        if (role := user["auth"].get("accessToken", {}).get("role")) == "read":
+        if (role := user.get("auth", {}).get("accessToken", {}).get("role")) == "read":
             raise UserError(
                 f"`push_to_hub` needs a token that may write, and the one of {user['name']} has the role {role}; make "
                 "another at https://huggingface.co/settings/tokens"
@@ -120,11 +123,7 @@ def check_access(repo_id: str, private: bool | None, is_fresh: bool, dry_run: bo
         if not dry_run:
             api.create_repo(repo_id, private=private, exist_ok=True)
         check_writing(api, repo_id)
-        if is_fresh and set(api.list_repo_files(repo_id)) - {".gitattributes", "README.md"}:
-            raise UserError(
-                f"`hub_model_id` {repo_id} already holds files; choose another or, to go on from its checkpoints, give "
-                f"--resume_from_checkpoint {SCHEME}{repo_id}"
-            )
+        check_contents(api, repo_id, identity, is_fresh)
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         if refused := refusal(error):
             raise UserError(
@@ -142,6 +141,29 @@ def check_writing(api: HfApi, repo_id: str) -> None:
     except HfHubHTTPError as error:
         if error.response.status_code != 409:
             raise
+
+
+def check_contents(api: HfApi, repo_id: str, identity: dict[str, Any], is_fresh: bool) -> None:
+    """
+    Raises:
+        UserError: the repository holds something else than earlier checkpoints of the run.
+    """
+    files = set(api.list_repo_files(repo_id)) - {".gitattributes", "README.md"}
+    if not files:
+        return
+    if is_fresh:
+        raise UserError(
+            f"`hub_model_id` {repo_id} already holds files; choose another or, to go on from its checkpoints, give "
+            f"--resume_from_checkpoint {SCHEME}{repo_id}"
+        )
+    theirs = {}
+    if "config.yaml" in files:
+        theirs = yaml.safe_load(Path(api.hf_hub_download(repo_id, "config.yaml")).read_text())
+    if different := [name for name, value in identity.items() if theirs.get(name) != value]:
+        raise UserError(
+            f"`hub_model_id` {repo_id} holds another experiment, with other values of {', '.join(different)}; choose "
+            "another"
+        )
 
 
 def list_waiting(run: Path) -> list[Path]:
@@ -247,14 +269,15 @@ class Publisher:
         self.folder = self.run / "hub"
         self.log_file = self.folder / "log.txt"
         self.process: subprocess.Popen[bytes] | None = None
-        self.logged = 0  # bytes of the log that were shown
+        self.logged = self.log_file.stat().st_size if self.log_file.exists() else 0  # bytes that were shown
 
     def check(self, is_fresh: bool) -> tuple[str | None, list[str]]:
         """The repository's id and lines for the log; see `check_access`."""
         if not self.args.push_to_hub:
             return self.args.hub_model_id, []
         repo_id = self.args.hub_model_id or self.run.resolve().name
-        return check_access(repo_id, self.args.hub_private_repo, is_fresh, self.args.dry_run)
+        identity = identity_of(self.args)
+        return check_access(repo_id, self.args.hub_private_repo, identity, is_fresh, self.args.dry_run)
 
     def publish(self, checkpoint: Path, is_last: bool) -> None:
         """Have a checkpoint pushed, if the strategy says so; whatever fails is a warning."""
@@ -311,6 +334,10 @@ class Publisher:
                     tqdm.write(f"hub: {line}")
                 self.logged += len(new)
 
+    def waiting(self) -> list[str]:
+        """Lines for the log of a run that stops before its end."""
+        return describe_waiting(self.run) if self.is_active else []
+
     def finish(self) -> list[str]:
         """Wait for what is being pushed.
 
@@ -320,6 +347,8 @@ class Publisher:
         if not self.is_active:
             return []
         if self.process is not None:
+            if self.process.poll() is None:
+                tqdm.write(f"hub: pushing {', '.join(path.name for path in list_waiting(self.run))}")
             try:
                 self.process.wait(LAST_PUSH_SECONDS)
             except subprocess.TimeoutExpired:
@@ -328,20 +357,18 @@ class Publisher:
         return [f"hub: {constants.ENDPOINT}/{self.args.hub_model_id}", *describe_waiting(self.run)]
 
 
-def fetch_checkpoint(uri: str | None, run: Path) -> str | None:
-    """Download a checkpoint from the hub into the folder of a run that begins with it; metrics.jsonl comes along.
-
-    Args:
-        uri: `hub://user/name`, with `@` and a revision (a tag `step-…`, say) for another than the latest; anything else
-            that `resume_from_checkpoint` may be is given back as it is.
-        run: the folder.
+def fetch_checkpoint(args: PretrainArguments) -> str | None:
+    """Download the checkpoint that `resume_from_checkpoint` names on the hub, with the metrics that lead up to it, into
+    the folder of a run that begins with it.
 
     Returns:
-        the checkpoint's path, in `run/checkpoints`; whether it is whole is yet to be verified.
+        `resume_from_checkpoint` or, if that was on the hub, the path of the copy; whether it is whole is yet to be
+        verified. None if it is only looked for, since the run does not begin now.
 
     Raises:
         UserError: there is no such repository, revision or training state, or the hub cannot be reached.
     """
+    uri, run = args.resume_from_checkpoint, Path(args.output_dir)
     if uri is None or not uri.startswith(SCHEME):
         return uri
     repo_id, _, revision = uri.removeprefix(SCHEME).partition("@")
@@ -349,6 +376,7 @@ def fetch_checkpoint(uri: str | None, run: Path) -> str | None:
     limit_requests()
     api, revision = HfApi(), revision or "main"
     temporary = run / "checkpoints" / ".from-hub"
+    begins = not (args.dry_run or args.prepare_only)
     patterns = ["config.json", "model*.safetensors*", *STATE_FILES, "metrics.jsonl"]
 
     def download() -> None:
@@ -358,7 +386,8 @@ def fetch_checkpoint(uri: str | None, run: Path) -> str | None:
                 f"`resume_from_checkpoint` {uri} has no {', '.join(lacking)}: it was pushed without `hub_strategy: "
                 "checkpoint`, as a model alone; go on from that by `model_name_or_path`"
             )
-        snapshot_download(repo_id, revision=revision, local_dir=temporary, allow_patterns=patterns)
+        if begins:
+            snapshot_download(repo_id, revision=revision, local_dir=temporary, allow_patterns=patterns)
 
     try:
         retrying(download, f"downloading {uri}")
@@ -368,6 +397,8 @@ def fetch_checkpoint(uri: str | None, run: Path) -> str | None:
         raise UserError(f"`resume_from_checkpoint` {uri}: {repo_id} has {', '.join(tags) or 'no tags'}{near}") from None
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise UserError(f"`resume_from_checkpoint` {uri} cannot be downloaded: {reason(error)}") from None
+    if not begins:
+        return None
     shutil.rmtree(temporary / ".cache", ignore_errors=True)  # the library's notes on the download
     if (temporary / "metrics.jsonl").exists():
         (temporary / "metrics.jsonl").replace(run / "metrics.jsonl")

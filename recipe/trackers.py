@@ -68,10 +68,12 @@ def tracking(accelerator: Accelerator, run: Path, arguments: dict[str, Any]) -> 
 
 
 def log_metrics(accelerator: Accelerator, record: dict[str, Any]) -> None:
-    """A line of metrics.jsonl to all trackers, its figures named as `Trainer` does: `train/loss`, `eval/loss`."""
+    """A line of metrics.jsonl to all trackers: `train/loss` or `eval/loss`, as `Trainer` names them, and of the corpora
+    `corpora/books/tokens`."""
     if accelerator.is_main_process:
-        values = flatten(record, "eval" if "eval_loss" in record else "train")
-        call_trackers(accelerator, "log", values, step=record["step"])
+        values = {name: value for name, value in record.items() if name not in ("step", "corpora")}
+        values = flatten(values, "eval" if "eval_loss" in record else "train")
+        call_trackers(accelerator, "log", values | flatten(record.get("corpora", {}), "corpora"), step=record["step"])
 
 
 def call_trackers(accelerator: Accelerator, method: str, *args: Any, **kwargs: Any) -> None:

@@ -102,6 +102,13 @@ def test_every_checkpoint_is_a_model_on_the_hub_and_a_place_to_go_on_from(hub, c
     assert result.returncode == 2
     assert "is damaged: optimizer.pt has" in result.stderr
 
+    # A run that goes on does not push into another one's repository.
+    other = push_flags | {"output_dir": tmp_path / "other", "seed": 1, "save_steps": 6}
+    assert client.pretrain(other | {"push_to_hub": "false"}).returncode == 0
+    result = client.pretrain(other | {"hub_model_id": REPO, "resume_from_checkpoint": "latest"})
+    assert result.returncode == 2
+    assert f"`hub_model_id` {REPO} holds another experiment, with other values of seed" in result.stderr
+
     # Another machine, with an empty folder, goes on from the second of the three.
     again = push_flags | {"output_dir": tmp_path / "again", "hub_model_id": "ann/again"}
     again |= {"resume_from_checkpoint": f"hub://{REPO}@step-00000004"}
@@ -189,7 +196,7 @@ def others(hub: HubServer) -> None:
     hub.repos["lab/ours"].tags["step-00000002"] = hub.repos["lab/ours"].branches["main"]
 
 
-IMPORT = "import sys; from recipe.hub import *\n"
+IMPORT = "import sys; from recipe.config import parse_config; from recipe.hub import *\n"
 
 
 @pytest.mark.parametrize(
@@ -205,9 +212,7 @@ IMPORT = "import sys; from recipe.hub import *\n"
     ],
 )
 def test_right_to_push_is_checked(hub, others, tmp_path, token, repo_id, expected):
-    code = (
-        "import sys; from recipe.hub import *\nwith report_user_errors(): check_access(sys.argv[1], None, True, False)"
-    )
+    code = IMPORT + "with report_user_errors(): check_access(sys.argv[1], None, {}, True, False)"
     result = Client(hub.url, tmp_path / "home", token).run("-c", code, repo_id)
     assert result.returncode == 2, result.stderr
     for part in expected:
@@ -223,12 +228,13 @@ def test_right_to_push_is_checked(hub, others, tmp_path, token, repo_id, expecte
         ("hub://lab/a/b", ["`resume_from_checkpoint` is 'lab/a/b'"]),
     ],
 )
-def test_checkpoint_that_is_not_on_the_hub_is_named(others, client, tmp_path, uri, expected):
-    code = IMPORT + "with report_user_errors(): fetch_checkpoint(sys.argv[1], Path(sys.argv[2]))"
-    result = client.run("-c", code, uri, tmp_path / "run")
+def test_checkpoint_that_is_not_on_the_hub_is_named(others, client, flags, tmp_path, uri, expected):
+    code = IMPORT + "args = parse_config(PretrainArguments, '')\nwith report_user_errors(): fetch_checkpoint(args)"
+    result = client.run("-c", code, *command_line(flags | {"resume_from_checkpoint": uri}))
     assert result.returncode == 2, result.stderr
     for part in expected:
         assert part in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_does_not_begin_without_the_right_to_push(hub, push_flags, tmp_path):
