@@ -11,7 +11,9 @@ from accelerate.utils import gather_object
 from transformers.utils.logging import disable_progress_bar
 
 from recipe import checkpoint as ckpt
+from recipe.card import build_card, write_card
 from recipe.config import PretrainArguments, identity_of, parse_config, report_user_errors
+from recipe.hub import Publisher, fetch_checkpoint
 from recipe.loader import CachedData, StreamedData
 from recipe.metrics import TrainState
 from recipe.model import build_config, build_model
@@ -20,13 +22,14 @@ from recipe.optimizer import build_optimizer, build_scheduler
 from recipe.plan import describe_plan
 from recipe.run_directory import RunDirectory, environment
 from recipe.tokenizer import load_tokenizer, tokenizer_checksum
-from recipe.training import start_accelerator, train
+from recipe.trackers import tracking
+from recipe.training import on_main, start_accelerator, train
 
 
 def main() -> None:
     args = parse_config(PretrainArguments, __doc__)
     disable_progress_bar()  # transformers' own, one for each file that it writes
-    accelerator = start_accelerator()
+    accelerator = start_accelerator(args.report_to, args.output_dir)
     run = RunDirectory(args.output_dir, accelerator.is_main_process, gather_object([os.getpid()]))
     if not args.prepare_only:
         run.check(args.resume_from_checkpoint)
@@ -43,12 +46,11 @@ def main() -> None:
     args.check_lanes(accelerator.num_processes)
     data = (StreamedData if args.streaming else CachedData)(args, tokenizer)
     identity = identity_of(args) | {"tokenizer": tokenizer_checksum(tokenizer)}
-    checkpoint, saved = None, {}
-    if args.resume_from_checkpoint is not None:
-        checkpoint, saved, lines = ckpt.open_checkpoint(
-            run.checkpoints, args.resume_from_checkpoint, identity, asdict(args)
-        )
-        log(lines)
+    wanted = on_main(accelerator, lambda: fetch_checkpoint(args))
+    checkpoint, saved, lines = ckpt.open_checkpoint(run.checkpoints, wanted, identity, asdict(args))
+    publisher = Publisher(args, accelerator.is_main_process, tokenizer.save_pretrained, build_card)
+    args.hub_model_id, warnings = on_main(accelerator, lambda: publisher.check(is_fresh=checkpoint is None))
+    log(lines + warnings)
     torch.manual_seed(args.seed)
     model = build_model(model_config, args.model_name_or_path, args.predicts_pairs)
     if args.streaming or not args.dry_run:  # a stream is opened in seconds
@@ -77,18 +79,19 @@ def main() -> None:
     if accelerator.is_main_process:
         ckpt.set_aside_later(run.checkpoints, state.step)
     run.write_status("running", state.step)
-    try:
-        is_complete = train(accelerator, args, objective, optimizer, scheduler, data, state, run, identity, lanes)
-    except BaseException as error:
-        run.write_status("failed", state.step, f"{type(error).__name__}: {error}")
-        raise
+    with run.noting_failure(lambda: state.step), tracking(accelerator, run.path, asdict(args)):
+        is_complete = train(
+            accelerator, args, objective, optimizer, scheduler, data, state, run, identity, lanes, publisher
+        )
     if not is_complete:
-        log([f"stopped after update {state.step:,}; go on with --resume_from_checkpoint latest"])
+        log([f"stopped after update {state.step:,}; go on with --resume_from_checkpoint latest", *publisher.waiting()])
         return
     if accelerator.is_main_process:
         ckpt.export_model(run.model, accelerator.unwrap_model(objective).model, tokenizer)
+        write_card(run.path, run.model)
+        publisher.publish(ckpt.checkpoint_path(run.checkpoints, state.step), is_last=True)
     run.write_status("complete", state.step)
-    log([f"model: {run.model}", f"loss plot: {run.loss_plot}"])
+    log([f"model: {run.model}", f"loss plot: {run.loss_plot}", *publisher.finish()])
 
 
 if __name__ == "__main__":

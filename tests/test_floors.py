@@ -22,12 +22,14 @@ FLOORS = [
         "metrics",
         "plots",
         "run_directory",
+        "trackers",
         "glue_tasks",
+        "hub",
         "jobs",
     },
     {"token_store", "streaming", "plan", "finetuning", "glue_report"},
-    {"loader", "glue"},
-    {"training"},
+    {"loader", "glue", "card"},
+    {"training", "glue_card"},
     {"demo"},
 ]
 
