@@ -8,6 +8,7 @@ memory is left to the CUDA context and to fragments. Eager: compiled, a row take
 """
 
 import argparse
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ SHAPES = {
     "base": {},
     "large": {"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16},
 }
-LENGTH, MAX_MASKED = 512, 77
+LENGTH, MASKED_SHARE = 512, 0.15
 USABLE = 0.9
 
 
@@ -47,7 +48,7 @@ def kept_bytes(config: RobertaConfig, rows: int, gradient_checkpointing: bool) -
     """Parameters, and bytes that a micro-batch's forward pass leaves, in bf16 autocast, dropout's masks apart."""
     with FakeTensorMode():
         model = build_model(config, None).train()
-        objective = MaskedLMObjective(model, MAX_MASKED, gradient_checkpointing)
+        objective = MaskedLMObjective(model, MASKED_SHARE, gradient_checkpointing)
         ids = torch.zeros(rows, LENGTH, dtype=torch.long)
         weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         with kept_tensors(weights) as kept, torch.autocast("cpu", dtype=torch.bfloat16):
@@ -70,7 +71,8 @@ def largest(shape: str, gigabytes: float, gradient_checkpointing: bool) -> int:
     row = row_bytes(config, gradient_checkpointing)
     parameters, one = kept_bytes(config, 1, gradient_checkpointing)
     fixed = 16 * parameters + one - row
-    row += MAX_MASKED * config.vocab_size * (4 + 2)  # gradients of the logits, in float32 and bf16
+    # Gradients of the logits, in float32 and bf16.
+    row += math.ceil(MASKED_SHARE * LENGTH) * config.vocab_size * (4 + 2)
     if gradient_checkpointing:  # the layer that is computed again
         three, two = (
             RobertaConfig(**(config.to_dict() | {"num_hidden_layers": number, "dtype": None})) for number in (3, 2)

@@ -13,8 +13,12 @@ def describe_plan(args: PretrainArguments, config: PreTrainedConfig, num_process
     with torch.device("meta"):
         parameters = count_parameters(build_model(config, None, args.predicts_pairs))
     accumulation = args.gradient_accumulation_steps(num_processes)
-    positions = args.max_steps * args.train_batch_size * args.max_seq_length
-    flops = positions * model_flops_per_token(config, args.max_seq_length, args.mlm_probability, args.predicts_pairs)
+    short = args.positions(min(args.max_steps, args.seq_length_warmup_steps))
+    positions = args.positions(args.max_steps)
+    flops = sum(
+        count * model_flops_per_token(config, length, args.mlm_probability, args.predicts_pairs)
+        for count, length in ((short, args.seq_length(0)), (positions - short, args.max_seq_length))
+    )
     return [
         f"model: {config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{config.vocab_size:,} entries, {format_count(parameters)} parameters",
