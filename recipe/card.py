@@ -232,11 +232,14 @@ def format_seen(counts: dict[str, float]) -> list[str]:
 def procedure(run: Run) -> list[str]:
     config = run.config
     clipping = f"clipped to a norm of {config['max_grad_norm']:g}" if config["max_grad_norm"] else "not clipped"
+    blocks = f"{config['packing']}, {config['max_seq_length']} tokens"
+    if config["seq_length_warmup_steps"]:
+        blocks += f"; of each the first quarter for {config['seq_length_warmup_steps']:,} updates"
     rows = [
         ["", ""],
         ["objective", OBJECTIVES[config["objective"]]],
         ["masks", f"{config['masking']}, {config['mlm_probability']:.0%} of the tokens"],
-        ["blocks", f"{config['packing']}, {config['max_seq_length']} tokens"],
+        ["blocks", blocks],
         ["batch", f"{config['train_batch_size']:,} blocks"],
         ["updates", f"{run.step:,} of {config['max_steps']:,}"],
         [

@@ -359,13 +359,13 @@ class PretrainArguments:
                 f"`objective` is {self.objective}, which cannot use blocks of `packing` {self.packing}; give it "
                 f"{' or '.join(OBJECTIVE_PACKINGS[self.objective])}"
             )
+        if self.hub_model_id is not None:
+            check_repo_id("hub_model_id", self.hub_model_id)
         if self.seq_length_warmup_steps and self.packing not in ONE_PART_PACKINGS:
             raise UserError(
                 f"`seq_length_warmup_steps` cuts blocks, and those of `packing` {self.packing} have parts that belong "
                 f"together; give it {' or '.join(ONE_PART_PACKINGS)}, or 0 updates"
             )
-        if self.hub_model_id is not None:
-            check_repo_id("hub_model_id", self.hub_model_id)
         if self.streaming:
             self.check_streaming()
         if self.warmup_steps > self.max_steps:

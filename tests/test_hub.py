@@ -7,15 +7,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load, load_file
 
+from recipe.hub import Publisher, list_waiting
 from tests.conftest import ROOT, command_line, learning
 from tests.hub_server import Fault, HubServer, Repo, serve
 
 REPO = "ann/run"
+
+
+IMPORT = "import sys; from recipe.config import parse_config; from recipe.hub import *\n"
 
 
 @pytest.fixture
@@ -71,9 +76,10 @@ def on_hub(hub: HubServer, revision: str) -> dict[str, bytes]:
 LOAD = """
 import sys
 from transformers import AutoModelForMaskedLM, AutoTokenizer
-repo, revision, target = sys.argv[1:]
-AutoModelForMaskedLM.from_pretrained(repo, revision=revision).save_pretrained(target)
-AutoTokenizer.from_pretrained(repo, revision=revision).save_pretrained(target)
+repo, folder, *revisions = sys.argv[1:]
+for revision in revisions:
+    AutoModelForMaskedLM.from_pretrained(repo, revision=revision).save_pretrained(f"{folder}/{revision}")
+    AutoTokenizer.from_pretrained(repo, revision=revision).save_pretrained(f"{folder}/{revision}")
 """
 
 
@@ -101,13 +107,6 @@ def test_every_checkpoint_is_a_model_on_the_hub_and_a_place_to_go_on_from(hub, c
     result = client.pretrain(push_flags | damaged)
     assert result.returncode == 2
     assert "is damaged: optimizer.pt has" in result.stderr
-
-    # A run that goes on does not push into another one's repository.
-    other = push_flags | {"output_dir": tmp_path / "other", "seed": 1, "save_steps": 6}
-    assert client.pretrain(other | {"push_to_hub": "false"}).returncode == 0
-    result = client.pretrain(other | {"hub_model_id": REPO, "resume_from_checkpoint": "latest"})
-    assert result.returncode == 2
-    assert f"`hub_model_id` {REPO} holds another experiment, with other values of seed" in result.stderr
 
     # Another machine, with an empty folder, goes on from the second of the three.
     again = push_flags | {"output_dir": tmp_path / "again", "hub_model_id": "ann/again"}
@@ -156,34 +155,80 @@ def test_what_is_refused_on_the_way_waits_and_is_pushed_later(hub, client, push_
     result = client.push(tmp_path / "run", 60)
     assert result.returncode == 0, result.stderr
     assert list(hub.repos[REPO].tags) == waiting
-    assert "nothing" in client.push(tmp_path / "run", 60).stdout
+    assert "waits to be pushed" in client.push(tmp_path / "run", 60).stdout
 
 
-def test_a_hub_that_hangs_is_given_up(hub, client, push_flags, tmp_path):
-    hub.faults = [Fault(403, "POST .*/preupload/")]
-    assert client.pretrain(push_flags | {"hub_strategy": "end"}).returncode == 0
-    hub.faults = [Fault("hang", "PUT /lfs/")]
+@pytest.fixture
+def waiting_run(tmp_path: Path) -> Path:
+    """A run whose last checkpoint is not on the hub yet."""
+    run = tmp_path / "run"
+    (run / "hub" / "step-00000006").mkdir(parents=True)
+    (run / "hub" / "step-00000006" / "model.safetensors").write_bytes(b"weights")
+    (run / "config.yaml").write_text("{push_to_hub: true, hub_model_id: run, hub_private_repo: true}")
+    return run
+
+
+@pytest.mark.parametrize("request_that_hangs", ["POST /api/repos", "POST .*preupload", "PUT /lfs/", "POST .*/commit/"])
+def test_a_hub_that_hangs_is_given_up(hub, client, waiting_run, request_that_hangs):
+    hub.faults = [Fault("hang", request_that_hangs)]
     started = time.monotonic()
-    result = client.push(tmp_path / "run", 1)
+    result = client.push(waiting_run, 0.5)
     assert result.returncode == 1
-    assert "not pushed: step-00000006" in result.stdout
+    assert "not pushed: step-00000006: " in result.stdout
     assert time.monotonic() - started < 60
+    hub.faults = []
+    assert client.push(waiting_run, 60).returncode == 0
+    assert hub.repos[REPO].private
+    assert on_hub(hub, "step-00000006")["model.safetensors"] == b"weights"
 
 
-def test_least_recent_of_what_waits_makes_room(hub, client, push_flags, tmp_path):
-    hub.faults = [Fault(403, "POST .*/commit/")]
-    result = client.pretrain(push_flags | {"save_steps": 1, "save_total_limit": 2})
-    assert result.returncode == 0, result.stderr
-    for step in (2, 3, 4):
-        assert f"step-{step:08d} could not be pushed in time" in result.stdout
-    assert "not on the hub yet: step-00000001, step-00000005, step-00000006" in result.stdout
+def test_answer_that_is_lost_makes_no_second_commit(hub, client, waiting_run):
+    hub.faults = [Fault("cut", "POST .*/tag/", times=1)]
+    result = client.push(waiting_run, 60)
+    assert result.returncode == 0
+    assert "trying again" in result.stdout
+    assert list(hub.repos[REPO].messages.values()) == ["initial commit", "step-00000006"]
 
 
-def test_hub_that_is_down_is_a_warning(client, flags, tmp_path):
-    nowhere = Client("http://127.0.0.1:9", tmp_path / "home")
-    result = nowhere.pretrain(flags | {"push_to_hub": "true", "hub_model_id": REPO, "dry_run": "true"})
+def test_training_state_of_an_earlier_checkpoint_does_not_stay_beside_a_model(hub, client, waiting_run):
+    hub.repos[REPO] = Repo(private=False)
+    hub.repos[REPO].commit("main", {"optimizer.pt": b"old", "glue.json": b"old", "NOTES.md": b"the user's"}, "before")
+    assert client.push(waiting_run, 60).returncode == 0
+    assert set(on_hub(hub, "main")) == {"NOTES.md", "model.safetensors"}
+
+
+def test_oldest_of_what_waits_makes_room_but_for_what_is_being_pushed(tmp_path, capsys):
+    args = SimpleNamespace(push_to_hub=True, output_dir=tmp_path, hub_strategy="every_save", save_total_limit=2)
+    publisher = Publisher(args, True, lambda folder: None, lambda run, model: "card")
+    for step in range(1, 7):
+        checkpoint = tmp_path / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "model.safetensors").write_bytes(b"weights")
+        (checkpoint / "optimizer.pt").write_bytes(b"moments")
+        publisher.stage(checkpoint)
+    assert [path.name[-1] for path in list_waiting(tmp_path)] == ["1", "5", "6"]
+    printed = capsys.readouterr().out
+    assert all(f"step-{step:08d} could not be pushed in time" in printed for step in (2, 3, 4))
+    staged = list_waiting(tmp_path)[-1]
+    assert {file.name for file in staged.iterdir()} == {"README.md", "model.safetensors"}
+    assert (staged / "model.safetensors").samefile(checkpoint / "model.safetensors")  # takes no disk
+
+
+def test_hub_that_is_down_is_a_warning(tmp_path):
+    code = IMPORT + "print(check_access(sys.argv[1], None, {}, True, False))"
+    result = Client("http://127.0.0.1:9", tmp_path / "home").run("-c", code, REPO)
     assert result.returncode == 0, result.stderr
     assert "warning: the hub cannot be reached" in result.stdout
+
+
+def test_disk_that_is_full_is_a_warning(tmp_path, capsys, monkeypatch):
+    def no_room(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("recipe.hub.Publisher.stage", no_room)
+    args = SimpleNamespace(push_to_hub=True, output_dir=tmp_path, hub_strategy="every_save", save_total_limit=2)
+    Publisher(args, True, lambda folder: None, lambda run, model: "card").publish(tmp_path / "step-00000001", False)
+    assert "warning: step-00000001 is not pushed to the hub: OSError" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -194,9 +239,6 @@ def others(hub: HubServer) -> None:
         hub.repos[name] = Repo(private=False)
         hub.repos[name].commit("main", {"model.safetensors": b"weights"}, "a model")
     hub.repos["lab/ours"].tags["step-00000002"] = hub.repos["lab/ours"].branches["main"]
-
-
-IMPORT = "import sys; from recipe.config import parse_config; from recipe.hub import *\n"
 
 
 @pytest.mark.parametrize(
@@ -217,6 +259,19 @@ def test_right_to_push_is_checked(hub, others, tmp_path, token, repo_id, expecte
     assert result.returncode == 2, result.stderr
     for part in expected:
         assert part in result.stderr
+
+
+def test_repository_of_another_experiment_is_left_alone(hub, client):
+    hub.repos["lab/ours"] = Repo(private=False)
+    hub.repos["lab/ours"].commit("main", {"config.yaml": b"{seed: 1, packing: contiguous}"}, "a model")
+    code = (
+        IMPORT
+        + "with report_user_errors(): check_access(*sys.argv[1:], {'packing': 'contiguous', 'seed': %d}, False, False)"
+    )
+    assert client.run("-c", code % 1, "lab/ours", "").returncode == 0
+    result = client.run("-c", code % 2, "lab/ours", "")
+    assert result.returncode == 2
+    assert "`hub_model_id` lab/ours holds another experiment, with other values of seed" in result.stderr
 
 
 @pytest.mark.parametrize(
