@@ -12,7 +12,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
@@ -22,7 +21,7 @@ from recipe.glue_report import format_notes, format_rows, row_title
 from recipe.glue_tasks import HUB_ID
 from recipe.hub import GLUE_FILE
 from recipe.metrics import format_count, format_duration
-from recipe.run_directory import read_records, write_atomically
+from recipe.run_directory import read_config, read_records, write_atomically
 
 RECIPE = "roberta-pretraining-recipe"  # tag of all cards
 NAMES = {"roberta": "RoBERTa", "bert": "BERT", "albert": "ALBERT"}
@@ -74,7 +73,7 @@ class Run:
 
     def __init__(self, path: Path, model: Path) -> None:
         self.path = path
-        self.config = yaml.safe_load((path / "config.yaml").read_text())
+        self.config = read_config(path)
         self.environment = self.config["environment"]
         self.step = json.loads((path / "status.json").read_text())["step"]
         records = [record for record in read_records(path / "metrics.jsonl") if record["step"] <= self.step]

@@ -34,6 +34,7 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from tqdm import tqdm
 
 from recipe.config import PretrainArguments, UserError, check_repo_id, did_you_mean, identity_of, report_user_errors
+from recipe.run_directory import read_config
 
 SCHEME = "hub://"
 STATE_FILES = ("optimizer.pt", "state.json", "manifest.json")  # of a checkpoint, beside the model
@@ -214,7 +215,7 @@ def push_waiting(run: Path) -> None:
     config_file = run / "config.yaml"
     if not config_file.is_file():
         raise UserError(f"RUN_DIR {run} holds no run: it has no config.yaml; name the `output_dir` of pretrain.py")
-    config = yaml.safe_load(config_file.read_text())
+    config = read_config(run)
     if not list_waiting(run):
         print(f"nothing in {run} waits to be pushed")
         return
@@ -234,7 +235,7 @@ def stage_card(run: Path) -> list[str]:
     Returns:
         for the log: what waits.
     """
-    if not yaml.safe_load((run / "config.yaml").read_text())["push_to_hub"]:
+    if not read_config(run)["push_to_hub"]:
         return []
     step = json.loads((run / "status.json").read_text())["step"]
     folder = run / "hub" / f"step-{step:08d}-card"

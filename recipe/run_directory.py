@@ -8,14 +8,16 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 
-from recipe.config import UserError, check_output_dir, to_yaml
+from recipe.config import PretrainArguments, UserError, check_output_dir, to_yaml
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "sentencex", "numpy")
 
@@ -72,6 +74,12 @@ def read_records(file: Path) -> list[dict[str, Any]]:
         return []
     # What stands behind the last line break was not written to its end.
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """config.yaml of a run; what it lacks, since the code was older, has its default."""
+    defaults = {option.name: option.default for option in fields(PretrainArguments) if option.default is not MISSING}
+    return defaults | yaml.safe_load((run / "config.yaml").read_text())
 
 
 class RunDirectory:

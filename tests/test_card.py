@@ -117,6 +117,14 @@ def test_card_of_a_checkpoint_says_how_far_it_is(run):
     assert "after 3 updates" in text
 
 
+def test_run_of_older_code_has_a_card(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for name in ("license", "push_to_hub", "masking"):
+        del config[name]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "license: apache-2.0" in build_card(run, run / "model")
+
+
 def test_corpora_of_the_hub_are_linked_and_named_in_the_metadata(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     corpus = config["corpora"][0] | {"path": "wikimedia/wikipedia", "config_name": "20231101.en", "weight": 2.0}
