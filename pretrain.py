@@ -17,7 +17,7 @@ from recipe.metrics import TrainState
 from recipe.model import build_config, build_model
 from recipe.objectives import OBJECTIVES, compile_in_place
 from recipe.optimizer import build_optimizer, build_scheduler
-from recipe.plan import describe_plan
+from recipe.plan import describe_plan, print_plan
 from recipe.run_directory import RunDirectory, environment
 from recipe.tokenizer import load_tokenizer, tokenizer_checksum
 from recipe.training import start_accelerator, train
@@ -28,12 +28,16 @@ def main() -> None:
     disable_progress_bar()  # transformers' own, one for each file that it writes
     accelerator = start_accelerator()
     run = RunDirectory(args.output_dir, accelerator.is_main_process, gather_object([os.getpid()]))
-    if not args.prepare_only:
-        run.check(args.resume_from_checkpoint)
 
     def log(lines: list[str]) -> None:
         for line in lines:
             accelerator.print(line, flush=True)
+
+    if args.dry_run:
+        print_plan(args, accelerator, run)
+        return
+    if not args.prepare_only:
+        run.check(args.resume_from_checkpoint)
 
     tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path)
     model_config = build_config(
@@ -51,10 +55,9 @@ def main() -> None:
         log(lines)
     torch.manual_seed(args.seed)
     model = build_model(model_config, args.model_name_or_path, args.predicts_pairs)
-    if args.streaming or not args.dry_run:  # a stream is opened in seconds
-        data.prepare(accelerator.process_index)
-        log(data.describe())
-    if args.dry_run or args.prepare_only:
+    data.prepare(accelerator.process_index)
+    log(data.describe())
+    if args.prepare_only:
         return
     identity |= {"data": data.identity()}
     state, lanes = TrainState(), {}

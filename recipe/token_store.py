@@ -41,7 +41,7 @@ from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from recipe.config import PAIR_PACKINGS, CorpusArguments, UserError
+from recipe.config import PAIR_PACKINGS, CorpusArguments, UserError, existing
 from recipe.corpora import (
     STOP_WAITING,
     Part,
@@ -379,11 +379,6 @@ class TokenStore:
         check_unreadable(self.corpus.name, counts["unreadable"], max_unreadable, f"counted in {self.path}")
         if not counts["tokens"]:
             raise UserError(f"corpus {self.corpus.name!r}: {self.corpus.path} holds no text")
-
-
-def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    return next(folder for folder in [path, *path.absolute().parents] if folder.exists())
 
 
 @contextmanager

@@ -25,9 +25,9 @@ FLOORS = [
         "glue_tasks",
         "jobs",
     },
-    {"token_store", "streaming", "plan", "finetuning", "glue_report"},
+    {"token_store", "streaming", "finetuning", "glue_report"},
     {"loader", "glue"},
-    {"training"},
+    {"training", "plan"},
     {"demo"},
 ]
 
