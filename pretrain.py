@@ -65,7 +65,7 @@ def main() -> None:
         ckpt.check_identity(saved["identity"], identity, checkpoint)
         ckpt.load_weights(checkpoint, model)
         state = TrainState(**saved["train_state"])
-    objective = OBJECTIVES[args.objective](model, data.max_masked, args.gradient_checkpointing)
+    objective = OBJECTIVES[args.objective](model, args.masked_share, args.gradient_checkpointing)
     if args.torch_compile:
         log(compile_in_place(objective, accelerator.device))
     betas = (args.adam_beta1, args.adam_beta2)

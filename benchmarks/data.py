@@ -4,8 +4,9 @@ python benchmarks/data.py --tokenizer runs/tokenizer --corpora corpora/books cor
 
 Sections (`--sections` takes some of them):
 
-tokenise    text to token store and blocks, against `encode_batch` of the same tokenizer with the same threads; and with
-            two worker processes against one, beside what two bare tokenizers make of the machine
+tokenise    text to token store and blocks, against `encode_batch` of the same tokenizer with the same threads
+workers     the same with two worker processes against one, beside what two bare tokenizers make of the machine in the
+            same rounds
 load        masked batches from a store, against the stock way: `group_texts` blocks and the stock collator
 stream      text to masked batches with nothing on disk, against `encode_batch`, both on one thread
 memory      peak memory while streaming `--stream_megabytes` of text, and of one document of 100 MB in both modes
@@ -102,16 +103,18 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def in_turn(rounds: int, sides: dict[str, Callable[[], float]], over: str, under: str) -> dict[str, Any]:
-    """Rates of each side in each round, and the ratio of two."""
+def in_turn(rounds: int, sides: dict[str, Callable[[], float]], *pairs: tuple[str, str]) -> dict[str, Any]:
+    """Median rate of each side, and of each pair the median ratio, round by round, and its range."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
             rates[name].append(side())
-    ratios = [a / b for a, b in zip(rates[over], rates[under], strict=True)]
-    medians = {name: round(statistics.median(values), 3) for name, values in rates.items()}
-    ratio = round(statistics.median(ratios), 3)
-    return medians | {f"{over} / {under}": ratio, "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)]}
+    result: dict[str, Any] = {name: round(statistics.median(values), 3) for name, values in rates.items()}
+    for over, under in pairs:
+        ratios = [a / b for a, b in zip(rates[over], rates[under], strict=True)]
+        result[f"{over} / {under}"] = round(statistics.median(ratios), 3)
+        result[f"{over} / {under}, range"] = [round(min(ratios), 3), round(max(ratios), 3)]
+    return result
 
 
 def bare_rate(args: argparse.Namespace, texts: list[str], size: float, parallel: bool) -> float:
@@ -122,8 +125,9 @@ def bare_rate(args: argparse.Namespace, texts: list[str], size: float, parallel:
         return size / seconds(lambda: [backend.encode_batch(b, add_special_tokens=False) for b in batches])
 
 
-def bare_processes_rate(args: argparse.Namespace, texts: list[str], size: float, number: int) -> float:
+def bare_processes_rate(args: argparse.Namespace, size: float, number: int) -> float:
     """MB/s of `encode_batch` on one thread in each of `number` processes that share the texts: the machine's limit."""
+    texts = documents(args)
     with multiprocessing.get_context("fork").Pool(number) as pool:
         shares = [(args, texts[i::number], size / number, False) for i in range(number)]
         return number * statistics.harmonic_mean(pool.starmap(bare_rate, shares, chunksize=1))
@@ -140,36 +144,22 @@ def ours_rate(args: argparse.Namespace, size: float, parallel: bool, num_workers
 def tokenise(args: argparse.Namespace) -> dict[str, Any]:
     texts = documents(args)
     size = megabytes(texts)
-    return {
-        "megabytes": round(size, 1),
-        "all threads": in_turn(
-            args.rounds,
-            {
-                "encode_batch": lambda: bare_rate(args, texts, size, parallel=True),
-                "ours": lambda: ours_rate(args, size, parallel=True, num_workers=None),
-            },
-            over="ours",
-            under="encode_batch",
-        ),
-        "worker processes": in_turn(
-            args.rounds,
-            {
-                "one": lambda: ours_rate(args, size, parallel=False, num_workers=1),
-                "two": lambda: ours_rate(args, size, parallel=False, num_workers=2),
-            },
-            over="two",
-            under="one",
-        ),
-        "worker processes, encode_batch alone": in_turn(
-            args.rounds,
-            {
-                "one": lambda: bare_processes_rate(args, texts, size, 1),
-                "two": lambda: bare_processes_rate(args, texts, size, 2),
-            },
-            over="two",
-            under="one",
-        ),
+    sides = {
+        "encode_batch": lambda: bare_rate(args, texts, size, parallel=True),
+        "ours": lambda: ours_rate(args, size, parallel=True, num_workers=None),
     }
+    return {"megabytes": round(size, 1)} | in_turn(args.rounds, sides, ("ours", "encode_batch"))
+
+
+def workers(args: argparse.Namespace) -> dict[str, Any]:
+    size = megabytes(documents(args))
+    sides = {
+        "one": lambda: in_child(ours_rate, args, size, False, 1),
+        "two": lambda: in_child(ours_rate, args, size, False, 2),
+        "one encode_batch": lambda: in_child(bare_processes_rate, args, size, 1),
+        "two encode_batch": lambda: in_child(bare_processes_rate, args, size, 2),
+    }
+    return in_turn(args.rounds, sides, ("two", "one"), ("two encode_batch", "one encode_batch"))
 
 
 def load(args: argparse.Namespace) -> dict[str, Any]:
@@ -199,8 +189,7 @@ def load(args: argparse.Namespace) -> dict[str, Any]:
             f"{workers} workers": in_turn(
                 args.rounds,
                 {"stock": lambda w=workers: theirs(w), "ours": lambda w=workers: ours(w)},
-                over="ours",
-                under="stock",
+                ("ours", "stock"),
             )
             for workers in (0, 1)
         }
@@ -237,8 +226,7 @@ def stream(args: argparse.Namespace) -> dict[str, Any]:
     return in_turn(
         args.rounds,
         {"encode_batch": lambda: bare_rate(args, texts, size, parallel=False), "ours": ours},
-        over="ours",
-        under="encode_batch",
+        ("ours", "encode_batch"),
     )
 
 
@@ -309,8 +297,7 @@ def resume(args: argparse.Namespace) -> dict[str, Any]:
         cached = in_turn(
             max(9, args.rounds),
             {"block 10": lambda: first_update(10), "block 5,000,000": lambda: first_update(5_000_000)},
-            over="block 5,000,000",
-            under="block 10",
+            ("block 5,000,000", "block 10"),
         )
         texts = documents(args)
         path = Path(folder) / "large.jsonl.gz"
@@ -452,7 +439,7 @@ def one_pass(data: StreamedData, corpus: int, lane: int) -> list[int]:
     return found
 
 
-SECTIONS = {f.__name__: f for f in (tokenise, load, stream, memory, resume, exact, counts)}
+SECTIONS = {f.__name__: f for f in (tokenise, workers, load, stream, memory, resume, exact, counts)}
 
 
 def main() -> None:

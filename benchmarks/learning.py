@@ -53,7 +53,7 @@ def curve(args: argparse.Namespace, accelerator: Accelerator, folder: str, stock
     data.prepare(0)
     torch.manual_seed(seed)
     model = build_model(build_config(MODEL, None, tokenizer, 128), None)
-    module = model if stock else MaskedLMObjective(model, data.max_masked)
+    module = model if stock else MaskedLMObjective(model, arguments.masked_share)
     module, optimizer = accelerator.prepare(
         module, build_optimizer(module, args.learning_rate, (0.9, 0.98), 1e-6, 0.01)
     )

@@ -18,12 +18,12 @@ SHAPES = {
     "base": {},
     "large": {"num_hidden_layers": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16},
 }
-LENGTH, MAX_MASKED, VOCAB_SIZE = 512, 77, 50_265
+LENGTH, MASKED_SHARE, VOCAB_SIZE = 512, 0.15, 50_265
 
 
 def make_objective(shape: str, gradient_checkpointing: bool) -> MaskedLMObjective:
     config = RobertaConfig(**ROBERTA_DEFAULTS, **SHAPES[shape], vocab_size=VOCAB_SIZE)
-    return MaskedLMObjective(build_model(config, None), MAX_MASKED, gradient_checkpointing)
+    return MaskedLMObjective(build_model(config, None), MASKED_SHARE, gradient_checkpointing)
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
         for checkpointing in (False, True):
             name = shape + (", gradient_checkpointing" if checkpointing else "")
             make = partial(make_objective, shape, checkpointing)
-            memory = compute_memory(make, 1, LENGTH, MAX_MASKED, "bf16", on_gpu=True)
+            memory = compute_memory(make, 1, LENGTH, "bf16", on_gpu=True)
             table[name] = [memory.largest_micro_batch(size * 1e9) for size in args.gigabytes]
             print(f"{name:30}" + "".join(f"{size:>11}" for size in table[name]))
     if args.output:

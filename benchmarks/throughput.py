@@ -20,6 +20,7 @@ its own.
 import argparse
 import gc
 import itertools
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -81,7 +82,7 @@ class Side:
 class HeadEverywhere(nn.Module):
     """The objective without its gathers: all of the last layer, and the head at every position."""
 
-    def __init__(self, model: nn.Module, max_masked: int, gradient_checkpointing: bool) -> None:
+    def __init__(self, model: nn.Module, masked_share: float, gradient_checkpointing: bool) -> None:
         super().__init__()
         self.model = model
 
@@ -108,12 +109,13 @@ class HeadEverywhere(nn.Module):
 class LastLayerEverywhere(HeadEverywhere):
     """The objective with the head at masked positions, and all of the last layer."""
 
-    def __init__(self, model: nn.Module, max_masked: int, gradient_checkpointing: bool) -> None:
-        super().__init__(model, max_masked, gradient_checkpointing)
-        self.max_masked = max_masked
+    def __init__(self, model: nn.Module, masked_share: float, gradient_checkpointing: bool) -> None:
+        super().__init__(model, masked_share, gradient_checkpointing)
+        self.masked_share = masked_share
 
     def select(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        self.slots = (labels != -100).to(torch.uint8).topk(self.max_masked, dim=1, sorted=False).indices
+        num_slots = math.ceil(self.masked_share * labels.shape[1])
+        self.slots = (labels != -100).to(torch.uint8).topk(num_slots, dim=1, sorted=False).indices
         return hidden.gather(1, self.slots[:, :, None].expand(-1, -1, hidden.shape[2]))
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,7 +188,7 @@ class Bench:
     def our_updates(self, side: Side) -> Iterator[int]:
         data = self.data(side)
         model = self.model()
-        objective = side.objective(model, data.collator.max_masked, side.gradient_checkpointing)
+        objective = side.objective(model, data.args.masked_share, side.gradient_checkpointing)
         if side.torch_compile:
             compile_in_place(objective, self.accelerator.device)
         adamw = build_optimizer(objective, 1e-4, (0.9, 0.98), 1e-6, 0.01)

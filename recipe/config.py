@@ -22,6 +22,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+# Whose blocks are of one part: they can be cut short, and do not depend on what comes after the next one.
+ONE_PART_PACKINGS = ("full_sentences", "contiguous")
 PAIR_PACKINGS = ("segment_pair", "sentence_pair", "sentence_order")
 OBJECTIVE_PACKINGS = {"next_sentence": ("segment_pair", "sentence_pair"), "sentence_order": ("sentence_order",)}
 
@@ -204,6 +206,9 @@ class PretrainArguments:
     have neighbours from the same documents in training; `eval_corpora` do not."""
     max_seq_length: int = identity(default=512)
     """Tokens in a block, `<s>` and `</s>` included."""
+    seq_length_warmup_steps: int = identity(default=0)
+    """Updates at the start in which only the first quarter of each block is read, as many blocks an update as ever:
+    faster and, at its end, behind by the tokens that were not read. Of `full_sentences` and `contiguous`."""
     mlm_probability: float = identity(default=0.15)
     """Share of the tokens to predict; 80 % become `<mask>`, 10 % a random token, 10 % stay (paper, section 2.3)."""
     eval_mlm_probability: float = identity(default=0.15)
@@ -313,6 +318,7 @@ class PretrainArguments:
             require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
         for name in (
             "warmup_steps",
+            "seq_length_warmup_steps",
             "eval_blocks",
             "max_unreadable_documents",
             "dataloader_num_workers",
@@ -342,6 +348,11 @@ class PretrainArguments:
                 f"`objective` is {self.objective}, which cannot use blocks of `packing` {self.packing}; give it "
                 f"{' or '.join(OBJECTIVE_PACKINGS[self.objective])}"
             )
+        if self.seq_length_warmup_steps and self.packing not in ONE_PART_PACKINGS:
+            raise UserError(
+                f"`seq_length_warmup_steps` cuts blocks, and those of `packing` {self.packing} have parts that belong "
+                f"together; give it {' or '.join(ONE_PART_PACKINGS)}, or 0 updates"
+            )
         if self.streaming:
             self.check_streaming()
         if self.warmup_steps > self.max_steps:
@@ -353,6 +364,21 @@ class PretrainArguments:
     @property
     def predicts_pairs(self) -> bool:
         return self.objective in OBJECTIVE_PACKINGS
+
+    @property
+    def masked_share(self) -> float:
+        """The most of a row that is masked, in training or evaluation."""
+        return max(self.mlm_probability, self.eval_mlm_probability)
+
+    def seq_length(self, update: int) -> int:
+        """Positions of a block in an update, counted from 0."""
+        return self.max_seq_length // 4 if update < self.seq_length_warmup_steps else self.max_seq_length
+
+    def positions(self, updates: int) -> int:
+        """Positions in the first so many updates."""
+        short = min(updates, self.seq_length_warmup_steps)
+        lengths = short * self.seq_length(0) + (updates - short) * self.max_seq_length
+        return self.train_batch_size * lengths
 
     def check_streaming(self) -> None:
         if self.masking == "static":

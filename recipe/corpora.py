@@ -48,14 +48,13 @@ class SourceError(UserError):
 
 
 class Part(NamedTuple):
-    """Every `of`-th run of `stride` records, beginning with run `number`."""
+    """Every `of`-th record, beginning with record `number`."""
 
     number: int = 0
     of: int = 1
-    stride: int = 1
 
     def has(self, index: int) -> bool:
-        return index // self.stride % self.of == self.number
+        return index % self.of == self.number
 
 
 WHOLE = Part()

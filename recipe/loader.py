@@ -111,7 +111,7 @@ class MicroBatches(torch.utils.data.Dataset):
     Args:
         locate: positions (n,) -> corpus, visit and block of each, (n,) integers.
         example: corpus, visit, block -> example for the collator.
-        collator: examples -> batch.
+        collator: of an update: examples -> batch.
         batch_size: blocks in an update.
         micro_batch_size: blocks in a micro-batch of one process.
         process_index, num_processes: which share of an update is this process's.
@@ -119,7 +119,7 @@ class MicroBatches(torch.utils.data.Dataset):
 
     locate: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
     example: Callable[[int, int, int], dict[str, Any]]
-    collator: DynamicMaskingCollator
+    collator: Callable[[int], DynamicMaskingCollator]
     batch_size: int
     micro_batch_size: int
     process_index: int
@@ -139,7 +139,8 @@ class MicroBatches(torch.utils.data.Dataset):
             self.located = list(zip(*(array.tolist() for array in self.locate(positions)), strict=True))
             self.update = update
         first = (number * self.num_processes + self.process_index) * self.micro_batch_size
-        return self.collator([self.example(*where) for where in self.located[first : first + self.micro_batch_size]])
+        rows = self.located[first : first + self.micro_batch_size]
+        return self.collator(update)([self.example(*where) for where in rows])
 
     def iterate(
         self, first_update: int, last_update: int, num_workers: int
@@ -188,7 +189,9 @@ class Data:
             masking=args.masking,
             first_position=first_position(args.model_type, tokenizer.pad_token_id),
         )
-        self.eval_collator = replace(self.collator, mlm_probability=args.eval_mlm_probability)
+        self.warmup_collator = replace(self.collator, max_seq_length=args.seq_length(0))
+        # Held-out blocks have one mask each, the same whatever the training masks.
+        self.eval_collator = replace(self.collator, mlm_probability=args.eval_mlm_probability, masking="dynamic")
         self.encoder = DocumentEncoder(tokenizer, args.sentence_splitter, args.language)
         self.decontaminator = Decontaminator(args.decontaminate_against)
         special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
@@ -200,10 +203,11 @@ class Data:
         ids = np.array(special, self.encoder.dtype)
         self.empty_block = Block(ids, np.array([len(ids)], np.int32), -100, 0)
 
-    @property
-    def max_masked(self) -> int:
-        """The most tokens that a row can have masked, in training or evaluation."""
-        return max(self.collator.max_masked, self.eval_collator.max_masked)
+    def train_collator(self, update: int) -> DynamicMaskingCollator:
+        return self.warmup_collator if update < self.args.seq_length_warmup_steps else self.collator
+
+    def collator_of_eval(self, _: int) -> DynamicMaskingCollator:
+        return self.eval_collator
 
     def shares(self, corpora: list[CorpusArguments], sizes: list[float]) -> list[int]:
         """`eval_blocks` by weight, by default by size."""
@@ -257,7 +261,9 @@ class Data:
         return found._asdict() | {"corpus": corpus, "block": block, "visit": visit}
 
     def set_eval_blocks(self, corpora: np.ndarray, blocks: np.ndarray) -> None:
-        self.eval_corpora, self.eval_blocks = corpora, blocks
+        # `eval_corpora` are counted from the end: their masks do not depend on how many there are to train on.
+        self.eval_corpora = corpora - len(self.corpora) if self.args.eval_corpora else corpora
+        self.eval_blocks = blocks
 
     def locate_eval(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Corpus, visit and block of held-out blocks; behind the last one `EMPTY` blocks."""
@@ -272,7 +278,7 @@ class Data:
         return MicroBatches(
             locate=self.locate_eval,
             example=self.example,
-            collator=self.eval_collator,
+            collator=self.collator_of_eval,
             batch_size=-(-len(self.eval_blocks) // rows) * rows,
             micro_batch_size=self.args.per_device_eval_batch_size,
             process_index=process_index,
@@ -431,7 +437,7 @@ class CachedData(Data):
         batches = MicroBatches(
             locate=self.order.locate,
             example=self.example,
-            collator=self.collator,
+            collator=self.train_collator,
             batch_size=self.args.train_batch_size,
             micro_batch_size=self.args.per_device_train_batch_size,
             process_index=process_index,
@@ -623,7 +629,8 @@ class StreamedData(Data):
                 block._asdict() | {"corpus": corpus, "block": number, "visit": 0}
                 for corpus, number, block in lanes.draw(update, arrived)
             ]
-            batches = [self.collator(examples[at : at + size]) for at in range(0, len(examples), size)]
+            collator = self.train_collator(update)
+            batches = [collator(examples[at : at + size]) for at in range(0, len(examples), size)]
             rows = np.concatenate([batch.pop("rows").numpy() for batch in batches])
             counts = Counts.of_rows(rows, len(self.names))
             for (_, corpus), buffer in lanes.buffers.items():

@@ -32,7 +32,7 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
     Departure from fairseq: `<s>` and `</s>` are never masked.
 
     Attributes:
-        max_seq_length: tokens in a row; shorter blocks are padded.
+        max_seq_length: tokens in a row; shorter blocks are padded, longer ones of one part cut.
         packing: the format of the blocks, which decides what beside ids and labels a batch has.
         masking: `dynamic`, or `static`: the masks of a visit are those of ten visits before.
         first_position: number of a row's first position. Padding has the one before (RoBERTa: the pad token's id), if
@@ -52,11 +52,6 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         self.is_special = is_special
         self.ordinary_ids = np.flatnonzero(~is_special)
 
-    @property
-    def max_masked(self) -> int:
-        """The most tokens that a row can have masked."""
-        return int(np.ceil(self.mlm_probability * self.max_seq_length))
-
     def __call__(
         self, examples: Sequence[dict[str, Any]], return_tensors: str | None = None
     ) -> dict[str, torch.Tensor]:
@@ -72,6 +67,7 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
             shared by documents that do not see each other, or `token_type_ids` of pairs, beside (batch,) `pair_label`.
             `rows`: (batch, 6) int64, see `ROW`, for counting; not for the model.
         """
+        examples = [self.cut(example) for example in examples]
         lengths = np.array([len(example["input_ids"]) for example in examples])
         input_ids = np.full((len(examples), self.max_seq_length), self.tokenizer.pad_token_id, np.int64)
         for row, example in zip(input_ids, examples, strict=True):
@@ -105,6 +101,15 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         rows = [corpora, lengths, documents, is_masked.sum(1), pairs, digests.astype(np.int64)]
         batch["rows"] = np.stack(rows, axis=1)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+    def cut(self, example: dict[str, Any]) -> dict[str, Any]:
+        """The head of a block that is too long, between `<s>` and `</s>` as the whole was."""
+        if len(example["input_ids"]) <= self.max_seq_length:
+            return example
+        head, separator = example["input_ids"][: self.max_seq_length].copy(), self.tokenizer.sep_token_id
+        head[-1] = separator
+        documents = int(np.count_nonzero(head[:-1] == separator))
+        return example | {"input_ids": head, "spans": np.array([len(head)], np.int32), "documents": documents}
 
     def number_parts(self, examples: Sequence[dict[str, Any]], first: int, padding: int) -> np.ndarray:
         """(batch, max_seq_length) int64: which part of its row a position is in, counted from `first`."""

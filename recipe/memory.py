@@ -1,5 +1,6 @@
 """What fits into a device's memory: computed before anything runs, and found by trying when something did not fit."""
 
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,13 +62,13 @@ class StepMemory:
 
 
 def compute_memory(
-    make_objective: Callable[[], nn.Module], rows: int, length: int, max_masked: int, precision: str, on_gpu: bool
+    make_objective: Callable[[], nn.Module], rows: int, length: int, precision: str, on_gpu: bool
 ) -> StepMemory:
     """What training an objective takes.
 
     Args:
         make_objective: an objective with its model, from a batch to what it measures: (sums, counts).
-        rows, length, max_masked: of a micro-batch; `max_masked` tokens of each of its rows are predicted.
+        rows, length: of a micro-batch.
         precision: as accelerate calls it.
         on_gpu: whether dropout keeps what it keeps on a GPU, one byte an element, and attention nothing of it.
     """
@@ -77,7 +78,8 @@ def compute_memory(
             replace_dropout(objective)
         parameters = sum(parameter.numel() for parameter in objective.parameters())
         peaks = [peak_bytes(objective, size, length, precision) for size in (rows, MANY, 2 * MANY)]
-    logits = LOGIT_BYTES * rows * max_masked * objective.model.config.vocab_size
+    slots = rows * math.ceil(objective.masked_share * length)
+    logits = LOGIT_BYTES * slots * objective.model.config.vocab_size
     gradients = 4 * parameters
     return StepMemory(
         parameters=parameters,

@@ -62,8 +62,9 @@ class TrainState:
             if skipped is None:
                 self.window[name] = [total + value for total, value in zip(window, values, strict=True)]
 
-    def padding_share(self, max_seq_length: int) -> float:
-        return 1 - self.tokens / (self.blocks * max_seq_length)
+    def padding_share(self, positions: int) -> float:
+        """Of all positions so far."""
+        return 1 - self.tokens / positions
 
     def take_means(self) -> dict[str, float | None]:
         """Means since the last time, losses in nats; None if every update was skipped."""
@@ -150,7 +151,7 @@ def train_record(
     watch: Stopwatch,
     learning_rate: float,
     grad_norm: float,
-    max_seq_length: int,
+    positions: int,
     corpora: dict[str, dict[str, float]],
     flops_share: float,
     peak_memory: int,
@@ -178,7 +179,7 @@ def train_record(
         "peak_memory": peak_memory,
         "data_wait_share": round(watch.waited / seconds, 4),
         "seconds_per_update": round(seconds / watch.steps, 4),
-        "padding_share": round(state.padding_share(max_seq_length), 4),
+        "padding_share": round(state.padding_share(positions), 4),
         "data_digest": f"{state.data_digest:016x}",
         "corpora": corpora,
     }
@@ -260,9 +261,7 @@ def format_train_line(record: dict[str, Any], max_steps: int) -> str:
     )
 
 
-def format_data_line(
-    state: TrainState, corpora: dict[str, dict[str, float]], max_seq_length: int, max_steps: int
-) -> str:
+def format_data_line(state: TrainState, corpora: dict[str, dict[str, float]], positions: int, max_steps: int) -> str:
     """What has been seen of each corpus; see `train_record`."""
     seen = [
         f"{name} {format_count(corpus['tokens'])} tokens, {format_count(corpus['documents'])} documents, "
@@ -270,7 +269,7 @@ def format_data_line(
         for name, corpus in corpora.items()
     ]
     step = f"step {state.step:>{len(str(max_steps))}}/{max_steps}"
-    return f"{step}  seen: {'; '.join(seen)}; padding {state.padding_share(max_seq_length):.1%}"
+    return f"{step}  seen: {'; '.join(seen)}; padding {state.padding_share(positions):.1%}"
 
 
 def format_eval_line(record: dict[str, Any], max_steps: int) -> str:

@@ -2,6 +2,7 @@
 sentences and with sentence order.
 """
 
+import math
 from typing import ClassVar
 
 import torch
@@ -127,16 +128,16 @@ PARTS = {"roberta": RobertaParts, "bert": BertParts, "albert": AlbertParts}
 class MaskedLMObjective(nn.Module):
     """Masked language modelling with the last layer and the head at masked positions only.
 
-    A row's masked positions are gathered into `max_masked` slots, so that every shape is static and nothing waits for
-    the device; slots that a row does not use are ignored by the loss. At 15 % that leaves out 85 % of the projection
-    to the vocabulary, a quarter of all FLOPs of roberta-base, and most of the last layer, whose other outputs nothing
-    reads: only its keys and values are needed everywhere.
+    A row's masked positions are gathered into as many slots as there can be, so that every shape is static and nothing
+    waits for the device; slots that a row does not use are ignored by the loss. At 15 % that leaves out 85 % of the
+    projection to the vocabulary, a quarter of all FLOPs of roberta-base, and most of the last layer, whose other
+    outputs nothing reads: only its keys and values are needed everywhere.
 
     The model inside stays a plain model of transformers.
 
     Args:
         model: the model to train.
-        max_masked: the most masked tokens that a row can have.
+        masked_share: of a row's positions, the most that can be masked.
         gradient_checkpointing: keep only each layer's input for the backward pass.
 
     Attributes:
@@ -148,10 +149,10 @@ class MaskedLMObjective(nn.Module):
     measures: ClassVar[dict[str, str]] = {"loss": "masked"}
     leading_slots = 0
 
-    def __init__(self, model: PreTrainedModel, max_masked: int, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, masked_share: float, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.max_masked = max_masked
+        self.masked_share = masked_share
         self.gradient_checkpointing = gradient_checkpointing
         self.parts = PARTS[model.config.model_type](model)
         # Accelerate's FSDP wraps the classes named here, and nothing, silently, where the attribute is missing.
@@ -192,7 +193,8 @@ class MaskedLMObjective(nn.Module):
         Returns:
             of each of `measures` the sum, float32, and what it is to be divided by, int64: (measures,).
         """
-        slots = (labels != -100).to(torch.uint8).topk(self.max_masked, dim=1, sorted=False).indices
+        num_slots = math.ceil(self.masked_share * labels.shape[1])
+        slots = (labels != -100).to(torch.uint8).topk(num_slots, dim=1, sorted=False).indices
         slot_labels = labels.gather(1, slots)
         slots = F.pad(slots, (self.leading_slots, 0))
         if self.model.config.type_vocab_size == 1:
@@ -217,8 +219,8 @@ class MaskedLMObjective(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            hidden: (batch, leading_slots + max_masked, width), of the last layer.
-            labels: (batch, max_masked)
+            hidden: (batch, leading_slots + slots, width), of the last layer.
+            labels: (batch, slots)
         """
         loss_sum, count = self.measure_masked_lm(hidden, labels)
         return loss_sum[None], count[None]
@@ -237,8 +239,8 @@ class PairObjective(MaskedLMObjective):
 
     leading_slots = 1  # the first position
 
-    def __init__(self, model: PreTrainedModel, max_masked: int, gradient_checkpointing: bool = False) -> None:
-        super().__init__(model, max_masked, gradient_checkpointing)
+    def __init__(self, model: PreTrainedModel, masked_share: float, gradient_checkpointing: bool = False) -> None:
+        super().__init__(model, masked_share, gradient_checkpointing)
         self.parts.add_pair_head()
         self.pair_head = self.parts.pair_head
 

@@ -12,14 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recipe.config import PAIR_PACKINGS
+from recipe.config import ONE_PART_PACKINGS, PAIR_PACKINGS
 from recipe.hashing import hash64
 
 SEGMENT = np.dtype([("start", np.int64), ("length", np.int32), ("ends_document", np.bool_)])
 # Whether the second part of a pair follows the first, is from elsewhere, or they are swapped; nothing to tell of one.
 CONTINUES, RANDOM, SWAPPED, SINGLE = 0, 1, 1, -100
-# Formats whose blocks do not depend on what comes after the next one, so that packing can stop and go on anywhere.
-STABLE = ("full_sentences", "contiguous")
 
 
 class Packed(NamedTuple):
@@ -96,7 +94,7 @@ class BlockFormat:
         """
         cls, sep = [self.cls_token_id], [self.sep_token_id]
         documents = int(np.count_nonzero(ends_document))
-        if self.packing in STABLE:
+        if self.packing in ONE_PART_PACKINGS:
             parts = [part for segment in ids for part in (sep, segment)]
             input_ids = np.concatenate([cls, *parts[1:], sep], dtype=ids[0].dtype, casting="unsafe")
             return Block(input_ids, np.array([len(input_ids)], np.int32), label, documents)
@@ -279,7 +277,8 @@ def pair_up(middles: np.ndarray, ends: np.ndarray, document_ends: np.ndarray, ro
     is_single = middles == ends
 
     drawn = np.flatnonzero(~is_single & (hash64(seed, starts, 1) % np.uint64(2) == 0))
-    drawn = drawn[np.argsort((ends - middles)[drawn], kind="stable")]
+    # By length; those of one length in a random order, or neighbours would be of the same document.
+    drawn = drawn[np.lexsort((hash64(seed, starts[drawn], 2), (ends - middles)[drawn]))]
     one, two = drawn[: len(drawn) // 2 * 2 : 2], drawn[1::2]
     fits = (middles - starts)[one] + (ends - middles)[two] <= room
     fits &= (middles - starts)[two] + (ends - middles)[one] <= room

@@ -283,13 +283,10 @@ def check_memory(args: PretrainArguments, config: PreTrainedConfig, hardware: Ha
 
     def make_objective() -> nn.Module:
         model = build_model(config, None, args.predicts_pairs)
-        return OBJECTIVES[args.objective](model, max_masked, args.gradient_checkpointing)
+        return OBJECTIVES[args.objective](model, args.masked_share, args.gradient_checkpointing)
 
     rows = args.per_device_train_batch_size
-    max_masked = math.ceil(max(args.mlm_probability, args.eval_mlm_probability) * args.max_seq_length)
-    memory = compute_memory(
-        make_objective, rows, args.max_seq_length, max_masked, hardware.precision, on_gpu=hardware.is_gpu
-    )
+    memory = compute_memory(make_objective, rows, args.max_seq_length, hardware.precision, on_gpu=hardware.is_gpu)
     parts = ("weights", "gradients", "optimizer", "activations", "logits")
     sizes = " + ".join(f"{name} {format_bytes(getattr(memory, name))}" for name in parts)
     text = f"{format_bytes(memory.total)} of {format_bytes(hardware.memory)} = {sizes} (computed, not compiled)"
@@ -335,21 +332,19 @@ def describe_plan(args: PretrainArguments, config: PreTrainedConfig, num_process
         f"{config.vocab_size:,} entries, {format_count(parameters)} parameters",
         f"update: {args.train_batch_size:,} blocks of {args.max_seq_length} = {num_processes} processes x "
         f"{args.per_device_train_batch_size} a micro-batch x {accumulation} accumulated",
-        f"run: {args.max_steps:,} updates, {format_count(count_positions(args))} positions, "
+        f"run: {args.max_steps:,} updates, {format_count(args.positions(args.max_steps))} positions, "
         f"{format_count(count_flops(args, config))} FLOPs; "
         f"learning rate {args.learning_rate:g} after {args.warmup_steps:,} updates, then to zero",
     ]
 
 
-def count_positions(args: PretrainArguments) -> int:
-    """Of the whole run, padding and special tokens included."""
-    return args.max_steps * args.train_batch_size * args.max_seq_length
-
-
 def count_flops(args: PretrainArguments, config: PreTrainedConfig) -> float:
     """Of the whole run."""
-    return count_positions(args) * model_flops_per_token(
-        config, args.max_seq_length, args.mlm_probability, args.predicts_pairs
+    short = args.positions(min(args.max_steps, args.seq_length_warmup_steps))
+    long = args.positions(args.max_steps) - short
+    return sum(
+        positions * model_flops_per_token(config, length, args.mlm_probability, args.predicts_pairs)
+        for positions, length in ((short, args.seq_length(0)), (long, args.max_seq_length))
     )
 
 
@@ -365,7 +360,7 @@ def describe_passes(args: PretrainArguments, tokens: dict[str, float]) -> str:
     for corpus, size, weight in zip(args.corpora, sizes, weights, strict=True):
         share = weight / sum(weights)
         is_known = not math.isnan(share * size)
-        times = f"{format_count(share * count_positions(args) / size)} times, {share:.1%} of the blocks"
+        times = f"{format_count(share * args.positions(args.max_steps) / size)} times, {share:.1%} of the blocks"
         passes.append(f"{corpus.name} {times if is_known else 'unknown'}")
     return "passes: " + "; ".join(passes)
 
@@ -373,7 +368,7 @@ def describe_passes(args: PretrainArguments, tokens: dict[str, float]) -> str:
 def describe_time(args: PretrainArguments, config: PreTrainedConfig, hardware: Hardware) -> str:
     """Hours of training at the MFU that is measured or assumed; what comes before it is not counted."""
     flops = count_flops(args, config)
-    mfu, source = find_mfu(hardware, flops / count_positions(args))
+    mfu, source = find_mfu(hardware, flops / args.positions(args.max_steps))
     seconds = flops / (hardware.count * hardware.flops * mfu) * (RECOMPUTED if args.gradient_checkpointing else 1)
     hours = hardware.count * seconds / 3600
     precision = "float32" if hardware.precision == "no" else hardware.precision

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from recipe.config import UserError
+from recipe.config import ONE_PART_PACKINGS, UserError
 from recipe.corpora import Part, Source
 from recipe.hashing import hash64
 from recipe.hygiene import DocumentFilter
-from recipe.packing import STABLE, Block, BlockFormat
+from recipe.packing import Block, BlockFormat
 from recipe.sampling import LaneOrder
 from recipe.tokenizer import DocumentEncoder
 
@@ -130,7 +130,7 @@ class CorpusReader(NamedTuple):
         ends = packed.block_ends.tolist()
         firsts = [0, *ends[:-1]]
         rest = self.nothing
-        if self.format.packing in STABLE and not is_last:
+        if self.format.packing in ONE_PART_PACKINGS and not is_last:
             start = int(packed.segments["start"][firsts.pop()])
             rest = Remainder(
                 unit.input_ids[start:].copy(),

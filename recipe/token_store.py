@@ -28,23 +28,22 @@ import signal
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from recipe.config import PAIR_PACKINGS, CorpusArguments, UserError, existing
 from recipe.corpora import (
     STOP_WAITING,
-    Part,
     Source,
     corpus_bytes,
     digest,
@@ -56,10 +55,10 @@ from recipe.hygiene import Decontaminator, DocumentFilter, check_unreadable, tex
 from recipe.packing import SEGMENT, Block, BlockFormat, Packed
 from recipe.tokenizer import DocumentEncoder
 
-STORE_FORMAT, BLOCKS_FORMAT = 1, 1  # parts of the folders' names: raise them when the contents come out differently
+STORE_FORMAT, BLOCKS_FORMAT = 1, 2  # parts of the folders' names: raise them when the contents come out differently
 UNIT_TOKENS = 4_000_000  # that a unit has at least, if its shard has; one block of it is short
 LEFT_OUT = ("empty", "unreadable", "contaminated")  # documents that a store does not have, by reason
-RECORDS_AT_ONCE = 8  # that a worker encodes and sends together; of long ones there may be few in a shard
+RUN_CHARACTERS, RUN_RECORDS = 500_000, 1000  # that a worker encodes and sends together; either is enough
 # Of the arrays of a view, which are files without a head.
 DTYPES = {"segments": SEGMENT, "block_ends": np.dtype(np.int64), "labels": np.dtype(np.int8)}
 # Of a token store for each byte of text, at the least: two a token, the longest of which have some 5 bytes.
@@ -68,68 +67,105 @@ STORE_BYTES = 0.4
 
 # Of a run of records what was counted, and of each document its ids, sentence ends and the checksum of its text.
 Encoded = tuple[Counter[str], list[tuple[np.ndarray, np.ndarray, int]]]
+Record = str | UserError
 
 
-class EncodedShard(IterableDataset):
-    """A shard's documents, encoded, in the order of the shard for any number of workers.
+@dataclass(frozen=True)
+class RunEncoder:
+    """Filters and encodes a run of records; sent to each worker process once."""
 
-    Every worker reads the whole shard and parses and encodes its own part of the records.
-    """
+    name: str  # of the corpus
+    encoder: DocumentEncoder
+    decontaminator: Decontaminator
+    max_unreadable: int
 
-    def __init__(self, source: Source, shard: int, encoder: DocumentEncoder, documents: DocumentFilter) -> None:
-        self.source = source
-        self.shard = shard
-        self.encoder = encoder
-        self.documents = documents
-
-    def __iter__(self) -> Iterator[Encoded | UserError]:
-        """
-        Yields:
-            each run of records; an error as it is, since raised in a worker it would lose its type.
-        """
-        worker = get_worker_info()
-        part = Part(worker.id, worker.num_workers, RECORDS_AT_ONCE) if worker else Part(0, 1, RECORDS_AT_ONCE)
-        try:
-            yield from map(self.encode, self.runs(part)) if worker else in_threads(self.encode, self.runs(part))
-        except UserError as error:
-            yield error
-
-    def runs(self, part: Part) -> Iterator[tuple[Counter[str], list[str]]]:
-        """Of each run of records what the filter counts, and the documents that it lets through."""
-        texts: list[str] = []
-        run, counted = 0, self.documents.counts.copy()
-        for index, text in self.source.read(self.shard, 0, part):
-            # An empty run is sent too: workers take turns.
-            while index // RECORDS_AT_ONCE // part.of > run:
-                yield self.documents.counts - counted, texts
-                texts, run, counted = [], run + 1, self.documents.counts.copy()
-            if self.documents.lets_through(text):
-                texts.append(text)
-        yield self.documents.counts - counted, texts
-
-    def encode(self, run: tuple[Counter[str], list[str]]) -> Encoded:
-        counted, texts = run
+    def __call__(self, records: list[Record]) -> Encoded:
+        documents = DocumentFilter(self.name, self.max_unreadable, self.decontaminator)
+        texts = [text for text in records if documents.lets_through(text)]
         rows = [(ids, ends, text_checksum(text)) for text, (ids, ends) in zip(texts, self.encoder(texts), strict=True)]
         rows = [row for row in rows if len(row[0])]
         # A normalizer may leave nothing of a text.
-        counted["empty"] += counted["documents"] - len(rows)
-        counted["documents"] = len(rows)
-        return counted, rows
+        documents.counts["empty"] += len(texts) - len(rows)
+        documents.counts["documents"] = len(rows)
+        return documents.counts, rows
 
 
-def in_threads(function: Callable[[Any], Any], items: Iterator[Any]) -> Iterator[Any]:
-    """`map`, two at a time: while the tokenizer's threads work on one run, the sentences of another are found."""
-    with ThreadPoolExecutor(2) as threads:
+class Encoders:
+    """Runs of records to tokens, several at a time, in their order.
+
+    Whoever is free takes the next run: documents are of very different lengths, and there may be few in a shard.
+
+    Args:
+        encode_run: what is done.
+        num_workers: processes to do it with; None: two threads of this one, so that while the tokenizer's own threads
+            work on one run the sentences of another are found.
+    """
+
+    def __init__(self, encode_run: RunEncoder, num_workers: int | None) -> None:
+        self.ahead = 2 * (num_workers or 1)
+        if num_workers is None:
+            self.encode, self.pool = encode_run, ThreadPoolExecutor(2)
+        else:
+            self.encode = encode_in_worker
+            self.pool = ProcessPoolExecutor(num_workers, initializer=start_encoder, initargs=(encode_run,))
+            self.pool.submit(os.getpid).result()  # has them forked now, before there are threads
+
+    def run(self, times: int, function: Callable[[int], None]) -> None:
+        """`function(0)`, `function(1)` and so on, all at once; what one of them raises ends the others too."""
+        with ThreadPoolExecutor(times) as threads:
+            futures = [threads.submit(function, number) for number in range(times)]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            finally:
+                self.pool.shutdown(cancel_futures=True)
+
+    def map(self, runs: Iterator[list[Record]]) -> Iterator[Encoded]:
+        """
+        Raises:
+            UserError: a worker process was killed.
+        """
         pending: deque[Future] = deque()
-        for item in items:
-            pending.append(threads.submit(function, item))
-            if len(pending) > 2:
+        try:
+            for run in runs:
+                pending.append(self.pool.submit(self.encode, run))
+                if len(pending) > self.ahead:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a preprocessing worker was killed, as the system does when memory runs out; lower "
+                "`preprocessing_num_workers` and start again: finished shards are kept"
+            ) from error
 
 
-def start_worker(_: int) -> None:
+def runs_of(records: Iterable[tuple[int, Record]]) -> Iterator[list[Record]]:
+    """Records that follow each other, as many as have some hundred thousand characters."""
+    run, size = [], 0
+    for _, record in records:
+        run.append(record)
+        size += len(record) if isinstance(record, str) else 0
+        if size >= RUN_CHARACTERS or len(run) >= RUN_RECORDS:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
+
+
+def start_encoder(encode_run: RunEncoder) -> None:
+    """Prepare a worker process; what it encodes with is kept there rather than sent with every run."""
+    global worker_encoder
+    worker_encoder = encode_run
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that it works for tells it
+    start_worker()
+
+
+def encode_in_worker(run: list[Record]) -> Encoded:
+    return worker_encoder(run)
+
+
+def start_worker(_: int = 0) -> None:
     """In a worker process: one thread, since the processes are the parallelism; and no end by the SIGTERM that
     launchers send to whole groups of processes, which is for the process that trains, but only by that process's own.
     """
@@ -154,30 +190,10 @@ def as_it_is(item: Any) -> Any:
     return item
 
 
-def write_shard(
-    path: Path,
-    encoded: EncodedShard,
-    num_workers: int | None,
-    max_unreadable: int,
-    progress: Callable[[int], Any],
-) -> None:
-    """Encode a shard into `path`, with its counts beside it.
-
-    Args:
-        num_workers: processes to encode with; None: this one, on all threads.
-        progress: is told of each run's documents.
-    """
-    items = (
-        iter(encoded)
-        if num_workers is None
-        else iter(
-            DataLoader(
-                encoded, batch_size=None, num_workers=num_workers, collate_fn=as_it_is, worker_init_fn=start_worker
-            )
-        )
-    )
-    dtype = pa.from_numpy_dtype(encoded.encoder.dtype)
-    schema = pa.schema({"input_ids": pa.list_(dtype), "sentence_ends": pa.list_(pa.int32()), "checksum": pa.uint64()})
+def write_shard(path: Path, runs: Iterator[Encoded], dtype: np.dtype) -> None:
+    """Write the documents of runs, whose ids are of `dtype`, to `path`, and their counts beside it."""
+    ids_type = pa.list_(pa.from_numpy_dtype(dtype))
+    schema = pa.schema({"input_ids": ids_type, "sentence_ends": pa.list_(pa.int32()), "checksum": pa.uint64()})
     counts: Counter[str] = Counter(dict.fromkeys(("documents", "tokens", *LEFT_OUT), 0))
     for leftover in path.parent.glob(f".{path.name}.*"):  # of a killed process
         leftover.unlink()
@@ -185,13 +201,8 @@ def write_shard(
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             rows, size = [], 0
-            for item in items:
-                if isinstance(item, UserError):
-                    raise item
-                counted, documents = item
+            for counted, documents in runs:
                 counts.update(counted)
-                check_unreadable(encoded.source.corpus.name, counts["unreadable"], max_unreadable, "see above")
-                progress(len(documents))
                 for ids, ends, checksum in documents:
                     rows.append((ids, ends, checksum))
                     size += len(ids)
@@ -363,22 +374,35 @@ class TokenStore:
             UserError: the corpus cannot be read, has too many malformed documents, or does not fit on the disk.
         """
         if not self.is_complete:
+            encode_run = RunEncoder(self.corpus.name, self.encoder, self.decontaminator, max_unreadable)
             with (
                 naming_disk_errors(self.path),
                 tqdm(desc=f"tokenising {self.corpus.name}", unit=" documents", disable=process_index > 0) as bar,
             ):
                 source = self.begin()
+                encoders = Encoders(encode_run, num_workers)
 
                 def make(shard: int) -> None:
-                    documents = DocumentFilter(self.corpus.name, max_unreadable, self.decontaminator)
-                    encoded = EncodedShard(source, shard, self.encoder, documents)
-                    write_shard(self.arrow(shard), encoded, num_workers, max_unreadable, bar.update)
+                    runs = encoders.map(runs_of(source.read(shard)))
+                    write_shard(self.arrow(shard), self.watch(runs, max_unreadable, bar), self.encoder.dtype)
 
-                share(self.path, source.num_shards, process_index, self.is_done, make)
+                # Two shards at once, so that nobody is idle while the last, long document of one is encoded.
+                encoders.run(
+                    2, lambda number: share(self.path, source.num_shards, process_index + number, self.is_done, make)
+                )
         counts = self.counts()
         check_unreadable(self.corpus.name, counts["unreadable"], max_unreadable, f"counted in {self.path}")
         if not counts["tokens"]:
             raise UserError(f"corpus {self.corpus.name!r}: {self.corpus.path} holds no text")
+
+    def watch(self, runs: Iterator[Encoded], max_unreadable: int, bar: tqdm) -> Iterator[Encoded]:
+        """The runs of a shard, seen on the bar and ended by one malformed document too many."""
+        unreadable = 0
+        for counted, documents in runs:
+            unreadable += counted["unreadable"]
+            check_unreadable(self.corpus.name, unreadable, max_unreadable, "see above")
+            bar.update(len(documents))
+            yield counted, documents
 
 
 @contextmanager

@@ -169,7 +169,6 @@ def train(
 
     bare = accelerator.unwrap_model(objective)
     measures, config = bare.measures, bare.model.config
-    flops = model_flops_per_token(config, args.max_seq_length, args.mlm_probability, args.predicts_pairs)
     reachable = matmul_flops(accelerator.device, accelerator.mixed_precision) * accelerator.num_processes
     lanes: dict[tuple[int, int], Buffer] = {}  # in streaming mode, after the last update that was trained on
 
@@ -222,12 +221,14 @@ def train(
                 )
             seen = data.corpora_record(state.corpora, counts.streams)
             if state.step % args.logging_steps == 0 or is_last:
+                length = args.seq_length(state.step - 1)
+                flops = model_flops_per_token(config, length, args.mlm_probability, args.predicts_pairs)
                 record = train_record(
                     state,
                     watch,
                     learning_rate,
                     update.grad_norm,
-                    args.max_seq_length,
+                    args.positions(state.step),
                     seen,
                     flops / reachable,
                     peak_memory(accelerator.device),
@@ -241,7 +242,7 @@ def train(
                     report(record, format_eval_line(record, args.max_steps))
                 if state.step % args.save_steps == 0 or is_last or update.stopping:
                     if accelerator.is_main_process:
-                        bar.write(format_data_line(state, seen, args.max_seq_length, args.max_steps))
+                        bar.write(format_data_line(state, seen, args.positions(state.step), args.max_steps))
                     save(accelerator, args, objective, optimizer, state, run, identity, lanes)
                     saved = checkpoint_path(run.checkpoints, state.step)
             if update.stopping and not is_last:

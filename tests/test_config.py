@@ -71,6 +71,12 @@ def test_switch_may_stand_alone(config_file):
         ),
         ({"train_batch_size": 0}, [], ["train_batch_size", "0", "1 or more"]),
         ({"warmup_steps": 11, "max_steps": 10}, [], ["warmup_steps", "11", "max_steps", "10"]),
+        ({"seq_length_warmup_steps": -1}, [], ["seq_length_warmup_steps", "-1", "0 or more"]),
+        (
+            {"seq_length_warmup_steps": 5, "packing": "doc_sentences"},
+            [],
+            ["seq_length_warmup_steps", "doc_sentences", "full_sentences or contiguous"],
+        ),
         ({"mlm_probability": 1.5}, [], ["mlm_probability", "1.5"]),
         ({"tokenizer_name": None}, [], ["tokenizer_name", "missing"]),
         ({"model_name_or_path": "m"}, [], ["tokenizer_name", "model_name_or_path", "both"]),
@@ -134,12 +140,13 @@ def test_config_of_a_run_can_be_given_again(config_file, tmp_path):
     assert parse("--config", path) == args
 
 
-SHIPPED = sorted((ROOT / "recipe" / "configs").rglob("*.yaml"))
+CONFIGS = ROOT / "recipe" / "configs"
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.name}")
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_shipped_config_is_complete_and_opens_with_its_command(path: Path):
-    cls = {"tokenizer": TokenizerArguments, "pretrain": PretrainArguments, "glue": GlueArguments}[path.parent.name]
+    kind = path.relative_to(CONFIGS).parts[0]
+    cls = {"tokenizer": TokenizerArguments, "pretrain": PretrainArguments, "glue": GlueArguments}[kind]
     given = yaml.safe_load(path.read_text())
     transient = {"resume_from_checkpoint", "dry_run", "prepare_only", "num_gpus", "gpu", "price_per_gpu_hour"}
     assert set(given) | transient == {field.name for field in dataclasses.fields(cls)} | transient

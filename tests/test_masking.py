@@ -1,3 +1,4 @@
+import math
 from collections import Counter
 from dataclasses import replace
 
@@ -55,7 +56,19 @@ def test_every_row_masks_its_share_to_within_one(tokenizer, collator):
     exact = 0.15 * (LENGTH - 3)
     assert set(counts.tolist()) == {int(exact), int(exact) + 1}
     assert counts.float().mean().item() == pytest.approx(exact, abs=0.05)
-    assert counts.max() <= collator.max_masked
+    assert counts.max() <= math.ceil(0.15 * LENGTH)
+
+
+def test_long_blocks_are_cut(tokenizer, collator):
+    [example] = make_examples(tokenizer, 1)
+    batch = replace(collator, max_seq_length=40)([example])
+    text = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])[0].tolist()
+    assert text == [*example["input_ids"][:39].tolist(), tokenizer.sep_token_id]
+    assert "attention_mask" not in batch
+    rows = replace(collator, max_seq_length=LENGTH // 2 + 2)([example])["rows"][0].tolist()
+    counted = dict(zip(ROW, rows, strict=True))
+    assert (counted["tokens"], counted["documents"]) == (LENGTH // 2 + 2, 1)
+    assert len(example["input_ids"]) == LENGTH
 
 
 def test_special_tokens_are_neither_masked_nor_inserted(tokenizer, collator):

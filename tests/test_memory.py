@@ -14,11 +14,11 @@ CONFIG = RobertaConfig(**ROBERTA_DEFAULTS, **SIZES, vocab_size=5000)
 
 
 def make_objective(gradient_checkpointing: bool = False, config: RobertaConfig = CONFIG) -> MaskedLMObjective:
-    return MaskedLMObjective(build_model(config, None), 20, gradient_checkpointing)
+    return MaskedLMObjective(build_model(config, None), 0.15, gradient_checkpointing)
 
 
 def compute(rows: int = 8, gradient_checkpointing: bool = False, precision: str = "bf16", on_gpu: bool = True):
-    return compute_memory(lambda: make_objective(gradient_checkpointing), rows, 128, 20, precision, on_gpu=on_gpu)
+    return compute_memory(lambda: make_objective(gradient_checkpointing), rows, 128, precision, on_gpu=on_gpu)
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
@@ -70,7 +70,7 @@ def test_what_saves_memory_is_seen_to():
 def test_pairs_and_shared_layers_are_computed_too():
     config = AlbertConfig(**SIZES, vocab_size=5000, embedding_size=64)
     memory = compute_memory(
-        lambda: SentenceOrderObjective(build_model(config, None, predicts_pairs=True), 20), 8, 128, 20, "bf16", True
+        lambda: SentenceOrderObjective(build_model(config, None, predicts_pairs=True), 0.15), 8, 128, "bf16", True
     )
     parameters = sum(parameter.numel() for parameter in build_model(config, None, predicts_pairs=True).parameters())
     assert memory.parameters == parameters

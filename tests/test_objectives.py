@@ -57,7 +57,7 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 def test_loss_and_gradients_are_those_of_the_stock_model(tokenizer, model_type, short):
     model = make_model(tokenizer, model_type, predicts_pairs=False)
     batch = make_batch(tokenizer, model_type, short)
-    [loss_sum], [count] = MaskedLMObjective(model, 10)(**batch)
+    [loss_sum], [count] = MaskedLMObjective(model, 0.15)(**batch)
     assert count == (batch["labels"] != -100).sum()
     (loss_sum / count).backward()
     ours = gradients(model)
@@ -80,7 +80,7 @@ def test_both_losses_and_their_gradients_are_those_of_the_stock_model(
 ):
     model = make_model(tokenizer, model_type, predicts_pairs=True)
     batch = make_batch(tokenizer, model_type, short, "segment_pair")
-    sums, counts = objective_class(model, 10)(**batch)
+    sums, counts = objective_class(model, 0.15)(**batch)
     means = dict(zip(objective_class.measures, sums / counts, strict=True))
     loss, pair_loss, accuracy = means.values()
     (sums / counts).sum().backward()
@@ -105,7 +105,7 @@ def test_deep_models_with_groups_and_segment_ids_are_the_stock_ones(tokenizer, m
     fields = {"num_hidden_groups": 2, "inner_group_num": 2} if model_type == "albert" else {}
     model = make_model(tokenizer, model_type, predicts_pairs=False, num_hidden_layers=4, **fields)
     batch = make_batch(tokenizer, model_type, 2, "segment_pair")
-    [loss_sum], [count] = MaskedLMObjective(model, 10)(**batch)
+    [loss_sum], [count] = MaskedLMObjective(model, 0.15)(**batch)
     del batch["pair_label"]
     if model_type == "roberta":
         del batch["token_type_ids"]  # it has a single type
@@ -113,10 +113,10 @@ def test_deep_models_with_groups_and_segment_ids_are_the_stock_ones(tokenizer, m
 
 
 def test_pair_head_of_roberta_is_trained_beside_a_plain_model(tokenizer, model):
-    objective = NextSentenceObjective(model, 10)
+    objective = NextSentenceObjective(model, 0.15)
     batch = make_batch(tokenizer, "roberta", 2, "segment_pair")
     sums, counts = objective(**batch)
-    alone, _ = MaskedLMObjective(model, 10)(**batch)
+    alone, _ = MaskedLMObjective(model, 0.15)(**batch)
     assert sums[0].item() == pytest.approx(alone.item(), rel=1e-6)
     (sums / counts).sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in objective.pair_head.parameters())
@@ -128,14 +128,14 @@ def test_pair_head_of_roberta_is_trained_beside_a_plain_model(tokenizer, model):
     assert not [name for name in model.state_dict() if "pair" in name or "pooler" in name]
     beside = objective.beside_model()
     assert {name.split(".")[0] for name in beside} == {"pair_head"}
-    assert MaskedLMObjective(model, 10).beside_model() == {}
+    assert MaskedLMObjective(model, 0.15).beside_model() == {}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("model_type", TYPES)
 def test_every_parameter_is_trained(tokenizer, model_type, objective):
     """Engines that wait for the gradients of all of them would hang."""
-    module = OBJECTIVES[objective](make_model(tokenizer, model_type, objective != "masked_lm"), 10)
+    module = OBJECTIVES[objective](make_model(tokenizer, model_type, objective != "masked_lm"), 0.15)
     sums, counts = module(**make_batch(tokenizer, model_type, 1, "segment_pair"))
     (sums / counts).sum().backward()
     assert [name for name, parameter in module.named_parameters() if parameter.grad is None] == []
@@ -147,7 +147,7 @@ def test_recomputed_activations_give_the_same_gradients(tokenizer, model_type):
     found = []
     for recompute in (False, True):
         torch.manual_seed(1)
-        MaskedLMObjective(model, 10, recompute)(**make_batch(tokenizer, model_type, 1))[0].backward()
+        MaskedLMObjective(model, 0.15, recompute)(**make_batch(tokenizer, model_type, 1))[0].backward()
         found.append(gradients(model))
     assert_close(*found)
 
@@ -157,7 +157,7 @@ def test_nothing_to_predict_gives_zero(tokenizer, model):
     batch = collator(make_examples(tokenizer, 1, length=3))
     del batch["rows"]
     batch["labels"][:] = -100
-    loss_sum, count = MaskedLMObjective(model, collator.max_masked)(**batch)
+    loss_sum, count = MaskedLMObjective(model, collator.mlm_probability)(**batch)
     assert (loss_sum.item(), count.item()) == (0.0, 0)
 
 
@@ -166,7 +166,7 @@ def test_documents_that_share_a_row_are_as_if_alone(tokenizer, model):
     parts = [make_examples(tokenizer, 1, length=length, seed=length)[0] for length in lengths]
     row = parts[0] | {"input_ids": np.concatenate([part["input_ids"] for part in parts]), "spans": np.array(lengths)}
     collator = DynamicMaskingCollator(tokenizer, max_seq_length=64, packing="doc_sentences")
-    objective = MaskedLMObjective(model, collator.max_masked)
+    objective = MaskedLMObjective(model, collator.mlm_probability)
     batch = collator([row])
     del batch["rows"]
     shared = model.roberta(
@@ -188,7 +188,7 @@ def test_documents_that_share_a_row_are_as_if_alone(tokenizer, model):
 
 
 def test_engines_find_what_they_look_for(model):
-    objective = MaskedLMObjective(model, 5)
+    objective = MaskedLMObjective(model, 0.15)
     assert "RobertaLayer" in objective._no_split_modules
     model.lm_head.decoder.weight = torch.nn.Parameter(model.lm_head.decoder.weight.detach().clone())
     objective.tie_weights()

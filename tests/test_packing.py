@@ -124,6 +124,15 @@ def test_half_of_the_pairs_come_from_two_documents(packing):
     assert (labels == SINGLE).sum() <= 2
 
 
+@pytest.mark.parametrize("packing", ["segment_pair", "sentence_pair"])
+def test_few_long_documents_make_pairs_of_both_kinds(packing):
+    """Sentences of one length stand side by side in their own documents: exchanged must be those of others."""
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(5, 40, 4000).tolist() for _ in range(8)]
+    labels = np.array([block.label for block, _ in pack_all(packing, documents, 64)])
+    assert 0.4 < (labels == RANDOM).mean() < 0.5  # a half, less the eighth that falls to the same document
+
+
 def test_half_of_the_ordered_pairs_are_swapped():
     rng = np.random.default_rng(0)
     documents = [rng.integers(5, 60, rng.integers(1, 40)).tolist() for _ in range(500)]

@@ -16,7 +16,7 @@ from recipe.config import CorpusArguments, UserError
 from recipe.corpora import LocalSource, local_files
 from recipe.hygiene import Decontaminator, find_copies
 from recipe.packing import BlockFormat
-from recipe.token_store import EncodedShard, PackedCorpus, TokenStore, check_space
+from recipe.token_store import PackedCorpus, RunEncoder, TokenStore, check_space
 from recipe.tokenizer import DocumentEncoder, load_tokenizer
 from tests.conftest import write_jsonl
 
@@ -65,10 +65,16 @@ def test_blocks_are_the_documents_own_ids(corpus, encoder, tokenizer, tmp_path: 
 
 
 def test_store_does_not_depend_on_workers(corpus, encoder, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(token_store, "RECORDS_AT_ONCE", 7)
+    monkeypatch.setattr(token_store, "RUN_RECORDS", 7)
     stores = [build(corpus, encoder, tmp_path / f"{n}", num_workers=n) for n in (None, 1, 3)]
     assert contents(stores[0]) == contents(stores[1]) == contents(stores[2])
     assert stores[0].counts() == stores[2].counts()
+
+
+def test_killed_worker_is_told_of(corpus, encoder, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(RunEncoder, "__call__", lambda self, run: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(UserError, match=r"a preprocessing worker was killed.*lower `preprocessing_num_workers`"):
+        build(corpus, encoder, tmp_path, num_workers=2)
 
 
 def test_units_end_in_a_short_block_and_are_read_across_the_corpus(corpus, encoder, tmp_path: Path, monkeypatch, texts):
@@ -88,8 +94,8 @@ def test_units_end_in_a_short_block_and_are_read_across_the_corpus(corpus, encod
 def test_store_is_found_again_and_made_anew_for_another_splitter(corpus, encoder, tokenizer, tmp_path, monkeypatch):
     build(corpus, encoder, tmp_path)
     calls = []
-    encode = EncodedShard.encode
-    monkeypatch.setattr(EncodedShard, "encode", lambda self, run: (calls.append(1), encode(self, run))[1])
+    encode = RunEncoder.__call__
+    monkeypatch.setattr(RunEncoder, "__call__", lambda self, run: (calls.append(1), encode(self, run))[1])
     build(corpus, encoder, tmp_path)
     assert not calls
     build(corpus, DocumentEncoder(tokenizer, "sentencex", "de"), tmp_path)
@@ -170,10 +176,13 @@ def test_killed_build_goes_on_with_the_shards_that_are_missing(corpus, encoder, 
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+    finished = {path.with_suffix(".arrow").name for path in (tmp_path / "stores").glob("*/shard-*.json")}
     made = []
     monkeypatch.setattr(token_store, "write_shard", lambda path, *rest: (made.append(path.name), write(path, *rest))[1])
     store = build(corpus, encoder, tmp_path / "stores")
-    assert made == ["shard-00002.arrow", "shard-00003.arrow"]
+    assert "shard-00002.arrow" in made
+    assert sorted({*made, *finished}) == [f"shard-{number:05d}.arrow" for number in range(4)]
+    assert not {*made} & finished
     assert not list(store.path.glob(".shard*"))
     assert contents(store) == contents(build(corpus, encoder, tmp_path / "alone"))
 
@@ -281,7 +290,7 @@ def test_full_disk_is_named_and_what_is_finished_stays(corpus, encoder, tmp_path
 
     def full(*arguments):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) > 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(*arguments)
 
@@ -290,6 +299,7 @@ def test_full_disk_is_named_and_what_is_finished_stays(corpus, encoder, tmp_path
         build(corpus, encoder, tmp_path / "stores")
     assert len(list((tmp_path / "stores").glob("*/shard-*.json"))) == 2
     assert not list((tmp_path / "stores").glob("*/.shard*"))
+    monkeypatch.setattr(token_store, "to_batch", write)
     assert contents(build(corpus, encoder, tmp_path / "stores"))
 
 
