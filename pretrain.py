@@ -75,7 +75,7 @@ def main() -> None:
         lanes = ckpt.load_optimizer(checkpoint, accelerator.unwrap_model(objective), adamw, accelerator.scaler)
     scheduler = build_scheduler(adamw, args.warmup_steps, args.max_steps, state.step)
 
-    run.write_config(asdict(args), environment(accelerator))
+    run.write_config(asdict(args), environment(accelerator) | {"tokenizer_checksum": identity["tokenizer"]})
     run.cut_metrics(state.step)
     if accelerator.is_main_process:
         ckpt.set_aside_later(run.checkpoints, state.step)
