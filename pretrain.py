@@ -13,13 +13,13 @@ from transformers.utils.logging import disable_progress_bar
 from recipe import checkpoint as ckpt
 from recipe.card import build_card, write_card
 from recipe.config import PretrainArguments, identity_of, parse_config, report_user_errors
-from recipe.hub import Publisher, fetch_checkpoint
+from recipe.hub import Publisher, check_push, fetch_checkpoint
 from recipe.loader import CachedData, StreamedData
 from recipe.metrics import TrainState
 from recipe.model import build_config, build_model
 from recipe.objectives import OBJECTIVES, compile_in_place
 from recipe.optimizer import build_optimizer, build_scheduler
-from recipe.plan import describe_plan
+from recipe.plan import describe_plan, print_plan
 from recipe.run_directory import RunDirectory, environment
 from recipe.tokenizer import load_tokenizer, tokenizer_checksum
 from recipe.trackers import tracking
@@ -31,32 +31,33 @@ def main() -> None:
     disable_progress_bar()  # transformers' own, one for each file that it writes
     accelerator = start_accelerator(args.report_to, args.output_dir)
     run = RunDirectory(args.output_dir, accelerator.is_main_process, gather_object([os.getpid()]))
-    if not args.prepare_only:
-        run.check(args.resume_from_checkpoint)
 
     def log(lines: list[str]) -> None:
         for line in lines:
             accelerator.print(line, flush=True)
 
+    if args.dry_run:
+        print_plan(args, accelerator, run)
+        return
+    if not args.prepare_only:
+        run.check(args.resume_from_checkpoint)
+
     tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path)
-    model_config = build_config(
-        args.model_config, args.model_name_or_path, tokenizer, args.max_seq_length, args.model_type
-    )
-    log(describe_plan(args, model_config, accelerator.num_processes))
+    config = build_config(args.model_config, args.model_name_or_path, tokenizer, args.max_seq_length, args.model_type)
+    log(describe_plan(args, config, accelerator.num_processes))
     args.check_lanes(accelerator.num_processes)
     data = (StreamedData if args.streaming else CachedData)(args, tokenizer)
     identity = identity_of(args) | {"tokenizer": tokenizer_checksum(tokenizer)}
     wanted = on_main(accelerator, lambda: fetch_checkpoint(args))
     checkpoint, saved, lines = ckpt.open_checkpoint(run.checkpoints, wanted, identity, asdict(args))
+    args.hub_model_id, warnings = on_main(accelerator, lambda: check_push(args, is_fresh=checkpoint is None))
     publisher = Publisher(args, accelerator.is_main_process, tokenizer.save_pretrained, build_card)
-    args.hub_model_id, warnings = on_main(accelerator, lambda: publisher.check(is_fresh=checkpoint is None))
     log(lines + warnings)
     torch.manual_seed(args.seed)
-    model = build_model(model_config, args.model_name_or_path, args.predicts_pairs)
-    if args.streaming or not args.dry_run:  # a stream is opened in seconds
-        data.prepare(accelerator.process_index)
-        log(data.describe())
-    if args.dry_run or args.prepare_only:
+    model = build_model(config, args.model_name_or_path, args.predicts_pairs)
+    data.prepare(accelerator.process_index)
+    log(data.describe())
+    if args.prepare_only:
         return
     identity |= {"data": data.identity()}
     state, lanes = TrainState(), {}
@@ -67,14 +68,13 @@ def main() -> None:
     objective = OBJECTIVES[args.objective](model, args.masked_share, args.gradient_checkpointing)
     if args.torch_compile:
         log(compile_in_place(objective, accelerator.device))
-    betas = (args.adam_beta1, args.adam_beta2)
-    adamw = build_optimizer(objective, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
+    adamw = build_optimizer(objective, args.learning_rate, args.adam_betas, args.adam_epsilon, args.weight_decay)
     objective, optimizer = accelerator.prepare(objective, adamw)
     if checkpoint:
         lanes = ckpt.load_optimizer(checkpoint, accelerator.unwrap_model(objective), adamw, accelerator.scaler)
     scheduler = build_scheduler(adamw, args.warmup_steps, args.max_steps, state.step)
 
-    run.write_config(asdict(args), environment(accelerator))
+    run.write_config(asdict(args), environment(accelerator) | {"tokenizer_checksum": identity["tokenizer"]})
     run.cut_metrics(state.step)
     if accelerator.is_main_process:
         ckpt.set_aside_later(run.checkpoints, state.step)

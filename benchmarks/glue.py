@@ -27,6 +27,7 @@ from recipe.finetuning import (
     load_glue_tokenizer,
 )
 from recipe.glue_tasks import TASKS, load_task
+from recipe.metrics import device_name
 from recipe.optimizer import build_optimizer
 
 PADDED_LENGTH = 128
@@ -94,7 +95,7 @@ def main() -> None:
             rates[name].append(rows / (time.perf_counter() - started))
     ratios = np.array(rates["ours"]) / np.array(rates["padded to 128"])
     report = harness.header([]) | {
-        "device": harness.device_name(),
+        "device": device_name(accelerator.device),
         "task": TASKS[given.task].title,
         "batch_size": given.batch_size,
         "window": given.window,

@@ -15,7 +15,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
 from accelerate.state import AcceleratorState, GradientState
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "sentencex", "numpy")
@@ -24,12 +23,6 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "s
 def resolve(paths: list[str]) -> list[str]:
     """Absolute where there is such a file or folder; hub ids stay."""
     return [str(Path(path).resolve()) if Path(path).exists() else path for path in paths]
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def header(corpora: list[str]) -> dict[str, Any]:

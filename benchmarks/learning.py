@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from recipe.config import CorpusArguments, PretrainArguments
 from recipe.loader import CachedData
+from recipe.metrics import device_name
 from recipe.model import build_config, build_model
 from recipe.objectives import MaskedLMObjective
 from recipe.optimizer import build_optimizer
@@ -94,7 +95,7 @@ def main() -> None:
         return {"largest": float(gap.max()), "mean": float(gap.mean())}
 
     report = harness.header(args.corpora) | {
-        "device": harness.device_name(),
+        "device": device_name(accelerator.device),
         "apart, in nats": {
             f"{precision}: ours and {other}": apart(f"{precision}: ours", f"{precision}: {other}")
             for precision in ("no", "bf16")

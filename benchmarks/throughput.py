@@ -40,7 +40,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 
 from recipe.config import CorpusArguments, PretrainArguments
 from recipe.loader import CachedData
-from recipe.metrics import matmul_flops
+from recipe.metrics import device_name, matmul_flops
 from recipe.model import build_config, build_model, model_flops_per_token
 from recipe.objectives import MaskedLMObjective, compile_in_place
 from recipe.optimizer import build_optimizer
@@ -296,7 +296,7 @@ def main() -> None:
     sides = sides_of(args)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, folder)
-        report["device"] = harness.device_name()
+        report["device"] = device_name(bench.accelerator.device)
         ceiling = matmul_flops(bench.accelerator.device, args.precision)
         updates = {side.name: bench.start(side) for side in sides}
         for update in updates.values():

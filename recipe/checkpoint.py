@@ -25,7 +25,7 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recipe.config import UserError
+from recipe.config import UserError, existing
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -51,6 +51,26 @@ def set_aside_later(folder: Path, step: int) -> None:
 def checksum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_space(folder: Path, num_parameters: int, limit: int) -> str:
+    """What the checkpoints of a run will take.
+
+    Args:
+        folder: where they lie.
+        num_parameters: of the model; each has a weight and two moments in a checkpoint, in float32.
+        limit: checkpoints to keep; while one is written there is one more.
+
+    Raises:
+        UserError: they do not fit on the disk.
+    """
+    size, there = 12 * num_parameters, existing(folder)
+    taken = sum(file.stat().st_size for path in list_checkpoints(folder) for file in path.iterdir())
+    needed, free = (limit + 1) * size - taken, shutil.disk_usage(there).free
+    text = f"{limit} + 1 checkpoints of {size / 1e9:.2f} GB in {folder}, {free / 1e9:.1f} GB free"
+    if needed > free:
+        raise UserError(f"`save_total_limit` is {limit}: {text}; lower it, free some, or choose another `output_dir`")
+    return text
 
 
 def sync(path: Path) -> None:

@@ -110,12 +110,17 @@ def check_repo_id(name: str, repo_id: str) -> None:
         raise UserError(f"`{name}` is {repo_id!r}; write user/name or organisation/name. {error}") from None
 
 
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+
+
 def check_output_dir(path: Path) -> None:
     """
     Raises:
         UserError: there is a file of that name, or no right to write.
     """
-    there = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+    there = existing(path)
     if not there.is_dir():
         raise UserError(f"`output_dir` {path}: {there} is a file")
     if not os.access(there, os.W_OK):
@@ -308,13 +313,23 @@ class PretrainArguments:
     prepare_only: bool = False
     """Tokenise and pack, shared among all processes of all nodes, and stop."""
     dry_run: bool = False
-    """Check everything, print the plan and stop."""
+    """Check everything, print the plan and stop; with an error if something has to be mended first."""
+    num_gpus: int | None = None
+    """With `dry_run`: GPUs to plan for. None: the processes of this launch."""
+    gpu: str | None = None
+    """With `dry_run`: kind of GPU to plan for, `h200` say. None: what this machine has."""
+    price_per_gpu_hour: float | None = None
+    """With `dry_run`: price of an hour of one GPU, in any currency."""
 
     def __post_init__(self) -> None:
         require(bool(self.output_dir), "output_dir", "empty", "name a folder")
         require(bool(self.corpora), "corpora", "empty", "name at least one corpus")
         check_corpora("corpora", self.corpora)
         check_corpora("eval_corpora", self.eval_corpora)
+        for name in ("num_gpus", "gpu", "price_per_gpu_hour"):
+            value = getattr(self, name)
+            require(value is None or self.dry_run, name, value, "it is for a plan only: add --dry_run")
+            require(value is None or name == "gpu" or value > 0, name, value, "give a positive number")
         if self.tokenizer_name is None and self.model_name_or_path is None:
             raise UserError("`tokenizer_name` is missing; name a folder or hub id, or give `model_name_or_path`")
         if self.tokenizer_name is not None and self.model_name_or_path is not None:
@@ -377,6 +392,10 @@ class PretrainArguments:
     @property
     def predicts_pairs(self) -> bool:
         return self.objective in OBJECTIVE_PACKINGS
+
+    @property
+    def adam_betas(self) -> tuple[float, float]:
+        return self.adam_beta1, self.adam_beta2
 
     @property
     def masked_share(self) -> float:

@@ -135,6 +135,14 @@ def check_access(
     return repo_id, []
 
 
+def check_push(args: PretrainArguments, is_fresh: bool) -> tuple[str | None, list[str]]:
+    """The repository that a run is to push to, and lines for the log; see `check_access`."""
+    if not args.push_to_hub:
+        return args.hub_model_id, []
+    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    return check_access(repo_id, args.hub_private_repo, identity_of(args), is_fresh, args.dry_run)
+
+
 def check_writing(api: HfApi, repo_id: str) -> None:
     """Ask for a branch that is there already: refused without the right to write, and otherwise changes nothing."""
     try:
@@ -271,14 +279,6 @@ class Publisher:
         self.log_file = self.folder / "log.txt"
         self.process: subprocess.Popen[bytes] | None = None
         self.logged = self.log_file.stat().st_size if self.log_file.exists() else 0  # bytes that were shown
-
-    def check(self, is_fresh: bool) -> tuple[str | None, list[str]]:
-        """The repository's id and lines for the log; see `check_access`."""
-        if not self.args.push_to_hub:
-            return self.args.hub_model_id, []
-        repo_id = self.args.hub_model_id or self.run.resolve().name
-        identity = identity_of(self.args)
-        return check_access(repo_id, self.args.hub_private_repo, identity, is_fresh, self.args.dry_run)
 
     def publish(self, checkpoint: Path, is_last: bool) -> None:
         """Have a checkpoint pushed, if the strategy says so; whatever fails is a warning."""

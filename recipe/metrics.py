@@ -1,6 +1,7 @@
 """Sums between two lines of the log, throughput, and the line itself."""
 
 import math
+import os
 import resource
 import sys
 import time
@@ -102,6 +103,13 @@ class Stopwatch:
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.started
+
+
+def device_name(device: torch.device) -> str:
+    """What results are kept under and found again."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def matmul_flops(device: torch.device, precision: str) -> float:
@@ -206,6 +214,15 @@ def format_count(number: float) -> str:
             return f"{number:.3g}{unit}"
         number /= 1000
     return f"{number * 1e15:.3g}"
+
+
+def format_bytes(number: float) -> str:
+    """Three digits and a unit: 1,234,567 as `1.23 MB`."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"
 
 
 def number(value: float | None, form: str) -> str:

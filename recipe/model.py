@@ -45,11 +45,14 @@ def first_position(model_type: str, pad_token_id: int) -> int:
 def build_config(
     model_config: dict[str, Any],
     model_name_or_path: str | None,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast | None,
     max_seq_length: int,
     model_type: str = "roberta",
 ) -> PreTrainedConfig:
     """The architecture: the released defaults or a checkpoint's, then the user's fields, then the tokenizer's size.
+
+    Args:
+        tokenizer: None for a plan made before there is one, with the released vocabulary's size.
 
     Raises:
         UserError: a field that the config class does not have or take, a checkpoint of another type, a tokenizer or a
@@ -70,8 +73,11 @@ def build_config(
             )
     try:
         if model_name_or_path is None:
-            ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "pad", "eos")}
-            config = config_class(**(DEFAULTS[model_type] | {"vocab_size": len(tokenizer)} | ids | model_config))
+            fitting = {}
+            if tokenizer is not None:
+                fitting = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "pad", "eos")}
+                fitting["vocab_size"] = len(tokenizer)
+            config = config_class(**(DEFAULTS[model_type] | fitting | model_config))
         else:
             config = AutoConfig.from_pretrained(model_name_or_path, **model_config)
     except OSError as error:
@@ -85,12 +91,12 @@ def build_config(
         raise UserError(
             f"`model_name_or_path` {model_name_or_path} is a {config.model_type}, not a {model_type}{remedy}"
         )
-    if config.vocab_size < len(tokenizer):
+    if tokenizer is not None and config.vocab_size < len(tokenizer):
         raise UserError(
             f"the tokenizer has {len(tokenizer)} entries and the model's `vocab_size` is {config.vocab_size}; "
             "leave `vocab_size` out of `model_config`, or use the model's own tokenizer"
         )
-    if config.pad_token_id != tokenizer.pad_token_id:
+    if tokenizer is not None and config.pad_token_id != tokenizer.pad_token_id:
         raise UserError(
             f"the tokenizer pads with {tokenizer.pad_token_id} and the model's `pad_token_id` is {config.pad_token_id}"
         )

@@ -281,6 +281,15 @@ OBJECTIVES = {
 }
 
 
+def why_nothing_compiles(device: torch.device) -> str | None:
+    """The reason why `torch.compile` does not work for the device, or None, found by trying."""
+    try:
+        torch.compile(F.gelu)(torch.zeros(8, device=device))
+    except Exception as error:  # no compiler, no Triton, a device too old: each raises an error of its own kind
+        return str(error).strip().splitlines()[0]
+    return None
+
+
 def compile_in_place(objective: nn.Module, device: torch.device) -> list[str]:
     """Have a module's forward compiled when it is first called, for each shape and mode of its own; its parameters keep
     their names.
@@ -288,10 +297,7 @@ def compile_in_place(objective: nn.Module, device: torch.device) -> list[str]:
     Returns:
         a warning if nothing can be compiled for the device, and the module is left as it is.
     """
-    try:
-        torch.compile(F.gelu)(torch.zeros(8, device=device))
-    except Exception as error:  # no compiler, no Triton, a device too old: each raises an error of its own kind
-        reason = str(error).strip().splitlines()[0]
+    if reason := why_nothing_compiles(device):
         return [f"warning: `torch_compile` is true, and nothing compiles here ({reason}); going on without"]
     objective.compile(fullgraph=True, dynamic=False)
     return []

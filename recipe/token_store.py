@@ -41,7 +41,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from recipe.config import PAIR_PACKINGS, CorpusArguments, UserError
+from recipe.config import PAIR_PACKINGS, CorpusArguments, UserError, existing
 from recipe.corpora import (
     STOP_WAITING,
     Source,
@@ -403,11 +403,6 @@ class TokenStore:
             check_unreadable(self.corpus.name, unreadable, max_unreadable, "see above")
             bar.update(len(documents))
             yield counted, documents
-
-
-def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    return next(folder for folder in [path, *path.absolute().parents] if folder.exists())
 
 
 @contextmanager

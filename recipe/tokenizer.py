@@ -220,7 +220,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"`tokenizer_name` {name_or_path}: no tokenizer there, as a folder or on the hub: {error}"
+            f"`tokenizer_name` {name_or_path}: no tokenizer there, as a folder or on the hub; make one by "
+            f"train_tokenizer.py ({error})"
         ) from None
     if len(tokenizer) == len(tokenizer.all_special_ids):
         # What transformers makes of a folder with a config and no vocabulary.

@@ -42,7 +42,7 @@ from recipe.metrics import (
     train_record,
 )
 from recipe.model import model_flops_per_token
-from recipe.plots import plot_loss
+from recipe.plots import Curves, plot_runs
 from recipe.run_directory import RunDirectory
 from recipe.streaming import Buffer, InterruptedWaitError, to_arrays, to_tensors
 from recipe.trackers import check_trackers, log_metrics
@@ -432,7 +432,7 @@ def save(
         kept = {"train_state": asdict(state), "identity": identity, "arguments": asdict(args)}
         path = save_checkpoint(run.checkpoints, state.step, bare.model, tensors, kept, args.save_total_limit)
         run.write_status("running", state.step)
-        plot_loss(run.read_metrics(), args.expected_loss, str(run.path), run.loss_plot)
+        plot_runs([Curves(str(run.path), run.read_metrics(), args.expected_loss)], run.loss_plot)
         if state.step < args.max_steps:  # the last one is pushed when the run is complete
             publisher.publish(path, is_last=False)
     accelerator.wait_for_everyone()

@@ -20,15 +20,14 @@ FLOORS = [
         "checkpoint",
         "memory",
         "metrics",
-        "plots",
         "run_directory",
         "trackers",
         "glue_tasks",
         "jobs",
     },
-    {"token_store", "streaming", "plan", "finetuning", "glue_report", "hub"},
+    {"token_store", "streaming", "plots", "finetuning", "glue_report", "hub"},
     {"loader", "glue", "card"},
-    {"training", "glue_card"},
+    {"training", "plan", "glue_card"},
     {"demo"},
 ]
 

@@ -1,0 +1,200 @@
+"""What --dry_run prints, and when it ends in an error."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import recipe.plan
+from recipe.config import PretrainArguments, UserError, parse_config
+from recipe.model import build_config, model_flops_per_token
+from recipe.plan import ASSUMED_FROM, GPUS, Hardware, describe_time, find_hardware, find_mfu
+from tests.conftest import ROOT, SAMPLE, write_jsonl
+
+PLAN = {"dry_run": "true"}
+H200 = {"num_gpus": 2, "gpu": "h200"}
+LARGE = sorted((ROOT / "recipe" / "configs" / "pretrain").rglob("*.yaml"))
+LARGE = [path for path in LARGE if path.stem != "tiny"]
+
+
+@pytest.fixture
+def plan(run_pretrain, flags, capsys):
+    """Plan a small run; what was printed, and the error at the end, if there was one."""
+
+    def run(**changes) -> tuple[dict[str, str], str | None]:
+        error = None
+        try:
+            run_pretrain(flags | PLAN | changes)
+        except UserError as caught:
+            error = str(caught)
+        lines = capsys.readouterr().out.splitlines()
+        return dict(line.split(": ", 1) for line in lines if ": " in line), error
+
+    return run
+
+
+def test_plan_of_this_machine_has_all_and_leaves_nothing(plan, tmp_path: Path):
+    lines, error = plan()
+    assert error is None
+    for name in ("output_dir", "tokenizer", "model", "batch", "corpus sample", "data", "disk", "memory", "kernels"):
+        assert f"ok       {name}" in lines, name
+    assert "8 blocks of 32 = 1 processes x 4 a micro-batch x 2 accumulated" in lines["update"]
+    assert "CPU" in lines["time"]
+    assert "the same command without --dry_run" in lines["next"]
+    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.glob("**/*.arrow"))
+
+
+def test_plan_for_gpus_counts_hours_and_price(plan):
+    lines, error = plan(**H200, price_per_gpu_hour=3, max_steps=10**12)
+    assert error is None
+    found = re.search(r"at 40% \(.*; ([\d,]+) GPU-hours, at 3 each ([\d,]+)", lines["time"])
+    hours, price = (float(number.replace(",", "")) for number in found.groups())
+    flops = float(re.search(r"([\d.e+]+) FLOPs", lines["run"])[1])
+    assert hours == pytest.approx(flops / 790e12 / 0.4 / 3600, rel=0.01)
+    assert price == pytest.approx(3 * hours, rel=0.01)
+    assert "of 141 GB" in lines["ok       memory"]
+    assert "2 processes x 4" in lines["update"]
+    assert "unknown  kernels" in lines
+
+
+def test_every_problem_is_named_with_how_to_mend_it(plan, texts, tmp_path: Path):
+    good = write_jsonl(tmp_path / "good.jsonl", texts)
+    corpora = [{"name": "bad", "path": "no/such.jsonl"}, {"name": "good", "path": str(good)}]
+    lines, error = plan(corpora=json.dumps(corpora), tokenizer_name="no/such", train_batch_size=9)
+    assert "no/such.jsonl does not exist" in lines["problem  corpus bad"]
+    assert "make one by train_tokenizer.py" in lines["problem  tokenizer"]
+    assert "`train_batch_size` (9) is not a multiple" in lines["problem  batch"]
+    assert "tokens" in lines["ok       corpus good"]
+    assert error == "3 of the above are problems"
+
+
+def test_plan_is_made_before_there_is_a_tokenizer(plan):
+    lines, _ = plan(tokenizer_name="no/such", **H200)
+    assert "50,265 entries" in lines["model"]
+    assert "times" in lines["passes"]
+    assert "GPU-hours" in lines["time"]
+
+
+def test_memory_that_does_not_suffice_is_a_problem(plan):
+    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 24, "intermediate_size": 4096}
+    long = {"model_config": json.dumps(sizes), "max_seq_length": 512, "train_batch_size": 1024}
+    lines, error = plan(**long, per_device_train_batch_size=512, gpu="a100-40gb")
+    remedy = re.search(r"give --per_device_train_batch_size (\d+) or less", lines["problem  memory"])
+    assert error == "1 of the above is a problem"
+    lines, error = plan(**long, per_device_train_batch_size=2 ** (int(remedy[1]).bit_length() - 1), gpu="a100-40gb")
+    assert error is None
+
+
+def test_a_full_disk_is_a_problem(plan, monkeypatch: pytest.MonkeyPatch):
+    usage = recipe.plan.shutil.disk_usage(".")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=10_000))
+    lines, error = plan()
+    assert "`save_total_limit` is 3" in lines["problem  disk"]
+    assert "set `token_store_dir`" in lines["problem  corpus sample"]
+    assert error == "2 of the above are problems"
+
+
+def test_passes_are_those_of_the_run(plan, run_pretrain, flags, tmp_path: Path):
+    corpora = [
+        {"name": name, "path": str(SAMPLE / f"{name}.jsonl.gz"), "weight": weight}
+        for name, weight in (("novels", 1), ("tales", 3))
+    ]
+    flags |= {"corpora": json.dumps(corpora), "max_steps": 4000, "token_store_dir": tmp_path / "stores"}
+    flags |= {"preprocessing_num_workers": 1}
+
+    def passes(lines: dict[str, str]) -> list[float]:
+        return [float(number) for number in re.findall(r"([\d.]+) times", lines["passes"])]
+
+    estimated = passes(plan(**flags)[0])
+    run_pretrain(flags | {"prepare_only": "true"})
+    lines, _ = plan(**flags)
+    assert "in a token store" in lines["ok       corpus tales"]
+    assert lines["ok       data"] == "all token stores are there"
+    counted = passes(lines)
+    assert estimated == pytest.approx(counted, rel=0.2)
+    tokens = int(re.search(r"([\d,]+) tokens", lines["ok       corpus tales"])[1].replace(",", ""))
+    assert counted[1] == pytest.approx(0.75 * 4000 * 8 * 32 / tokens, rel=0.01)
+
+
+def test_right_to_push_is_tried(plan, monkeypatch):
+    monkeypatch.setattr("recipe.hub.get_token", lambda: None)
+    lines, error = plan(push_to_hub="true", hub_model_id="ann/run")
+    assert "needs a token of the hub" in lines["problem  hub"]
+    assert error == "1 of the above is a problem"
+
+
+def test_stream_is_opened(plan):
+    lines, error = plan(streaming="true", num_lanes=4, shuffle_buffer_size=64)
+    assert error is None
+    assert "4 lanes, 64 blocks held back for shuffling" in lines["ok       data"]
+    lines, error = plan(streaming="true", num_lanes=4, shuffle_buffer_size=64, eval_blocks=100_000)
+    assert "`eval_blocks` (100000) takes all of corpus" in lines["problem  data"]
+
+
+def test_run_that_is_there_is_seen(plan, run_pretrain, flags):
+    run_pretrain(flags)
+    assert "already holds a run" in plan()[0]["problem  output_dir"]
+    lines, error = plan(resume_from_checkpoint="latest", max_steps=9)
+    assert "6 of 9 updates done" in lines["ok       checkpoint"]
+    assert error is None
+    assert "another experiment" in plan(resume_from_checkpoint="latest", seed=1)[0]["problem  checkpoint"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"gpu": "h20"}, "did you mean `h200`?"),
+        ({"num_gpus": 8}, "this machine has no GPU; name a kind, --gpu h200 say"),
+        ({"price_per_gpu_hour": 2}, "this machine has no GPU"),
+        ({"num_gpus": 0}, "`num_gpus` is 0; give a positive number"),
+        ({"dry_run": "false", "gpu": "h200"}, "`gpu` is h200; it is for a plan only: add --dry_run"),
+    ],
+)
+def test_plan_for_what_is_not_there_is_refused(plan, changes, expected):
+    lines, error = plan(**changes)
+    assert expected in error
+    assert "time" not in lines
+
+
+def report(device: str, precision: str, mflops: float, mfu: float) -> dict:
+    arguments = {"precision": precision}
+    return {"device": device, "arguments": arguments, "model_mflops_per_token": mflops, "sides": {"ours": {"mfu": mfu}}}
+
+
+def test_mfu_is_that_measured_on_such_a_device_at_the_nearest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    reports = [
+        report("NVIDIA H200", "bf16", 567, 0.5),
+        report("NVIDIA H200", "bf16", 1951, 0.6),
+        report("NVIDIA H200", "no", 567, 0.7),
+        report("NVIDIA A100-SXM4-80GB", "bf16", 567, 0.3),
+        report("CPU, 2 cores, AVX512", "bf16", 567, 0.2),
+    ]
+    path = tmp_path / "throughput.json"
+    path.write_text(json.dumps({str(number): each for number, each in enumerate(reports)}))
+    monkeypatch.setattr(recipe.plan, "RESULTS", path)
+
+    def mfu(name: str, precision: str = "bf16", mflops: float = 600.0) -> tuple[float, str]:
+        return find_mfu(Hardware(name, 1, 0, 0, precision, True), mflops * 1e6)
+
+    assert mfu("H200")[0] == 0.5
+    assert mfu("H200", mflops=1500)[0] == 0.6
+    assert mfu("NVIDIA H200", precision="no")[0] == 0.7
+    assert mfu("A100-80GB") == (0.3, "measured on NVIDIA A100-SXM4-80GB at 567 MFLOPs a token")
+    assert mfu("CPU, 2 cores, AVX512")[0] == 0.2
+    assert mfu("H100")[1] == mfu("A100-40GB")[1] == ASSUMED_FROM
+
+
+@pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
+def test_shipped_config_says_what_the_plan_says(path: Path, accelerator):
+    assert "h200" in GPUS
+    args = parse_config(PretrainArguments, "test", ["--config", str(path)])
+    args = dataclasses.replace(args, dry_run=True, gpu="h200")
+    config = build_config(args.model_config, None, None, args.max_seq_length, args.model_type)
+    head = path.read_text().split("\n\n")[0]
+    flops = model_flops_per_token(config, args.max_seq_length, args.mlm_probability, args.predicts_pairs)
+    assert f"x {flops / 1e6:.1f} MFLOPs" in head
+    line = describe_time(args, config, find_hardware(args, accelerator))
+    assert re.search(r"([\d,]+) GPU-hours", line)[1] == re.search(r"([\d,]+) H200-hours", head)[1]
