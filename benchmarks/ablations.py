@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import torch
 import yaml
 from ablation_report import Comparison, measure_run
 from ablation_tables import TABLES, Table
@@ -41,6 +42,7 @@ from recipe.config import (
     to_yaml,
 )
 from recipe.corpora import sample_texts
+from recipe.metrics import device_name
 from recipe.run_directory import write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -349,13 +351,16 @@ def write_results(stem: Path, command: str, table: Table, study: Study, seeds: i
         return
     stem.parent.mkdir(parents=True, exist_ok=True)
     comparison = Comparison(table, configs, runs)
-    text = comparison.to_markdown(f"# {table.title}\n\n`{command}`, on {harness.device_name()}.")
+    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    text = comparison.to_markdown(f"# {table.title}\n\n`{command}`, on {device}.")
     print(f"\n{text}")
     stem.with_suffix(".md").write_text(text)
-    report = harness.header([]) | {"command": command, "device": harness.device_name()}
+    report = harness.header([]) | {"command": command, "device": device}
     report["scale"] = yaml.safe_load(study.scale.path.read_text())
     report["options"] = {
-        row: {name: config.get(name) for name in sorted(table.varies)} for row, config in configs.items()
+        row: {name: config.get(name) for name in sorted(table.varies)}
+        | {"tokenizer_name": Path(config["tokenizer_name"]).name}
+        for row, config in configs.items()
     }
     stem.with_suffix(".json").write_text(harness.to_json(report | {"runs": runs}) + "\n")
     comparison.plot(stem.with_suffix(".png"))
