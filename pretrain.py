@@ -8,7 +8,6 @@ from dataclasses import asdict
 
 import torch
 from accelerate.utils import gather_object
-from transformers.utils.logging import disable_progress_bar
 
 from recipe import checkpoint as ckpt
 from recipe.config import PretrainArguments, identity_of, parse_config, report_user_errors
@@ -25,7 +24,6 @@ from recipe.training import start_accelerator, train
 
 def main() -> None:
     args = parse_config(PretrainArguments, __doc__)
-    disable_progress_bar()  # transformers' own, one for each file that it writes
     accelerator = start_accelerator()
     run = RunDirectory(args.output_dir, accelerator.is_main_process, gather_object([os.getpid()]))
 
@@ -58,6 +56,7 @@ def main() -> None:
     data.prepare(accelerator.process_index)
     log(data.describe())
     if args.prepare_only:
+        log(["next: the same command without --prepare_only, with the same `token_store_dir`"])
         return
     identity |= {"data": data.identity()}
     state, lanes = TrainState(), {}
@@ -91,7 +90,7 @@ def main() -> None:
     if accelerator.is_main_process:
         ckpt.export_model(run.model, accelerator.unwrap_model(objective).model, tokenizer)
     run.write_status("complete", state.step)
-    log([f"model: {run.model}", f"loss plot: {run.loss_plot}"])
+    log(run.describe())
 
 
 if __name__ == "__main__":
