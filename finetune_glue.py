@@ -18,6 +18,7 @@ from recipe.checkpoint import check_identity
 from recipe.config import GlueArguments, check_output_dir, identity_of, parse_config, report_user_errors
 from recipe.finetuning import load_glue_tokenizer, model_checksum
 from recipe.glue import Grid, plan_jobs
+from recipe.glue_card import note_glue
 from recipe.glue_report import describe_data, describe_jobs, format_table, row_title, summarise, write_submission
 from recipe.glue_tasks import TASKS, check_tasks, load_task
 from recipe.plots import plot_glue
@@ -75,6 +76,8 @@ def main() -> None:
     missing = write_submission(run.path / "predictions", run.path / "submission.zip")
     run.write_status("complete", len(jobs))
     print(f"\n{table}\nplot: {run.path / 'glue.png'}\ntable, summary and results: {run.path}")
+    for line in note_glue(run.path):
+        print(line)
     if (run.path / "submission.zip").exists():
         print(f"submission: {run.path / 'submission.zip'}" + (f", without {', '.join(missing)}" if missing else ""))
         print("next: hand it in at https://gluebenchmark.com/submit")

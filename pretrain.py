@@ -10,7 +10,9 @@ import torch
 from accelerate.utils import gather_object
 
 from recipe import checkpoint as ckpt
+from recipe.card import build_card, write_card
 from recipe.config import PretrainArguments, identity_of, parse_config, report_user_errors
+from recipe.hub import Publisher, fetch_checkpoint
 from recipe.loader import CachedData, StreamedData
 from recipe.metrics import TrainState
 from recipe.model import build_config, build_model
@@ -19,12 +21,13 @@ from recipe.optimizer import build_optimizer, build_scheduler
 from recipe.plan import describe_plan, print_plan
 from recipe.run_directory import RunDirectory, environment
 from recipe.tokenizer import load_tokenizer, tokenizer_checksum
-from recipe.training import start_accelerator, train
+from recipe.trackers import tracking
+from recipe.training import on_main, start_accelerator, train
 
 
 def main() -> None:
     args = parse_config(PretrainArguments, __doc__)
-    accelerator = start_accelerator()
+    accelerator = start_accelerator(args.report_to, args.output_dir)
     run = RunDirectory(args.output_dir, accelerator.is_main_process, gather_object([os.getpid()]))
 
     def log(lines: list[str]) -> None:
@@ -37,26 +40,23 @@ def main() -> None:
     if not args.prepare_only:
         run.check(args.resume_from_checkpoint)
 
-    tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path)
-    model_config = build_config(
-        args.model_config, args.model_name_or_path, tokenizer, args.max_seq_length, args.model_type
-    )
+    source = args.model_name_or_path
+    tokenizer = load_tokenizer(args.tokenizer_name or source)
+    model_config = build_config(args.model_config, source, tokenizer, args.max_seq_length, args.model_type)
     log(describe_plan(args, model_config, accelerator.num_processes))
     args.check_lanes(accelerator.num_processes)
     data = (StreamedData if args.streaming else CachedData)(args, tokenizer)
     identity = identity_of(args) | {"tokenizer": tokenizer_checksum(tokenizer)}
-    checkpoint, saved = None, {}
-    if args.resume_from_checkpoint is not None:
-        checkpoint, saved, lines = ckpt.open_checkpoint(
-            run.checkpoints, args.resume_from_checkpoint, identity, asdict(args)
-        )
-        log(lines)
+    wanted = on_main(accelerator, lambda: fetch_checkpoint(args))
+    checkpoint, saved, lines = ckpt.open_checkpoint(run.checkpoints, wanted, identity, asdict(args))
+    publisher = Publisher(args, accelerator.is_main_process, tokenizer.save_pretrained, build_card)
+    args.hub_model_id, warnings = on_main(accelerator, lambda: publisher.check(is_fresh=checkpoint is None))
+    log(lines + warnings)
     torch.manual_seed(args.seed)
-    model = build_model(model_config, args.model_name_or_path, args.predicts_pairs)
+    model = build_model(model_config, source, args.predicts_pairs)
     data.prepare(accelerator.process_index)
     log(data.describe())
     if args.prepare_only:
-        log(["next: the same command without --prepare_only, with the same `token_store_dir`"])
         return
     identity |= {"data": data.identity()}
     state, lanes = TrainState(), {}
@@ -79,18 +79,19 @@ def main() -> None:
     if accelerator.is_main_process:
         ckpt.set_aside_later(run.checkpoints, state.step)
     run.write_status("running", state.step)
-    try:
-        is_complete = train(accelerator, args, objective, optimizer, scheduler, data, state, run, identity, lanes)
-    except BaseException as error:
-        run.write_status("failed", state.step, f"{type(error).__name__}: {error}")
-        raise
+    with run.noting_failure(lambda: state.step), tracking(accelerator, run.path, asdict(args)):
+        is_complete = train(
+            accelerator, args, objective, optimizer, scheduler, data, state, run, identity, lanes, publisher
+        )
     if not is_complete:
-        log([f"stopped after update {state.step:,}; go on with --resume_from_checkpoint latest"])
+        log([f"stopped after update {state.step:,}; go on with --resume_from_checkpoint latest", *publisher.waiting()])
         return
     if accelerator.is_main_process:
         ckpt.export_model(run.model, accelerator.unwrap_model(objective).model, tokenizer)
+        write_card(run.path, run.model)
+        publisher.publish(ckpt.checkpoint_path(run.checkpoints, state.step), is_last=True)
     run.write_status("complete", state.step)
-    log(run.describe())
+    log([*publisher.finish(), *run.describe()])
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from typing import Any
 
 from ablation_tables import PERPLEXITY, Finding, Table
 from matplotlib.figure import Figure
-from safetensors import safe_open
 
+from recipe.card import count_weights
 from recipe.glue_tasks import TASKS
 from recipe.metrics import format_count, format_duration
 
@@ -40,7 +40,7 @@ def measure_run(folder: Path) -> dict[str, Any]:
         "scores": scores,
         "unigram_loss": evaluated["unigram_loss"],
         "majority": {TASKS[row["task"]].title: 100 * row["majority"] for row in summary["tasks"]},
-        "parameters": count_saved_parameters(folder / "pretrain" / "model"),
+        "parameters": count_weights(folder / "pretrain" / "model"),
         "tokens": trained[-1]["tokens"],
         "passes": trained[-1]["epoch"],
         "seconds": sum(
@@ -49,14 +49,6 @@ def measure_run(folder: Path) -> dict[str, Any]:
         ),
         "pair_accuracy": pairs[0] if pairs else None,
     }
-
-
-def count_saved_parameters(model: Path) -> int:
-    count = 0
-    for path in model.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return count
 
 
 def share_held_out_text(configs: list[dict[str, Any]]) -> bool:

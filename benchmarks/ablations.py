@@ -195,7 +195,7 @@ class Study:
         folder: of the runs.
         scale: of all of them.
         glue_dir: GLUE's TSVs; None: from the hub.
-        threads: OpenMP threads of a run.
+        threads: OpenMP threads of a run, unless the environment says how many.
     """
 
     def __init__(self, folder: Path, scale: Scale, glue_dir: str | None, threads: int) -> None:
@@ -203,7 +203,7 @@ class Study:
         self.corpora = self.folder / "corpora"
         self.scale = scale
         self.glue_dir = str(Path(glue_dir).resolve()) if glue_dir else None
-        self.environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self.environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
         self.tokenizers: set[Path] = set()  # that the runs need
         self.children: list[subprocess.Popen] = []
 
@@ -394,7 +394,7 @@ def main() -> None:
     study.train_tokenizers()
     failed = study.run_all(runs, args.jobs)
     for name in args.table:
-        command = f"python benchmarks/ablations.py --table {name} --scale {args.scale} --seeds {args.seeds}"
+        command = f"python benchmarks/ablations.py --table {name} --scale {scale.path.stem} --seeds {args.seeds}"
         write_results(args.results / f"ablations_{name}_{scale.path.stem}", command, TABLES[name], study, args.seeds)
     if failed:
         sys.exit(f"error: {failed} of {len(runs)} runs failed; the same command tries them again")

@@ -193,27 +193,28 @@ def describe_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str
     return [
         f"changed since the checkpoint: `{name}` {saved.get(name)} -> {value}"
         for name, value in current.items()
-        if saved.get(name) != value and name != "resume_from_checkpoint"
+        # The repository's full name is found out later, and stands in the last line of the log.
+        if saved.get(name) != value and name not in ("resume_from_checkpoint", "hub_model_id")
     ]
 
 
 def open_checkpoint(
-    folder: Path, wanted: str, identity: dict[str, Any], arguments: dict[str, Any]
+    folder: Path, wanted: str | None, identity: dict[str, Any], arguments: dict[str, Any]
 ) -> tuple[Path | None, dict[str, Any], list[str]]:
     """Find the checkpoint to resume from and check that it is of the same experiment.
 
     Args:
         folder: where checkpoints of the run lie.
-        wanted: `latest` or a path.
+        wanted: `latest`, a path, or None for none.
         identity, arguments: of the run now.
 
     Returns:
-        its path (None where `latest` finds none), its state, and lines for the log.
+        its path (None where none is wanted or `latest` finds none), its state, and lines for the log.
 
     Raises:
         UserError: see `find_checkpoint`, `read_state`, `check_identity`; or it is past `max_steps`.
     """
-    path, lines = find_checkpoint(folder, wanted)
+    path, lines = find_checkpoint(folder, wanted) if wanted else (None, [])
     if path is None:
         return None, {}, lines
     state = read_state(path)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 # Whose blocks are of one part: they can be cut short, and do not depend on what comes after the next one.
@@ -101,6 +102,17 @@ def require(condition: bool, name: str, value: Any, remedy: str) -> None:
 def existing(path: Path) -> Path:
     """The path, or the nearest folder above it that is there."""
     return next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+
+
+def check_repo_id(name: str, repo_id: str) -> None:
+    """
+    Raises:
+        UserError: no name that a repository on the hub can have.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"`{name}` is {repo_id!r}; write user/name or organisation/name. {error}") from None
 
 
 def check_output_dir(path: Path) -> None:
@@ -280,10 +292,24 @@ class PretrainArguments:
     save_total_limit: int = 3
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
     resume_from_checkpoint: str | None = None
-    """`latest` (starts fresh where there is none, so one command line serves start and restart) or the path of a
-    checkpoint."""
+    """`latest` (starts fresh where there is none, so one command line serves start and restart), the path of a
+    checkpoint or, in a folder that holds no run yet, one on the hub: `hub://user/name@step-00010000`."""
     expected_loss: float | None = None
     """Held-out loss that this config has reached; a line in loss.png. None: not run yet."""
+    report_to: str | list[str] = "none"
+    """Trackers that get metrics.jsonl's figures too: one or a list of those that accelerate knows (`trackio`,
+    `tensorboard`, `wandb` and others), or `none`."""
+    push_to_hub: bool = False
+    """Push checkpoints to the model hub, in the background, as the user of `hf auth login` or HF_TOKEN."""
+    hub_model_id: str | None = None
+    """Repository on the hub, `user/name` or `organisation/name`; None: the name of `output_dir`, the user's own."""
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = "every_save"
+    """What is pushed: `end`: the last model; `every_save`: the model of every checkpoint; `checkpoint`: those with all
+    that training needs to go on from there (`--resume_from_checkpoint hub://user/name@step-00010000`)."""
+    license: str = "apache-2.0"
+    """Licence of the weights, by its name on the hub: for the model card."""
+    hub_private_repo: bool | None = None
+    """Whether a repository that is created is private; None: as the user or organisation has chosen on the hub."""
     prepare_only: bool = False
     """Tokenise and pack, shared among all processes of all nodes, and stop."""
     dry_run: bool = False
@@ -348,6 +374,8 @@ class PretrainArguments:
                 f"`objective` is {self.objective}, which cannot use blocks of `packing` {self.packing}; give it "
                 f"{' or '.join(OBJECTIVE_PACKINGS[self.objective])}"
             )
+        if self.hub_model_id is not None:
+            check_repo_id("hub_model_id", self.hub_model_id)
         if self.seq_length_warmup_steps and self.packing not in ONE_PART_PACKINGS:
             raise UserError(
                 f"`seq_length_warmup_steps` cuts blocks, and those of `packing` {self.packing} have parts that belong "

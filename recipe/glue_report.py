@@ -128,11 +128,20 @@ def percent(value: float | None) -> str:
 
 
 def format_table(summary: dict[str, Any], hours: float) -> str:
-    """table.md, columns aligned so that it reads on a terminal too.
+    """table.md.
 
     Args:
         hours: since the last start.
     """
+    spent = f"{hours:.2f} hours since this start, {summary['device_hours']:.2f} device-hours in all."
+    notes = format_notes(summary)
+    if failed := sum(row["failed"] for row in summary["tasks"]):
+        notes.append(f"{failed} jobs failed; results.jsonl says why, and the same command tries them again.")
+    return "\n".join([format_rows(summary), "", *notes, spent]) + "\n"
+
+
+def format_rows(summary: dict[str, Any]) -> str:
+    """The table, columns aligned so that it reads on a terminal too."""
     published = f"roberta.{summary['compare_with']}"
     lines = [["task", "metric", "median", "best", "sd", "n", "lr", "batch", "majority", published, "difference"]]
     for row in summary["tasks"]:
@@ -156,7 +165,7 @@ def format_table(summary: dict[str, Any], hours: float) -> str:
             lines.append([name, count, percent(values["median"]), *[""] * 6, given, gap])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])
-    text = [
+    return "\n".join(
         "| "
         + " | ".join(
             cell.ljust(width) if column < 2 else cell.rjust(width)
@@ -164,20 +173,22 @@ def format_table(summary: dict[str, Any], hours: float) -> str:
         )
         + " |"
         for line in lines
-    ]
+    )
+
+
+def format_notes(summary: dict[str, Any]) -> list[str]:
+    """What the table's columns are."""
     notes = [
         "Dev results in percent: median over n seeds at the best setting, each of its best epoch; majority: what the "
         "commonest answer of the training set gets.",
-        f"{hours:.2f} hours since this start, {summary['device_hours']:.2f} device-hours in all.",
     ]
     if any(row["published"] is not None for row in summary["tasks"]):
+        published = f"roberta.{summary['compare_with']}"
         notes.append(f"{published}: fairseq's published dev results; RTE, STS-B and MRPC there start from MNLI.")
     unofficial = sorted({TASKS[row["task"]].title for row in summary["tasks"] if not row["official"]})
     if unofficial:
         notes.append(f"Not the official data, and not to be compared with published results: {', '.join(unofficial)}.")
-    if failed := sum(row["failed"] for row in summary["tasks"]):
-        notes.append(f"{failed} jobs failed; results.jsonl says why, and the same command tries them again.")
-    return "\n".join([*text, "", *notes]) + "\n"
+    return notes
 
 
 def write_submission(folder: Path, target: Path) -> list[str]:

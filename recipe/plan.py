@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from recipe.checkpoint import check_space, open_checkpoint
 from recipe.config import CorpusArguments, PretrainArguments, UserError, did_you_mean, existing, identity_of
 from recipe.corpora import check_corpus, corpus_bytes, open_source
+from recipe.hub import check_access, fetch_checkpoint
 from recipe.loader import CachedData, Data, StreamedData
 from recipe.memory import PRECISIONS, USABLE, compute_memory
 from recipe.metrics import device_name, format_bytes, format_count, format_duration, matmul_flops
@@ -165,11 +166,18 @@ def print_plan(args: PretrainArguments, accelerator: Accelerator, run: RunDirect
         accumulation = args.gradient_accumulation_steps(hardware.count)
         remarks.append(f"{hardware.count} x {args.per_device_train_batch_size} blocks, {accumulation} times an update")
         is_even = True
+    checkpoint = None
     if args.resume_from_checkpoint is not None and tokenizer:
         with tried.trying("checkpoint") as remarks:
             identity = identity_of(args) | {"tokenizer": tokenizer_checksum(tokenizer)}
-            _, _, lines = open_checkpoint(run.checkpoints, args.resume_from_checkpoint, identity, asdict(args))
-            remarks += lines or ["there is none yet"]
+            checkpoint, _, lines = open_checkpoint(run.checkpoints, fetch_checkpoint(args), identity, asdict(args))
+            remarks += lines or [f"{args.resume_from_checkpoint}, nothing here yet"]
+    if args.push_to_hub:
+        with tried.trying("hub") as remarks:
+            name = args.hub_model_id or run.path.resolve().name
+            settings = args.hub_private_repo, identity_of(args), checkpoint is None
+            repo_id, warnings = check_access(name, *settings, dry_run=True)
+            remarks += warnings or [f"{repo_id} can be written"]
     tokens = try_data(args, tokenizer, tried)
     if config:
         with torch.device("meta"):

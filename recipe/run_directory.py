@@ -3,16 +3,21 @@
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 
-from recipe.config import UserError, check_output_dir, to_yaml
+from recipe.config import PretrainArguments, UserError, check_output_dir, to_yaml
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "sentencex", "numpy")
 
@@ -31,6 +36,16 @@ def git_commit() -> str | None:
     return result.stdout.strip() or None
 
 
+def power_limit() -> float | None:
+    """Watts that a GPU's board may draw, of the first; None without nvidia-smi or where it does not know."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    watts = re.match(r"\d+(\.\d+)?", result.stdout)
+    return float(watts[0]) if watts else None
+
+
 def environment(accelerator: Accelerator) -> dict[str, Any]:
     """What a run runs on and with: engine, precision, processes, device, versions, commit."""
     device = accelerator.device
@@ -39,6 +54,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "num_processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "power_limit_watts": power_limit() if device.type == "cuda" else None,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
         "git_commit": git_commit(),
@@ -50,6 +66,20 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """All lines of a metrics.jsonl, none if it is not there; a last line torn by a crash is left out."""
+    if not file.exists():
+        return []
+    # What stands behind the last line break was not written to its end.
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """config.yaml of a run; what it lacks, since the code was older, has its default."""
+    defaults = {option.name: option.default for option in fields(PretrainArguments) if option.default is not MISSING}
+    return defaults | yaml.safe_load((run / "config.yaml").read_text())
 
 
 class RunDirectory:
@@ -113,18 +143,22 @@ class RunDirectory:
             status = {"state": state, "step": step, "reason": reason, "pids": self.pids}
             write_atomically(self.path / "status.json", json.dumps(status) + "\n")
 
+    @contextmanager
+    def noting_failure(self, step: Callable[[], int]) -> Iterator[None]:
+        """Have status.json say what ended the run, and after which update, if anything does."""
+        try:
+            yield
+        except BaseException as error:
+            self.write_status("failed", step(), f"{type(error).__name__}: {error}")
+            raise
+
     def append_metrics(self, record: dict[str, Any]) -> None:
         if self.is_main:
             with self.metrics_file.open("a") as file:
                 file.write(json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl; a last line torn by a crash is left out."""
-        if not self.metrics_file.exists():
-            return []
-        lines = self.metrics_file.read_text().split("\n")
-        # What stands behind the last line break was not written to its end.
-        return [json.loads(line) for line in lines[:-1]]
+        return read_records(self.metrics_file)
 
     def cut_metrics(self, step: int) -> None:
         """Forget the lines of later updates, which a resume from `step` writes again."""

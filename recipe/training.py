@@ -4,17 +4,23 @@ import math
 import os
 import signal
 from collections import ChainMap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from huggingface_hub.utils import disable_progress_bars
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -23,6 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 from recipe.checkpoint import checkpoint_path, save_checkpoint
 from recipe.config import PretrainArguments, UserError
 from recipe.hashing import hash64
+from recipe.hub import Publisher
 from recipe.loader import Batch, Counts, Data, MicroBatches, UpdateData
 from recipe.memory import largest_micro_batch
 from recipe.metrics import (
@@ -41,6 +48,7 @@ from recipe.plots import Curves, plot_runs
 from recipe.progress import print_line, progress_bar
 from recipe.run_directory import RunDirectory
 from recipe.streaming import Buffer, InterruptedWaitError, to_arrays, to_tensors
+from recipe.trackers import check_trackers, log_metrics
 
 UNSERVED_ENGINES = {
     DistributedType.FSDP,
@@ -50,19 +58,29 @@ UNSERVED_ENGINES = {
 }
 # A rank may have to wait for a source longer than the ten minutes that the others would have patience for.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
+Result = TypeVar("Result")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def start_accelerator() -> Accelerator:
+def start_accelerator(report_to: str | list[str] = "none", logging_dir: str | None = None) -> Accelerator:
     """The accelerator as the launcher set it up; the libraries' own progress bars are kept to the main process.
+
+    Args:
+        report_to: trackers, see `check_trackers`.
+        logging_dir: for trackers that write files.
 
     Raises:
         UserError: an engine or a precision that this code does not serve.
     """
     # No buffer of the model ever changes, so none has to be sent around at each forward.
+    trackers = check_trackers(report_to)
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     try:
-        accelerator = Accelerator(kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)])
+        accelerator = Accelerator(
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(logging_dir=logging_dir),
+            kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+        )
     except ValueError as error:  # of a precision that the device does not have
         raise UserError(f"{error} Give accelerate another --mixed_precision") from None
     disable_progress_bar()  # transformers', one for each file that it writes
@@ -90,6 +108,24 @@ def start_accelerator() -> Accelerator:
                 f"warning: {torch.get_num_threads()} of {cores} cores in use; set OMP_NUM_THREADS={cores}"
             )
     return accelerator
+
+
+def on_main(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
+    """What a function comes to that the main process runs for all.
+
+    Raises:
+        UserError: the function's, on all processes.
+    """
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = function()
+        except UserError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1]:
+        raise UserError(outcome[1])
+    return outcome[0]
 
 
 class StopRequest:
@@ -143,6 +179,7 @@ def train(
     run: RunDirectory,
     identity: dict[str, Any],
     saved_lanes: dict[str, Any],
+    publisher: Publisher,
 ) -> bool:
     """Train from `state.step` to `max_steps`, logging, evaluating and saving on the way.
 
@@ -152,6 +189,7 @@ def train(
         state: advanced in place.
         identity: of the run, kept in its checkpoints.
         saved_lanes: of the checkpoint that training goes on from, in streaming mode.
+        publisher: of all checkpoints but the one after the last update.
 
     Returns:
         whether the run is complete; False after a signal, with a checkpoint of the last update.
@@ -170,6 +208,7 @@ def train(
 
     def report(record: dict[str, Any], line: str) -> None:
         run.append_metrics(record)
+        log_metrics(accelerator, record)
         if accelerator.is_main_process:
             print_line(line)
 
@@ -188,7 +227,7 @@ def train(
                 share, counts, failure = next_update(accelerator, updates, len(args.corpora))
             if share is None:
                 if state.step and saved != checkpoint_path(run.checkpoints, state.step):
-                    save(accelerator, args, objective, optimizer, state, run, identity, lanes)
+                    save(accelerator, args, objective, optimizer, state, run, identity, lanes, publisher)
                 if failure:
                     raise failure
                 run.write_status("preempted", state.step, request.signal or "a signal to another process")
@@ -249,7 +288,7 @@ def train(
                 if state.step % args.save_steps == 0 or is_last or update.stopping:
                     if accelerator.is_main_process:
                         print_line(format_data_line(state, seen, args.positions(state.step), args.max_steps))
-                    save(accelerator, args, objective, optimizer, state, run, identity, lanes)
+                    save(accelerator, args, objective, optimizer, state, run, identity, lanes, publisher)
                     saved = checkpoint_path(run.checkpoints, state.step)
             if update.stopping and not is_last:
                 run.write_status("preempted", state.step, request.signal or "a signal to another process")
@@ -391,8 +430,9 @@ def save(
     run: RunDirectory,
     identity: dict[str, Any],
     lanes: dict[tuple[int, int], Buffer],
+    publisher: Publisher,
 ) -> None:
-    """Checkpoint, status and plot."""
+    """Checkpoint, status and plot, and off to the hub."""
     all_lanes = gather_object([to_arrays(lanes)])
     if accelerator.is_main_process:
         bare = accelerator.unwrap_model(objective)
@@ -401,7 +441,9 @@ def save(
         if accelerator.scaler is not None:
             tensors["scaler"] = accelerator.scaler.state_dict()
         kept = {"train_state": asdict(state), "identity": identity, "arguments": asdict(args)}
-        save_checkpoint(run.checkpoints, state.step, bare.model, tensors, kept, args.save_total_limit)
+        path = save_checkpoint(run.checkpoints, state.step, bare.model, tensors, kept, args.save_total_limit)
         run.write_status("running", state.step)
         plot_runs([Curves(str(run.path), run.read_metrics(), args.expected_loss)], run.loss_plot)
+        if state.step < args.max_steps:  # the last one is pushed when the run is complete
+            publisher.publish(path, is_last=False)
     accelerator.wait_for_everyone()

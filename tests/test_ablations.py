@@ -21,19 +21,19 @@ from tests.conftest import ROOT, SAMPLE, read_lines
 ROWS = ablations.read_rows()
 # What a row is called and how its work is cut into micro-batches is no part of the experiment.
 NO_PART = {"output_dir", "per_device_train_batch_size", "per_device_eval_batch_size"}
+UPDATES = 200
 MICRO = {
     "launch": "accelerate_configs/cpu.yaml",
     "corpora": {
-        "books": {"path": "{data}/novels.jsonl.gz", "max_bytes": 60_000},
-        "wikipedia": {"path": "{data}/tales.jsonl.gz", "max_bytes": 60_000},
-        **{name: {"path": "{data}/tales.jsonl.gz", "max_bytes": 60_000} for name in ("news", "web", "stories")},
+        name: {"path": "{data}/tales.jsonl.gz", "max_bytes": 80_000}
+        for name in ("books", "wikipedia", "news", "web", "stories")
     },
     "eval_corpora": {"held-out": {"path": "{data}/tales.jsonl.gz"}},
     "tokenizer": {"divide": {"vocab_size": 50}},
     "pretrain": {
         "divide": {
             "train_batch_size": 32,
-            "max_steps": 25_000,
+            "max_steps": 1_000_000 // UPDATES,
             "warmup_steps": 12_000,
             "model_config.num_hidden_layers": 6,
             "model_config.hidden_size": 24,
@@ -49,8 +49,8 @@ MICRO = {
             "preprocessing_num_workers": None,
             "dataloader_num_workers": 0,
             "logging_steps": 2,
-            "eval_steps": 20,
-            "save_steps": 2,
+            "eval_steps": UPDATES,
+            "save_steps": UPDATES,
         },
     },
     "glue": {
@@ -149,7 +149,7 @@ def test_shipped_scale_fits_every_table_and_keeps_ratios(path: Path, tmp_path: P
         ("masking", with_changes("pretrain", divide={"model_config.layers": 5}), "`model_config.layers`, which no row"),
         ("masking", with_changes("pretrain", divide={"train_batch_size": 100}), "256 / 100 = 2.56"),
         ("masking", with_changes("pretrain", equal_tokens={"static": 5}), "did you mean `static-masking`?"),
-        ("masking", MICRO | {"corpora": {"books": {"path": "{data}/novels.jsonl.gz"}}}, "`corpora` lacks 'wikipedia'"),
+        ("masking", MICRO | {"corpora": {"books": {"path": "{data}/tales.jsonl.gz"}}}, "`corpora` lacks 'wikipedia'"),
         ("masking", MICRO | {"corpora": {"books": {"path": "{data}/no"}}}, "there is no"),
         ("masking", MICRO | {"corpra": {}}, "there is no section `corpra`; did you mean `corpora`?"),
         ("masking", with_changes("pretrain", override={"eval_blocks": -1}), "`eval_blocks` is -1"),
@@ -228,25 +228,39 @@ def test_losses_are_compared_only_where_held_out_blocks_are_the_same():
     assert share_held_out_text([ROWS[row] | {"eval_corpora": text} for row in TABLES["data"].rows])
 
 
-def test_whole_comparison_from_text_to_table(run, tmp_path: Path):
-    run(MICRO, "--jobs", "2")
+def test_stopped_comparison_goes_on_to_its_table(arguments, run, tmp_path: Path):
     folder, results = tmp_path / "runs" / "micro", tmp_path / "results"
+    first = folder / "static-masking" / "seed-1" / "pretrain"
+    command = [sys.executable, "benchmarks/ablations.py", *arguments(MICRO)]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not (first / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "stopped; the same command goes on" in errors.decode()
+    status = json.loads((first / "status.json").read_text())
+    assert status["state"] == "preempted"
+    assert 0 < status["step"] < UPDATES
+
+    run(MICRO, "--jobs", "2")
+    assert f"step-{status['step']:08d}" in (first.parent / "pretrain.log").read_text()
     report = json.loads((results / "ablations_masking_micro.json").read_text())
-    assert (results / "ablations_masking_micro.png").stat().st_size > 10_000
     text = (results / "ablations_masking_micro.md").read_text()
+    assert (results / "ablations_masking_micro.png").stat().st_size > 10_000
     assert "| static | 1 |" in text
     assert "| static | 78.3 | 84.3 | 92.5 |" in text
     assert "there are too few runs to judge by held-out loss, CoLA" in text
     assert str(tmp_path) not in json.dumps(report) + text
-    for row, own in report["runs"].items():
+    for row, [own] in report["runs"].items():
         records = read_lines(folder / row / "seed-1" / "pretrain" / "metrics.jsonl")
-        evaluated = [record for record in records if "eval_loss" in record]
-        assert own[0]["scores"][LOSS] == evaluated[-1]["eval_loss"]
-        assert own[0]["tokens"] == evaluated[-1]["tokens"]
-        assert own[0]["passes"] > 1
+        [evaluated] = [record for record in records if "eval_loss" in record]
+        assert evaluated["step"] == UPDATES
+        assert own["scores"][LOSS] == evaluated["eval_loss"]
+        assert own["tokens"] == evaluated["tokens"]
     static, dynamic = (report["runs"][row][0] for row in ("static-masking", "segment-pair-nsp"))
     assert static["tokens"] == dynamic["tokens"]
-    assert static["unigram_loss"] == dynamic["unigram_loss"]  # of the same masked tokens
+    assert static["unigram_loss"] == dynamic["unigram_loss"]  # of the same held-out tokens under the same masks
     assert report["options"]["static-masking"] == {"masking": "static"}
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("status.json")}
@@ -256,27 +270,6 @@ def test_whole_comparison_from_text_to_table(run, tmp_path: Path):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("status.json")}
     # A run that is not complete is in no table.
     shutil.rmtree(folder / "static-masking" / "seed-1" / "glue")
-    comparison = TABLES["masking"], ablations.Study(folder, ablations.Scale(tmp_path / "micro.yaml", SAMPLE), None, 1)
-    ablations.write_results(results / "again", "command", *comparison, 1)
+    study = ablations.Study(folder, ablations.Scale(tmp_path / "micro.yaml", str(SAMPLE)), None, 1)
+    ablations.write_results(results / "again", "command", TABLES["masking"], study, 1)
     assert "| static | 0 | – |" in (results / "again.md").read_text()
-
-
-def test_stopped_study_goes_on_where_it_was(arguments, run, tmp_path: Path):
-    scale = with_changes("pretrain", divide={"max_steps": 2_500})
-    command = [sys.executable, "benchmarks/ablations.py", *arguments(scale)]
-    metrics = tmp_path / "runs" / "micro" / "static-masking" / "seed-1" / "pretrain" / "metrics.jsonl"
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not metrics.exists() and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "stopped; the same command goes on" in errors.decode()
-    status = json.loads((metrics.parent / "status.json").read_text())
-    assert status["state"] == "preempted"
-    assert 0 < status["step"] < 400
-    run(scale)
-    assert json.loads((metrics.parent / "status.json").read_text())["state"] == "complete"
-    log = (metrics.parent.parent / "pretrain.log").read_text()
-    assert f"step-{status['step']:08d}" in log
-    assert [record["step"] for record in read_lines(metrics) if "loss" in record][-1] == 400

@@ -21,12 +21,13 @@ FLOORS = [
         "memory",
         "metrics",
         "run_directory",
+        "trackers",
         "glue_tasks",
         "jobs",
     },
-    {"token_store", "streaming", "plots", "finetuning", "glue_report"},
-    {"loader", "glue"},
-    {"training", "plan"},
+    {"token_store", "streaming", "plots", "finetuning", "glue_report", "hub"},
+    {"loader", "glue", "card"},
+    {"training", "plan", "glue_card"},
     {"demo"},
 ]
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import ROOT, command_line, read_lines
-from tests.hub_server import HubServer, serve
+from tests.hub_server import Fault, HubServer, serve
 
 CARD = """---
 dataset_info:
@@ -96,10 +96,10 @@ def test_what_the_hub_does_not_have_is_named(hub, tmp_path):
 
 
 def test_outage_is_waited_out_and_named_if_it_goes_on(hub, tmp_path, texts):
-    hub.answers_left, hub.failures = 2, 2
+    hub.faults = [Fault(503, "GET .*resolve", after=2, times=2)]
     found, result = read(hub, tmp_path, {"path": "somebody/books"})
     assert [text for _, _, text in found] == texts
-    hub.answers_left, hub.failures = 2, 10_000
+    hub.faults = [Fault(503, "GET .*resolve", after=2)]
     _, result = read(hub, tmp_path, {"path": "somebody/books"})
     assert result.returncode == 2
     assert "error: corpus 'c': somebody/books, shard" in result.stderr
@@ -118,7 +118,7 @@ def test_training_from_the_hub_in_both_modes(hub, flags, tmp_path, texts):
     # The store is there: no need for the hub.
     hub.reads.clear()
     again = flags | {"output_dir": tmp_path / "again"}
-    hub.failures, hub.answers_left = 10_000, 0
+    hub.faults = [Fault(503)]
     assert run(hub, tmp_path, "pretrain.py", *command_line(again)).returncode == 0
     assert not hub.reads
     assert (

@@ -182,7 +182,25 @@ def test_eval_corpora_are_used_whole_for_evaluation_alone(make_data, tmp_path: P
     data = make_data(eval_corpora=[CorpusArguments(name="other", path=str(path))], eval_blocks=10_000)
     assert data.order.num_held_out.tolist() == [0]
     assert len(data.eval_blocks) == len(data.packed[1])
-    assert (data.locate_eval(np.arange(len(data.eval_blocks)))[0] == 1).all()
+    assert (data.locate_eval(np.arange(len(data.eval_blocks)))[0] == -1).all()  # the last corpus
+
+
+def test_held_out_masks_are_the_same_for_other_training_text_and_masks(make_data, tmp_path: Path, texts, corpus_file):
+    path = write_jsonl(tmp_path / "eval.jsonl", texts[:10])
+    held_out = {"eval_corpora": [CorpusArguments(name="other", path=str(path))]}
+    more = [CorpusArguments(name=name, path=str(corpus_file)) for name in ("a", "b")]
+    batches = [
+        next(made.eval_batches(0, 1).iterate(0, 1, num_workers=0))[0]
+        for made in (
+            make_data(**held_out),
+            make_data(**held_out, corpora=more),
+            make_data(**held_out, masking="static"),
+        )
+    ]
+    for others in zip(*batches, strict=True):
+        for name in ("input_ids", "labels"):
+            assert torch.equal(others[0][name], others[1][name])
+            assert torch.equal(others[0][name], others[2][name])
 
 
 def test_unigram_loss_is_that_of_the_counts(make_data):
