@@ -75,11 +75,12 @@ def main() -> None:
     plot_glue(rows, [row_title(row) for row in rows], published, args.model_name_or_path, run.path / "glue.png")
     missing = write_submission(run.path / "predictions", run.path / "submission.zip")
     run.write_status("complete", len(jobs))
-    print(f"\n{table}\nplot: {run.path / 'glue.png'}")
+    print(f"\n{table}\nplot: {run.path / 'glue.png'}\ntable, summary and results: {run.path}")
     for line in note_glue(run.path):
         print(line)
     if (run.path / "submission.zip").exists():
         print(f"submission: {run.path / 'submission.zip'}" + (f", without {', '.join(missing)}" if missing else ""))
+        print("next: hand it in at https://gluebenchmark.com/submit")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from dataclasses import asdict
 
 import torch
 from accelerate.utils import gather_object
-from transformers.utils.logging import disable_progress_bar
 
 from recipe import checkpoint as ckpt
 from recipe.card import build_card, write_card
@@ -28,7 +27,6 @@ from recipe.training import on_main, start_accelerator, train
 
 def main() -> None:
     args = parse_config(PretrainArguments, __doc__)
-    disable_progress_bar()  # transformers' own, one for each file that it writes
     accelerator = start_accelerator(args.report_to, args.output_dir)
     run = RunDirectory(args.output_dir, accelerator.is_main_process, gather_object([os.getpid()]))
 
@@ -91,7 +89,7 @@ def main() -> None:
         write_card(run.path, run.model)
         publisher.publish(ckpt.checkpoint_path(run.checkpoints, state.step), is_last=True)
     run.write_status("complete", state.step)
-    log([f"model: {run.model}", f"loss plot: {run.loss_plot}", *publisher.finish()])
+    log([*publisher.finish(), *run.describe()])
 
 
 if __name__ == "__main__":

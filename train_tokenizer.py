@@ -9,10 +9,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from recipe.config import TokenizerArguments, UserError, check_output_dir, parse_config, report_user_errors
 from recipe.corpora import check_corpus, corpus_bytes, sample_texts
+from recipe.progress import progress_bar
 from recipe.tokenizer import (
     check_common_words,
     check_saved_tokenizer,
@@ -22,6 +21,7 @@ from recipe.tokenizer import (
     train_wordpiece,
 )
 
+CONFIGS = {"byte_level_bpe": "roberta-base", "wordpiece": "bert-base", "unigram": "albert-base"}  # what comes next
 # Of each corpus, for the checks after training:
 COUNTED_BYTES = 1_000_000  # text whose words are counted
 COMPARED_TEXTS, COMPARED_CHARACTERS = 50, 2000  # texts encoded with the trained and the saved tokenizer
@@ -50,7 +50,7 @@ def main() -> None:
     sample: list[str] = []
 
     def texts() -> Iterator[list[str]]:
-        with tqdm(total=expected_bytes, desc="reading", unit="B", unit_scale=True) as bar:
+        with progress_bar("reading", expected_bytes, "B") as bar:
             for name, batch, size in sample_texts(args.corpora, args.max_train_bytes):
                 if not read_bytes[name]:
                     sample.extend(text[:COMPARED_CHARACTERS] for text in batch[:COMPARED_TEXTS])
@@ -82,6 +82,8 @@ def main() -> None:
         print(f"warning: the text had pairs for {entries:,} of {args.vocab_size:,} entries only")
     tokens = sum(len(encoding) for encoding in tokenizer.encode_batch(sample, add_special_tokens=False))
     print(f"{output_dir}: {entries:,} entries, {sum(len(t.encode()) for t in sample) / tokens:.2f} bytes a token")
+    config = f"recipe/configs/pretrain/{CONFIGS[args.tokenizer_type]}.yaml"
+    print(f"next: accelerate launch pretrain.py --config {config} --tokenizer_name {output_dir} --dry_run")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from recipe.config import GlueArguments, UserError
 from recipe.finetuning import EncodedSplit, Finetuner, Outcome, encode_splits, load_classifier
 from recipe.glue_tasks import TASKS, format_predictions
 from recipe.jobs import Job, Results
+from recipe.progress import print_line, progress_bar
 from recipe.run_directory import write_atomically
 
 
@@ -85,14 +87,23 @@ class Grid:
 
     def run(self, jobs: list[Job]) -> None:
         """Run all jobs that have no result yet, with whatever other processes are at it; back when all have one."""
+        bar = progress_bar("fine-tuning", len(jobs), "jobs", self.accelerator.is_main_process)
+        with bar:
+            for _ in self.run_in_turn(jobs):
+                bar.update(len(self.results.read()) - bar.n)
+
+    def run_in_turn(self, jobs: list[Job]) -> Iterator[Job]:
+        """Run this process's share; back after each job."""
         is_alone = self.accelerator.num_processes == 1
         shared = [job for job in jobs if job.task in self.args.data_parallel_tasks and not is_alone]
         for job in shared:
             if job not in self.results.read():
                 self.run_job(job, is_shared=True)
+                yield job
             self.accelerator.wait_for_everyone()
         for job in self.results.take([job for job in jobs if job not in shared], lambda job: self.may_start(job, jobs)):
             self.run_job(job, is_shared=False)
+            yield job
 
     def may_start(self, job: Job, jobs: list[Job]) -> bool:
         """Whether the MNLI model that a job starts from is the best that there will be."""
@@ -125,7 +136,7 @@ class Grid:
             gc.collect()
             torch.zeros(1, device=self.accelerator.device).item()  # a broken device is of no use to the next job
             self.results.add(job, state="failed", reason=reason)
-            print(f"{job}: failed: {reason.splitlines()[0]}", flush=True)
+            print_line(f"{job}: failed: {reason.splitlines()[0]}")
             return
         if outcome.weights:
             self.keep_best(job, outcome, model)
@@ -140,7 +151,7 @@ class Grid:
             processes=finetuner.world,
         )
         scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in outcome.metrics.items())
-        print(f"{job}: {scores} (epoch {outcome.best_epoch} of {len(outcome.epochs)}), {seconds:,.0f} s", flush=True)
+        print_line(f"{job}: {scores} (epoch {outcome.best_epoch} of {len(outcome.epochs)}), {seconds:,.0f} s")
 
     def source(self, job: Job) -> str:
         if job.init == "pretrained":

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from recipe.config import UserError, report_user_errors
-from recipe.run_directory import RunDirectory
+from recipe.run_directory import RunDirectory, read_config
 
 # Colours that colour-blind readers tell apart (Okabe and Ito); lines and markers tell the runs apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -55,12 +54,11 @@ def read_curves(path: Path) -> Curves:
     if not run.config_file.is_file() or not run.metrics_file.is_file():
         missing = run.metrics_file if run.config_file.is_file() else run.config_file
         raise UserError(f"{path} is no pretraining run, it has no {missing.name}; name the `output_dir` of one")
-    config = yaml.safe_load(run.config_file.read_text())
-    try:
-        expected_loss, checksum = config["expected_loss"], config["environment"]["tokenizer_checksum"]
-    except (KeyError, TypeError):
-        raise UserError(f"{run.config_file} is not of a pretraining run of this version of the recipe") from None
-    return Curves(str(path), run.read_metrics(), expected_loss, checksum)
+    config = read_config(path)
+    checksum = config.get("environment", {}).get("tokenizer_checksum")
+    if checksum is None:
+        raise UserError(f"{run.config_file} is not of a pretraining run of this version of the recipe")
+    return Curves(str(path), run.read_metrics(), config["expected_loss"], checksum)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

@@ -120,6 +120,16 @@ class RunDirectory:
                 "or choose another folder"
             )
 
+    def describe(self) -> list[str]:
+        """Where everything of a finished run is, and what to type next."""
+        return [
+            f"model: {self.model}",
+            f"loss plot: {self.loss_plot}",
+            f"checkpoints, metrics and config: {self.path}",
+            f"next: accelerate launch finetune_glue.py --config recipe/configs/glue/quick.yaml "
+            f"--model_name_or_path {self.model} --output_dir {self.path / 'glue'}",
+        ]
+
     def write_config(self, arguments: dict[str, Any], environment: dict[str, Any]) -> None:
         """config.yaml: the resolved arguments, and under `environment` what they ran on. `--config` reads it back."""
         if self.is_main:

@@ -39,7 +39,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from recipe.config import PAIR_PACKINGS, CorpusArguments, UserError, existing
 from recipe.corpora import (
@@ -53,6 +52,7 @@ from recipe.corpora import (
 )
 from recipe.hygiene import Decontaminator, DocumentFilter, check_unreadable, text_checksum
 from recipe.packing import SEGMENT, Block, BlockFormat, Packed
+from recipe.progress import progress_bar
 from recipe.tokenizer import DocumentEncoder
 
 STORE_FORMAT, BLOCKS_FORMAT = 1, 2  # parts of the folders' names: raise them when the contents come out differently
@@ -377,7 +377,7 @@ class TokenStore:
             encode_run = RunEncoder(self.corpus.name, self.encoder, self.decontaminator, max_unreadable)
             with (
                 naming_disk_errors(self.path),
-                tqdm(desc=f"tokenising {self.corpus.name}", unit=" documents", disable=process_index > 0) as bar,
+                progress_bar(f"tokenising {self.corpus.name}", None, "documents", process_index == 0) as bar,
             ):
                 source = self.begin()
                 encoders = Encoders(encode_run, num_workers)
@@ -395,7 +395,7 @@ class TokenStore:
         if not counts["tokens"]:
             raise UserError(f"corpus {self.corpus.name!r}: {self.corpus.path} holds no text")
 
-    def watch(self, runs: Iterator[Encoded], max_unreadable: int, bar: tqdm) -> Iterator[Encoded]:
+    def watch(self, runs: Iterator[Encoded], max_unreadable: int, bar: Any) -> Iterator[Encoded]:
         """The runs of a shard, seen on the bar and ended by one malformed document too many."""
         unreadable = 0
         for counted, documents in runs:
@@ -523,8 +523,16 @@ class PackedCorpus:
         """Make what is not there yet of the view, together with all processes that do the same; then open it."""
         num_shards = self.store.num_shards
         if not all(self.folder(shard).is_dir() for shard in range(num_shards)):
-            with naming_disk_errors(self.path):
-                share(self.path, num_shards, process_index, lambda shard: self.folder(shard).is_dir(), self.pack_shard)
+            with (
+                naming_disk_errors(self.path),
+                progress_bar(f"packing {self.store.corpus.name}", num_shards, "shards", process_index == 0) as bar,
+            ):
+
+                def make(shard: int) -> None:
+                    self.pack_shard(shard)
+                    bar.update()
+
+                share(self.path, num_shards, process_index, lambda shard: self.folder(shard).is_dir(), make)
         self.copies = None  # are not needed any more, nor sent to workers
         self.open()
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
 
+import datasets
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import (
@@ -20,9 +21,10 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
+from huggingface_hub.utils import disable_progress_bars
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from recipe.checkpoint import checkpoint_path, save_checkpoint
 from recipe.config import PretrainArguments, UserError
@@ -43,6 +45,7 @@ from recipe.metrics import (
 )
 from recipe.model import model_flops_per_token
 from recipe.plots import Curves, plot_runs
+from recipe.progress import print_line, progress_bar
 from recipe.run_directory import RunDirectory
 from recipe.streaming import Buffer, InterruptedWaitError, to_arrays, to_tensors
 from recipe.trackers import check_trackers, log_metrics
@@ -60,7 +63,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def start_accelerator(report_to: str | list[str] = "none", logging_dir: str | None = None) -> Accelerator:
-    """The accelerator as the launcher set it up.
+    """The accelerator as the launcher set it up; the libraries' own progress bars are kept to the main process.
 
     Args:
         report_to: trackers, see `check_trackers`.
@@ -80,6 +83,10 @@ def start_accelerator(report_to: str | list[str] = "none", logging_dir: str | No
         )
     except ValueError as error:  # of a precision that the device does not have
         raise UserError(f"{error} Give accelerate another --mixed_precision") from None
+    disable_progress_bar()  # transformers', one for each file that it writes
+    if not accelerator.is_main_process:
+        disable_progress_bars()
+        datasets.disable_progress_bars()
     is_bf16_on_gpu = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
     if is_bf16_on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(
@@ -197,14 +204,13 @@ def train(
     unigram_loss = data.unigram_loss() if args.eval_blocks and accelerator.is_main_process else math.nan
     request, watch = StopRequest(), Stopwatch()
     saved = checkpoint_path(run.checkpoints, state.step) if state.step else None
-    quiet = None if accelerator.is_main_process else True  # None: a bar on a terminal, none in a log file
-    bar = tqdm(total=args.max_steps, initial=state.step, unit="update", disable=quiet)
+    bar = progress_bar("training", args.max_steps, "updates", accelerator.is_main_process, state.step)
 
     def report(record: dict[str, Any], line: str) -> None:
         run.append_metrics(record)
         log_metrics(accelerator, record)
         if accelerator.is_main_process:
-            bar.write(line)
+            print_line(line)
 
     bare = accelerator.unwrap_model(objective)
     measures, config = bare.measures, bare.model.config
@@ -240,7 +246,7 @@ def train(
                     request,
                 )
             except torch.OutOfMemoryError as error:
-                bar.write(f"out of memory: {error}")
+                print_line(f"out of memory: {error}")
             if update is None:  # and the error is gone, which held on to the activations
                 raise UserError(out_of_memory(accelerator, args, objective, optimizer, share.micro_batches[0]))
             lanes = share.lanes
@@ -281,7 +287,7 @@ def train(
                     report(record, format_eval_line(record, args.max_steps))
                 if state.step % args.save_steps == 0 or is_last or update.stopping:
                     if accelerator.is_main_process:
-                        bar.write(format_data_line(state, seen, args.positions(state.step), args.max_steps))
+                        print_line(format_data_line(state, seen, args.positions(state.step), args.max_steps))
                     save(accelerator, args, objective, optimizer, state, run, identity, lanes, publisher)
                     saved = checkpoint_path(run.checkpoints, state.step)
             if update.stopping and not is_last:
@@ -398,8 +404,13 @@ def evaluate(accelerator: Accelerator, objective: nn.Module, batches: MicroBatch
     """Means of the objective's measures over the held-out blocks, each of which counts once; NaN of nothing."""
     objective.eval()
     totals = torch.zeros((), device=accelerator.device)
-    for batch in next(batches.iterate(0, 1, num_workers=0))[0]:
-        totals = totals + torch.stack(objective(**to_device(batch, accelerator.device)))
+    micro_batches = next(batches.iterate(0, 1, num_workers=0))[0]
+    with progress_bar(
+        "evaluating", len(micro_batches), "micro-batches", accelerator.is_main_process, stays=False
+    ) as bar:
+        for batch in micro_batches:
+            totals = totals + torch.stack(objective(**to_device(batch, accelerator.device)))
+            bar.update()
     objective.train()
     sums, counts = accelerator.reduce(totals, "sum")
     return (sums / counts).tolist()

@@ -6,7 +6,7 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 FLOORS = [
-    {"config", "hashing"},
+    {"config", "hashing", "progress"},
     {
         "tokenizer",
         "corpora",
