@@ -79,14 +79,16 @@ def write_config(cls: type, path: Path, options: Options) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft.write_text(to_yaml(values))
     new = read_config(cls, draft)
-    if path.exists():
-        before = read_config(cls, path)
-        if changed := [name for name in new if new[name] != before.get(name)]:
-            raise UserError(
-                f"{path} has `{changed[0]}` {before.get(changed[0])}, which would be {new[changed[0]]} now; choose "
-                f"another --output, or remove {path.parent} to run it anew"
-            )
-    draft.rename(path)
+    if not path.exists():
+        draft.rename(path)
+        return
+    draft.unlink()
+    before = read_config(cls, path)
+    if changed := [name for name in new if new[name] != before.get(name)]:
+        raise UserError(
+            f"{path} has `{changed[0]}` {before.get(changed[0])}, which would be {new[changed[0]]} now; choose "
+            f"another --output, or remove {path.parent} to run it anew"
+        )
 
 
 def read_rows() -> dict[str, Options]:
