@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DDPCommunicationHookType, DistributedType, InitProcessGroupKwargs, gather_object
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -50,14 +50,21 @@ COLLECTIVE_TIMEOUT = timedelta(hours=1)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def start_accelerator() -> Accelerator:
+def start_accelerator(ddp_comm_hook: str | None = None) -> Accelerator:
     """The accelerator as the launcher set it up.
+
+    Args:
+        ddp_comm_hook: `bf16` to have DDP send gradients in it.
 
     Raises:
         UserError: an engine or a precision that this code does not serve.
     """
     # No buffer of the model ever changes, so none has to be sent around at each forward.
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        comm_hook=DDPCommunicationHookType(ddp_comm_hook or "no"),
+    )
     try:
         accelerator = Accelerator(kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)])
     except ValueError as error:  # of a precision that the device does not have
@@ -71,6 +78,11 @@ def start_accelerator() -> Accelerator:
     if accelerator.distributed_type in UNSERVED_ENGINES:
         raise UserError(
             f"`distributed_type` is {accelerator.distributed_type.value}; only DDP and one process are served"
+        )
+    if ddp_comm_hook and accelerator.distributed_type not in (DistributedType.MULTI_GPU, DistributedType.NO):
+        raise UserError(
+            f"`ddp_comm_hook` is {ddp_comm_hook}, which is for DDP on GPUs, and `distributed_type` is "
+            f"{accelerator.distributed_type.value}; leave it out"
         )
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":
