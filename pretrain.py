@@ -14,13 +14,13 @@ from recipe import checkpoint as ckpt
 from recipe.config import PretrainArguments, identity_of, parse_config, report_user_errors
 from recipe.loader import CachedData, StreamedData
 from recipe.metrics import TrainState
-from recipe.model import build_config, build_model
+from recipe.model import build_config, build_model, count_parameters
 from recipe.objectives import OBJECTIVES, compile_in_place
 from recipe.optimizer import build_optimizer, build_scheduler
 from recipe.plan import describe_plan
 from recipe.run_directory import RunDirectory, environment
 from recipe.tokenizer import load_tokenizer, tokenizer_checksum
-from recipe.training import start_accelerator, train
+from recipe.training import prepare, start_accelerator, train
 
 
 def main() -> None:
@@ -56,20 +56,22 @@ def main() -> None:
         log(data.describe())
     if args.dry_run or args.prepare_only:
         return
+    ckpt.check_disk_space(run.path, count_parameters(model))
     identity |= {"data": data.identity()}
     state, lanes = TrainState(), {}
     if checkpoint:
         ckpt.check_identity(saved["identity"], identity, checkpoint)
-        ckpt.load_weights(checkpoint, model)
         state = TrainState(**saved["train_state"])
     objective = OBJECTIVES[args.objective](model, args.masked_share, args.gradient_checkpointing)
+    if checkpoint:
+        ckpt.load_weights(checkpoint, objective)
     if args.torch_compile:
         log(compile_in_place(objective, accelerator.device))
     betas = (args.adam_beta1, args.adam_beta2)
     adamw = build_optimizer(objective, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
-    objective, optimizer = accelerator.prepare(objective, adamw)
+    objective, optimizer = prepare(accelerator, objective, adamw)
     if checkpoint:
-        lanes = ckpt.load_optimizer(checkpoint, accelerator.unwrap_model(objective), adamw, accelerator.scaler)
+        lanes = ckpt.load_optimizer(checkpoint, objective, adamw, accelerator.scaler)
     scheduler = build_scheduler(adamw, args.warmup_steps, args.max_steps, state.step)
 
     run.write_config(asdict(args), environment(accelerator))
@@ -86,7 +88,8 @@ def main() -> None:
         log([f"stopped after update {state.step:,}; go on with --resume_from_checkpoint latest"])
         return
     if accelerator.is_main_process:
-        ckpt.export_model(run.model, accelerator.unwrap_model(objective).model, tokenizer)
+        last = ckpt.checkpoint_path(run.checkpoints, state.step)
+        ckpt.export_model(run.model, last if last.exists() else checkpoint, tokenizer)
     run.write_status("complete", state.step)
     log([f"model: {run.model}", f"loss plot: {run.loss_plot}"])
 

@@ -6,8 +6,10 @@ import signal
 from collections import ChainMap
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,10 +17,12 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DDPCommunicationHookType, DistributedType, InitProcessGroupKwargs, gather_object
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from recipe.checkpoint import checkpoint_path, save_checkpoint
+from recipe.checkpoint import CheckpointWriter, checkpoint_path, save_checkpoint
 from recipe.config import PretrainArguments, UserError
 from recipe.hashing import hash64
 from recipe.loader import Batch, Counts, Data, MicroBatches, UpdateData
@@ -40,7 +44,6 @@ from recipe.run_directory import RunDirectory
 from recipe.streaming import Buffer, InterruptedWaitError, to_arrays, to_tensors
 
 UNSERVED_ENGINES = {
-    DistributedType.FSDP,
     DistributedType.DEEPSPEED,
     DistributedType.MEGATRON_LM,
     DistributedType.XLA,
@@ -77,8 +80,10 @@ def start_accelerator(ddp_comm_hook: str | None = None) -> Accelerator:
         )
     if accelerator.distributed_type in UNSERVED_ENGINES:
         raise UserError(
-            f"`distributed_type` is {accelerator.distributed_type.value}; only DDP and one process are served"
+            f"`distributed_type` is {accelerator.distributed_type.value}; one process, DDP and FSDP2 are served"
         )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        set_up_fsdp(accelerator)
     if ddp_comm_hook and accelerator.distributed_type not in (DistributedType.MULTI_GPU, DistributedType.NO):
         raise UserError(
             f"`ddp_comm_hook` is {ddp_comm_hook}, which is for DDP on GPUs, and `distributed_type` is "
@@ -95,6 +100,32 @@ def start_accelerator(ddp_comm_hook: str | None = None) -> Accelerator:
                 f"warning: {torch.get_num_threads()} of {cores} cores in use; set OMP_NUM_THREADS={cores}"
             )
     return accelerator
+
+
+def set_up_fsdp(accelerator: Accelerator) -> None:
+    """
+    Raises:
+        UserError: FSDP1, or fp16.
+    """
+    if not accelerator.is_fsdp2:
+        raise UserError("`fsdp_version` is 1, which is not served; start from accelerate_configs/fsdp2.yaml")
+    if accelerator.mixed_precision == "fp16":
+        raise UserError(
+            "`mixed_precision` is fp16, which is not served with FSDP2; give accelerate --mixed_precision bf16"
+        )
+    if accelerator.mixed_precision == "bf16":
+        # Accelerate's own would round the gradients' sum over processes, and the losses that the objective returns.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+
+def prepare(
+    accelerator: Accelerator, objective: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Objective and optimizer as the engine wants them."""
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+    accelerator.unwrap_model(objective).serve_fsdp()
+    return objective, optimizer
 
 
 class StopRequest:
@@ -170,7 +201,7 @@ def train(
     eval_batches = data.eval_batches(*process)
     unigram_loss = data.unigram_loss() if args.eval_blocks and accelerator.is_main_process else math.nan
     request, watch = StopRequest(), Stopwatch()
-    saved = checkpoint_path(run.checkpoints, state.step) if state.step else None
+    saved = state.step  # the update of the newest checkpoint, complete or being written
     quiet = None if accelerator.is_main_process else True  # None: a bar on a terminal, none in a log file
     bar = tqdm(total=args.max_steps, initial=state.step, unit="update", disable=quiet)
 
@@ -179,12 +210,13 @@ def train(
         if accelerator.is_main_process:
             bar.write(line)
 
+    writer = CheckpointWriter(bar.write, checkpoint_path(run.checkpoints, state.step) if state.step else None)
     bare = accelerator.unwrap_model(objective)
     measures, config = bare.measures, bare.model.config
     reachable = matmul_flops(accelerator.device, accelerator.mixed_precision) * accelerator.num_processes
     lanes: dict[tuple[int, int], Buffer] = {}  # in streaming mode, after the last update that was trained on
 
-    with bar, request.listening():
+    with bar, request.listening(), writer:
         # In here, since worker processes inherit what is done with SIGINT.
         updates = data.train_updates(
             *process, state.step, args.max_steps, saved_lanes, lambda: request.signal is not None
@@ -193,8 +225,9 @@ def train(
             with watch.waiting():
                 share, counts, failure = next_update(accelerator, updates, len(args.corpora))
             if share is None:
-                if state.step and saved != checkpoint_path(run.checkpoints, state.step):
-                    save(accelerator, args, objective, optimizer, state, run, identity, lanes)
+                if state.step != saved:
+                    save(accelerator, args, objective, optimizer, state, run, identity, lanes, writer)
+                wait_for_checkpoint(accelerator, writer)
                 if failure:
                     raise failure
                 run.write_status("preempted", state.step, request.signal or "a signal to another process")
@@ -226,10 +259,11 @@ def train(
             is_last = state.step == args.max_steps
 
             if state.skipped_in_a_row >= args.max_nonfinite_updates:
+                writer.wait()
                 raise FloatingPointError(
                     f"{state.skipped_in_a_row} updates in a row had a non-finite loss or gradient, up to update "
-                    f"{state.step}; the last checkpoint is {saved or 'not there yet'}. Go on from there with a lower "
-                    "--learning_rate, a longer --warmup_steps or, in place of fp16, --mixed_precision bf16"
+                    f"{state.step}; the last checkpoint is {writer.last or 'not there yet'}. Go on from there with a "
+                    "lower --learning_rate, a longer --warmup_steps or, in place of fp16, --mixed_precision bf16"
                 )
             seen = data.corpora_record(state.corpora, counts.streams)
             if state.step % args.logging_steps == 0 or is_last:
@@ -255,8 +289,10 @@ def train(
                 if state.step % args.save_steps == 0 or is_last or update.stopping:
                     if accelerator.is_main_process:
                         bar.write(format_data_line(state, seen, args.positions(state.step), args.max_steps))
-                    save(accelerator, args, objective, optimizer, state, run, identity, lanes)
-                    saved = checkpoint_path(run.checkpoints, state.step)
+                    save(accelerator, args, objective, optimizer, state, run, identity, lanes, writer)
+                    saved = state.step
+            if is_last or update.stopping:
+                wait_for_checkpoint(accelerator, writer)
             if update.stopping and not is_last:
                 run.write_status("preempted", state.step, request.signal or "a signal to another process")
                 return False
@@ -321,6 +357,8 @@ def train_step(
             sums = sums + micro_sums.detach()
 
     grad_norm = accelerator.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
+    if isinstance(grad_norm, DTensor):  # of sharded gradients
+        grad_norm = grad_norm.full_tensor()
     stopping = torch.tensor(float(request.signal is not None), device=accelerator.device)
     totals = accelerator.reduce(torch.hstack([sums, stopping]), "sum")
     *totals, stopping, norm = torch.hstack([totals, grad_norm]).tolist()
@@ -354,6 +392,8 @@ def out_of_memory(
 ) -> str:
     """What to do about a micro-batch for which the device has no room."""
     rows, share = args.per_device_train_batch_size, args.train_batch_size // accelerator.num_processes
+    if accelerator.distributed_type == DistributedType.FSDP:  # other processes would have to try along
+        return f"`per_device_train_batch_size` is {rows}, and the device's memory is too small for it; give less"
     moments = 0 if optimizer.state else 2 * sum(p.numel() * p.element_size() for p in objective.parameters())
     sizes = [size for size in range(1, rows) if not share % size]
     with accelerator.no_sync(objective):
@@ -392,17 +432,44 @@ def save(
     run: RunDirectory,
     identity: dict[str, Any],
     lanes: dict[tuple[int, int], Buffer],
+    writer: CheckpointWriter,
 ) -> None:
-    """Checkpoint, status and plot."""
+    """Checkpoint, status and plot, in the background. Training waits for the checkpoint before, and for a copy."""
+    copied = writer.copy(objective, optimizer.optimizer, keep=accelerator.is_main_process)
     all_lanes = gather_object([to_arrays(lanes)])
-    if accelerator.is_main_process:
-        bare = accelerator.unwrap_model(objective)
-        tensors = {"optimizer": optimizer.state_dict(), "lanes": to_tensors(dict(ChainMap(*all_lanes)))}
-        tensors["beside_model"] = bare.beside_model()
-        if accelerator.scaler is not None:
-            tensors["scaler"] = accelerator.scaler.state_dict()
-        kept = {"train_state": asdict(state), "identity": identity, "arguments": asdict(args)}
-        save_checkpoint(run.checkpoints, state.step, bare.model, tensors, kept, args.save_total_limit)
-        run.write_status("running", state.step)
+    if copied is None:
+        return
+    model, step = accelerator.unwrap_model(objective).model, state.step
+    weights = {name: tensor for name, tensor in copied["weights"].items() if name.startswith("model.")}
+    tensors = {
+        "optimizer": copied["optimizer"],
+        "beside_model": {name: tensor for name, tensor in copied["weights"].items() if name not in weights},
+        "lanes": to_tensors(deepcopy(dict(ChainMap(*all_lanes)))),
+    }
+    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    if accelerator.scaler is not None:
+        tensors["scaler"] = accelerator.scaler.state_dict()
+    kept = {"train_state": asdict(state), "identity": identity, "arguments": asdict(args)}
+
+    def write() -> Path:
+        return save_checkpoint(run.checkpoints, step, model, weights, tensors, kept, args.save_total_limit)
+
+    def tell(path: Path) -> None:
+        run.write_status("running", step)
         plot_loss(run.read_metrics(), args.expected_loss, str(run.path), run.loss_plot)
-    accelerator.wait_for_everyone()
+
+    writer.start(step, write, tell)
+
+
+def wait_for_checkpoint(accelerator: Accelerator, writer: CheckpointWriter) -> None:
+    """
+    Raises:
+        UserError: on all processes, if it could not be written.
+    """
+    writer.wait()
+    failure, *_ = gather_object([writer.failure])
+    if failure:
+        raise UserError(
+            f"the last checkpoint could not be written ({failure}); make room and go on with "
+            "--resume_from_checkpoint latest"
+        )
