@@ -26,7 +26,7 @@ from recipe.training import prepare, start_accelerator, train
 def main() -> None:
     args = parse_config(PretrainArguments, __doc__)
     disable_progress_bar()  # transformers' own, one for each file that it writes
-    accelerator = start_accelerator(args.ddp_comm_hook)
+    accelerator = start_accelerator(serves_fsdp=True, ddp_comm_hook=args.ddp_comm_hook)
     run = RunDirectory(args.output_dir, accelerator.is_main_process, gather_object([os.getpid()]))
     if not args.prepare_only:
         run.check(args.resume_from_checkpoint)

@@ -28,7 +28,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_model
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -98,7 +103,7 @@ def training_state(objective: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for once in (True, False)
     )
     weights = {name: tensor for name, tensor in weights.items() if name not in every - kept}
-    return {"weights": weights, "optimizer": moments}
+    return {"weights": weights, "optimizer": moments["state"]}
 
 
 def copy_to_host(values: Any, earlier: Any = None, keep: bool = True) -> Any:
@@ -114,8 +119,8 @@ def copy_to_host(values: Any, earlier: Any = None, keep: bool = True) -> Any:
         return {name: copy_to_host(value, earlier and earlier[name], keep) for name, value in values.items()}
     if isinstance(values, DTensor):
         values = values.full_tensor()
-    if not isinstance(values, torch.Tensor) or not keep:
-        return values if keep else None
+    if not keep:
+        return None
     if earlier is None:
         earlier = torch.empty_like(values, device="cpu")
     return earlier.copy_(values)
@@ -373,10 +378,9 @@ def load_optimizer(
         the lanes of a streamed run, if it was one.
     """
     tensors = load_tensors(path)
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    set_optimizer_state_dict(objective, optimizer, tensors["optimizer"], options=StateDictOptions(full_state_dict=True))
-    for group, now in zip(optimizer.param_groups, settings, strict=True):
-        group.update(now, initial_lr=now["lr"])
+    groups = get_optimizer_state_dict(objective, optimizer)["param_groups"]  # with the settings of now
+    moments = {"state": tensors["optimizer"], "param_groups": groups}
+    set_optimizer_state_dict(objective, optimizer, moments, options=StateDictOptions(full_state_dict=True))
     if scaler is not None and "scaler" in tensors:
         scaler.load_state_dict(tensors["scaler"])
     return tensors.get("lanes", {})

@@ -53,10 +53,11 @@ COLLECTIVE_TIMEOUT = timedelta(hours=1)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def start_accelerator(ddp_comm_hook: str | None = None) -> Accelerator:
+def start_accelerator(serves_fsdp: bool = False, ddp_comm_hook: str | None = None) -> Accelerator:
     """The accelerator as the launcher set it up.
 
     Args:
+        serves_fsdp: whether the script can have its model split up.
         ddp_comm_hook: `bf16` to have DDP send gradients in it.
 
     Raises:
@@ -78,11 +79,13 @@ def start_accelerator(ddp_comm_hook: str | None = None) -> Accelerator:
             f"`mixed_precision` is bf16, which {torch.cuda.get_device_name()} does not have; give accelerate "
             "--mixed_precision fp16"
         )
-    if accelerator.distributed_type in UNSERVED_ENGINES:
+    is_fsdp = accelerator.distributed_type == DistributedType.FSDP
+    if accelerator.distributed_type in UNSERVED_ENGINES or (is_fsdp and not serves_fsdp):
         raise UserError(
-            f"`distributed_type` is {accelerator.distributed_type.value}; one process, DDP and FSDP2 are served"
+            f"`distributed_type` is {accelerator.distributed_type.value}, and here only one process"
+            f"{', DDP and FSDP2' if serves_fsdp else ' and DDP'} are served; take another of accelerate_configs/"
         )
-    if accelerator.distributed_type == DistributedType.FSDP:
+    if is_fsdp:
         set_up_fsdp(accelerator)
     if ddp_comm_hook and accelerator.distributed_type not in (DistributedType.MULTI_GPU, DistributedType.NO):
         raise UserError(
