@@ -66,7 +66,7 @@ def main() -> None:
     if checkpoint:
         ckpt.load_weights(checkpoint, objective)
     if args.torch_compile:
-        log(compile_in_place(objective, accelerator.device))
+        log(compile_in_place(objective, accelerator.device, in_one=not accelerator.is_fsdp2))
     betas = (args.adam_beta1, args.adam_beta2)
     adamw = build_optimizer(objective, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
     objective, optimizer = prepare(accelerator, objective, adamw)

@@ -19,6 +19,7 @@ import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from harness import header, to_json
+from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from transformers import RobertaConfig, RobertaForMaskedLM
 
@@ -39,7 +40,7 @@ def bytes_sent() -> int:
     return int(line.split()[8])
 
 
-def as_on_gpus(state: Any, bucket: Any) -> Any:
+def as_on_gpus(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     return bf16_compress_hook(state, bucket)
 
 

@@ -288,9 +288,12 @@ OBJECTIVES = {
 }
 
 
-def compile_in_place(objective: nn.Module, device: torch.device) -> list[str]:
+def compile_in_place(objective: nn.Module, device: torch.device, in_one: bool = True) -> list[str]:
     """Have a module's forward compiled when it is first called, for each shape and mode of its own; its parameters keep
     their names.
+
+    Args:
+        in_one: as one graph; in several where something has to happen in between, as FSDP's gathering of weights.
 
     Returns:
         a warning if nothing can be compiled for the device, and the module is left as it is.
@@ -300,5 +303,5 @@ def compile_in_place(objective: nn.Module, device: torch.device) -> list[str]:
     except Exception as error:  # no compiler, no Triton, a device too old: each raises an error of its own kind
         reason = str(error).strip().splitlines()[0]
         return [f"warning: `torch_compile` is true, and nothing compiles here ({reason}); going on without"]
-    objective.compile(fullgraph=True, dynamic=False)
+    objective.compile(fullgraph=in_one, dynamic=False)
     return []

@@ -89,12 +89,13 @@ def test_gradients_in_bf16_are_refused_where_torch_would(exact_flags, tmp_path: 
 
 
 def test_torchrun_brings_a_run_back_after_a_process_died(exact_flags, run_pretrain, tmp_path: Path):
-    """(The rendezvous that `accelerate launch` uses by itself cannot: its store keeps the addresses of the dead.)"""
+    """Without the variable, and under `accelerate launch`, the store keeps the addresses of the dead."""
     flags = exact_flags | {"max_steps": 60, "save_steps": 5}
     run_pretrain(flags)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"]
     words = command_line(flags | {"output_dir": tmp_path / "two", "resume_from_checkpoint": "latest"})
-    launcher = subprocess.Popen([*command, "pretrain.py", *words], cwd=ROOT, env=os.environ | ON_CPU)
+    environment = os.environ | ON_CPU | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    launcher = subprocess.Popen([*command, "pretrain.py", *words], cwd=ROOT, env=environment)
     checkpoint = tmp_path / "two" / "checkpoints" / "step-00000020"
     deadline = time.monotonic() + 200
     while not checkpoint.exists() and time.monotonic() < deadline:
