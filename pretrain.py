@@ -15,19 +15,19 @@ from recipe.config import PretrainArguments, identity_of, parse_config, report_u
 from recipe.hub import Publisher, check_push, fetch_checkpoint
 from recipe.loader import CachedData, StreamedData
 from recipe.metrics import TrainState
-from recipe.model import build_config, build_model
+from recipe.model import build_config, build_model, count_parameters
 from recipe.objectives import OBJECTIVES, compile_in_place
 from recipe.optimizer import build_optimizer, build_scheduler
 from recipe.plan import describe_plan, print_plan
 from recipe.run_directory import RunDirectory, environment
 from recipe.tokenizer import load_tokenizer, tokenizer_checksum
 from recipe.trackers import tracking
-from recipe.training import on_main, start_accelerator, train
+from recipe.training import on_main, prepare, start_accelerator, train
 
 
 def main() -> None:
     args = parse_config(PretrainArguments, __doc__)
-    accelerator = start_accelerator(args.report_to, args.output_dir)
+    accelerator = start_accelerator(args.report_to, args.output_dir, serves_fsdp=True, ddp_comm_hook=args.ddp_comm_hook)
     run = RunDirectory(args.output_dir, accelerator.is_main_process, gather_object([os.getpid()]))
 
     def log(lines: list[str]) -> None:
@@ -39,7 +39,6 @@ def main() -> None:
         return
     if not args.prepare_only:
         run.check(args.resume_from_checkpoint)
-
     tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path)
     config = build_config(args.model_config, args.model_name_or_path, tokenizer, args.max_seq_length, args.model_type)
     log(describe_plan(args, config, accelerator.num_processes))
@@ -57,19 +56,21 @@ def main() -> None:
     log(data.describe())
     if args.prepare_only:
         return
+    ckpt.check_space(run.checkpoints, count_parameters(model), args.save_total_limit)
     identity |= {"data": data.identity()}
     state, lanes = TrainState(), {}
     if checkpoint:
         ckpt.check_identity(saved["identity"], identity, checkpoint)
-        ckpt.load_weights(checkpoint, model)
         state = TrainState(**saved["train_state"])
     objective = OBJECTIVES[args.objective](model, args.masked_share, args.gradient_checkpointing)
-    if args.torch_compile:
-        log(compile_in_place(objective, accelerator.device))
-    adamw = build_optimizer(objective, args.learning_rate, args.adam_betas, args.adam_epsilon, args.weight_decay)
-    objective, optimizer = accelerator.prepare(objective, adamw)
     if checkpoint:
-        lanes = ckpt.load_optimizer(checkpoint, accelerator.unwrap_model(objective), adamw, accelerator.scaler)
+        ckpt.load_weights(checkpoint, objective)
+    if args.torch_compile:
+        log(compile_in_place(objective, accelerator.device, in_one=not accelerator.is_fsdp2))
+    adamw = build_optimizer(objective, args.learning_rate, args.adam_betas, args.adam_epsilon, args.weight_decay)
+    objective, optimizer = prepare(accelerator, objective, adamw)
+    if checkpoint:
+        lanes = ckpt.load_optimizer(checkpoint, objective, adamw, accelerator.scaler)
     scheduler = build_scheduler(adamw, args.warmup_steps, args.max_steps, state.step)
 
     run.write_config(asdict(args), environment(accelerator) | {"tokenizer_checksum": identity["tokenizer"]})
@@ -85,9 +86,10 @@ def main() -> None:
         log([f"stopped after update {state.step:,}; go on with --resume_from_checkpoint latest", *publisher.waiting()])
         return
     if accelerator.is_main_process:
-        ckpt.export_model(run.model, accelerator.unwrap_model(objective).model, tokenizer)
+        last = ckpt.checkpoint_path(run.checkpoints, state.step)
+        ckpt.export_model(run.model, last if last.exists() else checkpoint, tokenizer)
         write_card(run.path, run.model)
-        publisher.publish(ckpt.checkpoint_path(run.checkpoints, state.step), is_last=True)
+        publisher.publish(last, is_last=True)
     run.write_status("complete", state.step)
     log([*publisher.finish(), *run.describe()])
 

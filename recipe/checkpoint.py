@@ -1,13 +1,15 @@
-"""Checkpoints: complete or absent, verified before use, a plain model inside.
+"""Checkpoints: complete or absent, verified before use, a plain model inside, the same for every engine.
 
-A checkpoint is written to a temporary folder, its files synced to disk, a manifest of sizes and checksums last, and
-then renamed into place. What a crash leaves is a temporary folder, or a folder whose manifest does not match: the one
-before it is used.
+1. `CheckpointWriter.copy`: weights and moments are copied to host memory, whole however the engine splits them up.
+   Training waits for this, and goes on.
+2. `CheckpointWriter.start`: a background thread calls `save_checkpoint`, which writes to a temporary folder, syncs the
+   files to disk, puts in a manifest of sizes and checksums last, and renames the folder into place.
+3. What a crash leaves is a temporary folder, or a folder whose manifest does not match: the one before it is used.
 
     step-00010000/
       config.json, model.safetensors   the model, loadable by `from_pretrained`
-      optimizer.pt                     optimizer, gradient scaler, lanes and what the objective trains beside the model;
-                                       tensors and plain values only
+      optimizer.pt                     optimizer by parameter names, gradient scaler, lanes and what the objective
+                                       trains beside the model; tensors and plain values only
       state.json                       update, counters, the arguments and identity of the run
       manifest.json                    size and SHA-256 of each of the above
 """
@@ -17,18 +19,31 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
+from types import TracebackType
 from typing import Any
 
 import torch
 from safetensors.torch import load_model
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.config import UserError, existing
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
+STATE_FILES = ("optimizer.pt", "state.json", MANIFEST)  # beside the model
+REQUIRED = {"config.json", "model.safetensors", "optimizer.pt", "state.json"}
+BYTES_PER_PARAMETER = 12  # weight and two moments, in float32
 PREFIX = "step-"
 
 
@@ -64,7 +79,7 @@ def check_space(folder: Path, num_parameters: int, limit: int) -> str:
     Raises:
         UserError: they do not fit on the disk.
     """
-    size, there = 12 * num_parameters, existing(folder)
+    size, there = BYTES_PER_PARAMETER * num_parameters, existing(folder)
     taken = sum(file.stat().st_size for path in list_checkpoints(folder) for file in path.iterdir())
     needed, free = (limit + 1) * size - taken, shutil.disk_usage(there).free
     text = f"{limit} + 1 checkpoints of {size / 1e9:.2f} GB in {folder}, {free / 1e9:.1f} GB free"
@@ -82,45 +97,163 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def training_state(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Weights and moments by parameter names, tied ones once, as they lie where the engine trains them."""
+    weights, moments = get_state_dict(objective, optimizer)
+    kept, every = (
+        {name.removeprefix("module.") for name, _ in objective.named_parameters(remove_duplicate=once)}  # DDP's prefix
+        for once in (True, False)
+    )
+    weights = {name: tensor for name, tensor in weights.items() if name not in every - kept}
+    return {"weights": weights, "optimizer": moments["state"]}
+
+
+def copy_to_host(values: Any, earlier: Any = None, keep: bool = True) -> Any:
+    """Nested dictionaries with their tensors copied to host memory, whole, one after the other.
+
+    Args:
+        values: where tensors are split up among processes, all of them have to call this.
+        earlier: a copy of the like that is not needed any more, whose memory is used. (To get hold of new memory takes
+            several times as long as to copy.)
+        keep: whether this process wants the copy.
+    """
+    if isinstance(values, dict):
+        return {name: copy_to_host(value, earlier and earlier[name], keep) for name, value in values.items()}
+    if isinstance(values, DTensor):
+        values = values.full_tensor()
+    if not keep:
+        return None
+    if earlier is None:
+        earlier = torch.empty_like(values, device="cpu")
+    return earlier.copy_(values)
+
+
 def save_checkpoint(
-    folder: Path, step: int, model: PreTrainedModel, tensors: dict[str, Any], state: dict[str, Any], limit: int
+    folder: Path,
+    step: int,
+    model: PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    tensors: dict[str, Any],
+    state: dict[str, Any],
+    limit: int,
 ) -> Path:
     """Write one checkpoint, then delete the oldest beyond `limit`.
 
     Args:
         folder: where checkpoints of the run lie.
         step: completed updates.
-        model: saved with its config.
+        model: whose config is saved.
+        weights: of the model, by name.
         tensors: state dicts of tensors and plain values, read back with `weights_only=True`.
         state: plain values.
         limit: checkpoints to keep.
+
+    Raises:
+        Exception: what a full disk or the like makes of it, of one library or another; nothing is left of it then.
     """
     final = checkpoint_path(folder, step)
     temporary = folder / f".{final.name}"
     for leftover in folder.glob(f".{PREFIX}*"):
         shutil.rmtree(leftover)
-    temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
-    torch.save(tensors, temporary / "optimizer.pt")
-    (temporary / "state.json").write_text(json.dumps(state | {"format": FORMAT, "step": step}, indent=1))
-    files = sorted(temporary.iterdir())
-    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for file in temporary.iterdir():
-        sync(file)
-    if final.exists():  # a torn one, or the same update once more after a resume from an earlier one
-        shutil.rmtree(final)
-    temporary.rename(final)
+    try:
+        temporary.mkdir(parents=True)
+        model.save_pretrained(temporary, state_dict=weights)
+        torch.save(tensors, temporary / "optimizer.pt")
+        (temporary / "state.json").write_text(json.dumps(state | {"format": FORMAT, "step": step}, indent=1))
+        files = sorted(temporary.iterdir())
+        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for file in temporary.iterdir():
+            sync(file)
+        if final.exists():  # a torn one, or the same update once more after a resume from an earlier one
+            shutil.rmtree(final)
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     sync(folder)
     for old in list_checkpoints(folder)[:-limit]:
         shutil.rmtree(old)
     return final
 
 
+class CheckpointWriter:
+    """Writes checkpoints in a background thread, one at a time. As a context, waits at its end for the one in flight.
+
+    One that cannot be written, on a full disk for example, is reported; the run goes on, with the one before it kept.
+
+    Args:
+        log: called with a line, from the thread.
+        last: the newest complete checkpoint.
+
+    Attributes:
+        failure: why the newest one could not be written, or None.
+        copied: weights and moments in host memory, 12 bytes a parameter, as of the newest one.
+    """
+
+    def __init__(self, log: Callable[[str], None], last: Path | None) -> None:
+        self.log = log
+        self.last = last
+        self.failure: str | None = None
+        self.thread: Thread | None = None
+        self.copied: dict[str, Any] | None = None
+
+    def copy(self, objective: nn.Module, optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any] | None:
+        """`training_state` in host memory, where training does not touch it, until the next call.
+
+        Waits for the checkpoint in flight, so that there is never more than one copy. All processes have to call this;
+        those that do not `keep` it get None.
+        """
+        self.wait()
+        copied = copy_to_host(training_state(objective, optimizer), self.copied, keep)
+        self.copied = copied if keep else None
+        return self.copied
+
+    def start(self, step: int, write: Callable[[], Path], then: Callable[[Path], None]) -> None:
+        """Have a checkpoint written, once the one before it is.
+
+        Args:
+            step: completed updates.
+            write: returns its path.
+            then: called with the path when it is complete.
+        """
+        self.wait()
+        # A daemon, since a second SIGINT ends the process at once.
+        self.thread = Thread(target=self.run, args=(step, write, then), daemon=True)
+        self.thread.start()
+
+    def wait(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+
+    def run(self, step: int, write: Callable[[], Path], then: Callable[[Path], None]) -> None:
+        try:
+            self.last, self.failure = write(), None
+        except Exception as error:  # each library has its own
+            self.failure = f"{type(error).__name__}: {error}"
+            self.log(f"warning: no checkpoint of update {step:,}: {self.failure}; the last one is {self.last}")
+            return
+        try:
+            then(self.last)
+        except OSError as error:
+            self.log(f"warning: after the checkpoint of update {step:,}: {type(error).__name__}: {error}")
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not KeyboardInterrupt:
+            self.wait()
+
+
 def find_fault(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        if missing := sorted(REQUIRED - manifest.keys()):
+            return f"{MANIFEST} lacks {', '.join(missing)}"
         for name, expected in manifest.items():
             if (path / name).stat().st_size != expected["bytes"]:
                 return f"{name} has {(path / name).stat().st_size} bytes, not {expected['bytes']}"
@@ -225,8 +358,10 @@ def open_checkpoint(
     return path, state, [*lines, f"resuming from {path}: {state['step']:,} of {arguments['max_steps']:,} updates done"]
 
 
-def load_weights(path: Path, model: PreTrainedModel) -> None:
-    load_model(model, path / "model.safetensors")
+def load_weights(path: Path, objective: nn.Module) -> None:
+    """Weights of the model, and of what the objective trains beside it, before an engine splits them up."""
+    load_model(objective.model, path / "model.safetensors")
+    objective.load_state_dict(load_tensors(path)["beside_model"], strict=False)
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
@@ -236,26 +371,30 @@ def load_tensors(path: Path) -> dict[str, Any]:
 def load_optimizer(
     path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
 ) -> dict[str, Any]:
-    """Moments and scale of a checkpoint, and the objective's weights beside the model's. Learning rate, decay and the
-    like stay as they are now: they may change.
+    """Moments and scale of a checkpoint, split up as the engine does. Learning rate, decay and the like stay as they
+    are now: they may change.
+
+    Args:
+        objective, optimizer: as the engine trains them.
 
     Returns:
         the lanes of a streamed run, if it was one.
     """
     tensors = load_tensors(path)
-    objective.load_state_dict(tensors.get("beside_model", {}), strict=False)
-    optimizer.load_state_dict(tensors["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
+    groups = get_optimizer_state_dict(objective, optimizer)["param_groups"]  # with the settings of now
+    moments = {"state": tensors["optimizer"], "param_groups": groups}
+    set_optimizer_state_dict(objective, optimizer, moments, options=StateDictOptions(full_state_dict=True))
     if scaler is not None and "scaler" in tensors:
         scaler.load_state_dict(tensors["scaler"])
     return tensors.get("lanes", {})
 
 
-def export_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A plain `save_pretrained` of model and tokenizer, replaced as a whole."""
+def export_model(folder: Path, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The model of a checkpoint and its tokenizer, as `save_pretrained` leaves them, replaced as a whole."""
     temporary = folder.with_name(f".{folder.name}")
     if temporary.exists():
         shutil.rmtree(temporary)
-    model.save_pretrained(temporary)
+    shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns(*STATE_FILES))
     tokenizer.save_pretrained(temporary)
     if folder.exists():
         shutil.rmtree(folder)

@@ -261,6 +261,8 @@ class PretrainArguments:
     """Compile the objective, for a minute or two at the start; where that cannot be done, training goes on without."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time."""
+    ddp_comm_hook: Literal["bf16"] | None = None
+    """`bf16`: gradients travel rounded, half the bytes, for slow networks under DDP. None: float32."""
     max_steps: int = 500_000
     """Updates in all (paper: 500K)."""
     learning_rate: float = 6e-4

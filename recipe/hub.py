@@ -33,11 +33,11 @@ from huggingface_hub import HfApi, constants, get_token, set_client_factory, sna
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from tqdm import tqdm
 
+from recipe.checkpoint import STATE_FILES
 from recipe.config import PretrainArguments, UserError, check_repo_id, did_you_mean, identity_of, report_user_errors
 from recipe.run_directory import read_config
 
 SCHEME = "hub://"
-STATE_FILES = ("optimizer.pt", "state.json", "manifest.json")  # of a checkpoint, beside the model
 GLUE_FILE = "glue.json"  # results of just these weights
 REQUEST_SECONDS = 60  # that a connection may stand still
 PATIENCE_SECONDS = 120  # that a push is tried again before it has to wait for the next checkpoint

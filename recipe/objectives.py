@@ -3,10 +3,12 @@ sentences and with sentence order.
 """
 
 import math
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -155,16 +157,21 @@ class MaskedLMObjective(nn.Module):
         self.masked_share = masked_share
         self.gradient_checkpointing = gradient_checkpointing
         self.parts = PARTS[model.config.model_type](model)
-        # Accelerate's FSDP wraps the classes named here, and nothing, silently, where the attribute is missing.
-        self._no_split_modules = model._no_split_modules
+        # Accelerate's FSDP wraps the classes named here, and nothing, silently, where the attribute is missing, as
+        # it is in ALBERT. Layers alone: embeddings, which BERT and RoBERTa name too, share a weight with the head.
+        self._no_split_modules = sorted({type(layer).__name__ for layer in self.parts.layers()})
+        # On the layer, as its other way to run, since that is what FSDP can be told about.
+        *_, last = self.parts.layers()
+        last.encode_at = partial(self.parts.encode_at, last)
 
     def tie_weights(self) -> None:
         """Tie the output to the input embeddings again, after an engine replaced the parameters."""
         self.model.tie_weights()
 
-    def beside_model(self) -> dict[str, torch.Tensor]:
-        """Weights that are trained and are no part of the model: of use to a resume only."""
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("model.")}
+    def serve_fsdp(self) -> None:
+        """Have FSDP, where it has wrapped the last layer, gather its weights for `encode_at` too."""
+        *_, last = self.parts.layers()
+        register_fsdp_forward_method(last, "encode_at")
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (…, vocabulary) of hidden states (…, width)."""
@@ -212,7 +219,7 @@ class MaskedLMObjective(nn.Module):
                 hidden = checkpoint(layer, hidden, mask, use_reentrant=False)
             else:
                 hidden = layer(hidden, mask)
-        return self.measure(self.parts.encode_at(last, hidden, slots, slot_mask), slot_labels, pair_label)
+        return self.measure(last.encode_at(hidden, slots, slot_mask), slot_labels, pair_label)
 
     def measure(
         self, hidden: torch.Tensor, labels: torch.Tensor, pair_label: torch.Tensor | None
@@ -290,14 +297,17 @@ def why_nothing_compiles(device: torch.device) -> str | None:
     return None
 
 
-def compile_in_place(objective: nn.Module, device: torch.device) -> list[str]:
+def compile_in_place(objective: nn.Module, device: torch.device, in_one: bool = True) -> list[str]:
     """Have a module's forward compiled when it is first called, for each shape and mode of its own; its parameters keep
     their names.
+
+    Args:
+        in_one: as one graph; in several where something has to happen in between, as FSDP's gathering of weights.
 
     Returns:
         a warning if nothing can be compiled for the device, and the module is left as it is.
     """
     if reason := why_nothing_compiles(device):
         return [f"warning: `torch_compile` is true, and nothing compiles here ({reason}); going on without"]
-    objective.compile(fullgraph=True, dynamic=False)
+    objective.compile(fullgraph=in_one, dynamic=False)
     return []

@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -64,8 +65,12 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Readers see the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
@@ -100,6 +105,7 @@ class RunDirectory:
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
         self.loss_plot = self.path / "loss.png"
+        self.unwritten = b""  # of metrics.jsonl
 
     def check(self, resume_from_checkpoint: str | None) -> None:
         """
@@ -141,7 +147,10 @@ class RunDirectory:
         if self.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
             status = {"state": state, "step": step, "reason": reason, "pids": self.pids}
-            write_atomically(self.path / "status.json", json.dumps(status) + "\n")
+            try:
+                write_atomically(self.path / "status.json", json.dumps(status) + "\n")
+            except OSError as error:
+                print(f"warning: status.json does not say {state} after update {step:,}: {error}", file=sys.stderr)
 
     @contextmanager
     def noting_failure(self, step: Callable[[], int]) -> Iterator[None]:
@@ -153,9 +162,14 @@ class RunDirectory:
             raise
 
     def append_metrics(self, record: dict[str, Any]) -> None:
+        """A line of metrics.jsonl; on a full disk it waits for the next one."""
         if self.is_main:
-            with self.metrics_file.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+            self.unwritten += (json.dumps(record) + "\n").encode()
+            try:
+                with self.metrics_file.open("ab", buffering=0) as file:
+                    self.unwritten = self.unwritten[file.write(self.unwritten) :]
+            except OSError as error:
+                print(f"warning: metrics.jsonl waits for room: {error}", file=sys.stderr)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         return read_records(self.metrics_file)

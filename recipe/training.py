@@ -6,8 +6,10 @@ import signal
 from collections import ChainMap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -15,6 +17,7 @@ import datasets
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import (
+    DDPCommunicationHookType,
     DistributedType,
     InitProcessGroupKwargs,
     ProjectConfiguration,
@@ -23,10 +26,12 @@ from accelerate.utils import (
 )
 from huggingface_hub.utils import disable_progress_bars
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.utils.logging import disable_progress_bar
 
-from recipe.checkpoint import checkpoint_path, save_checkpoint
+from recipe.checkpoint import CheckpointWriter, checkpoint_path, save_checkpoint
 from recipe.config import PretrainArguments, UserError
 from recipe.hashing import hash64
 from recipe.hub import Publisher
@@ -51,7 +56,6 @@ from recipe.streaming import Buffer, InterruptedWaitError, to_arrays, to_tensors
 from recipe.trackers import check_trackers, log_metrics
 
 UNSERVED_ENGINES = {
-    DistributedType.FSDP,
     DistributedType.DEEPSPEED,
     DistributedType.MEGATRON_LM,
     DistributedType.XLA,
@@ -62,19 +66,32 @@ Result = TypeVar("Result")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
-def start_accelerator(report_to: str | list[str] = "none", logging_dir: str | None = None) -> Accelerator:
+def start_accelerator(
+    report_to: str | list[str] = "none",
+    logging_dir: str | None = None,
+    serves_fsdp: bool = False,
+    ddp_comm_hook: str | None = None,
+) -> Accelerator:
     """The accelerator as the launcher set it up; the libraries' own progress bars are kept to the main process.
 
     Args:
         report_to: trackers, see `check_trackers`.
         logging_dir: for trackers that write files.
 
+    Args:
+        serves_fsdp: whether the script can have its model split up.
+        ddp_comm_hook: `bf16` to have DDP send gradients in it.
+
     Raises:
         UserError: an engine or a precision that this code does not serve.
     """
-    # No buffer of the model ever changes, so none has to be sent around at each forward.
     trackers = check_trackers(report_to)
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    # No buffer of the model ever changes, so none has to be sent around at each forward.
+    ddp = DistributedDataParallelKwargs(
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        comm_hook=DDPCommunicationHookType(ddp_comm_hook or "no"),
+    )
     try:
         accelerator = Accelerator(
             log_with=trackers or None,
@@ -93,9 +110,18 @@ def start_accelerator(report_to: str | list[str] = "none", logging_dir: str | No
             f"`mixed_precision` is bf16, which {torch.cuda.get_device_name()} does not have; give accelerate "
             "--mixed_precision fp16"
         )
-    if accelerator.distributed_type in UNSERVED_ENGINES:
+    is_fsdp = accelerator.distributed_type == DistributedType.FSDP
+    if accelerator.distributed_type in UNSERVED_ENGINES or (is_fsdp and not serves_fsdp):
         raise UserError(
-            f"`distributed_type` is {accelerator.distributed_type.value}; only DDP and one process are served"
+            f"`distributed_type` is {accelerator.distributed_type.value}, and here only one process"
+            f"{', DDP and FSDP2' if serves_fsdp else ' and DDP'} are served; take another of accelerate_configs/"
+        )
+    if is_fsdp:
+        set_up_fsdp(accelerator)
+    if ddp_comm_hook and accelerator.distributed_type not in (DistributedType.MULTI_GPU, DistributedType.NO):
+        raise UserError(
+            f"`ddp_comm_hook` is {ddp_comm_hook}, which is for DDP on GPUs, and `distributed_type` is "
+            f"{accelerator.distributed_type.value}; leave it out"
         )
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":
@@ -126,6 +152,32 @@ def on_main(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
     if outcome[1]:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def set_up_fsdp(accelerator: Accelerator) -> None:
+    """
+    Raises:
+        UserError: FSDP1, or fp16.
+    """
+    if not accelerator.is_fsdp2:
+        raise UserError("`fsdp_version` is 1, which is not served; start from accelerate_configs/fsdp2.yaml")
+    if accelerator.mixed_precision == "fp16":
+        raise UserError(
+            "`mixed_precision` is fp16, which is not served with FSDP2; give accelerate --mixed_precision bf16"
+        )
+    if accelerator.mixed_precision == "bf16":
+        # Accelerate's own would round the gradients' sum over processes, and the losses that the objective returns.
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+
+def prepare(
+    accelerator: Accelerator, objective: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Objective and optimizer as the engine wants them."""
+    objective, optimizer = accelerator.prepare(objective, optimizer)
+    accelerator.unwrap_model(objective).serve_fsdp()
+    return objective, optimizer
 
 
 class StopRequest:
@@ -203,7 +255,7 @@ def train(
     eval_batches = data.eval_batches(*process)
     unigram_loss = data.unigram_loss() if args.eval_blocks and accelerator.is_main_process else math.nan
     request, watch = StopRequest(), Stopwatch()
-    saved = checkpoint_path(run.checkpoints, state.step) if state.step else None
+    saved = state.step  # the update of the newest checkpoint, complete or being written
     bar = progress_bar("training", args.max_steps, "updates", accelerator.is_main_process, state.step)
 
     def report(record: dict[str, Any], line: str) -> None:
@@ -212,12 +264,13 @@ def train(
         if accelerator.is_main_process:
             print_line(line)
 
+    writer = CheckpointWriter(print_line, checkpoint_path(run.checkpoints, state.step) if state.step else None)
     bare = accelerator.unwrap_model(objective)
     measures, config = bare.measures, bare.model.config
     reachable = matmul_flops(accelerator.device, accelerator.mixed_precision) * accelerator.num_processes
     lanes: dict[tuple[int, int], Buffer] = {}  # in streaming mode, after the last update that was trained on
 
-    with bar, request.listening():
+    with bar, request.listening(), writer:
         # In here, since worker processes inherit what is done with SIGINT.
         updates = data.train_updates(
             *process, state.step, args.max_steps, saved_lanes, lambda: request.signal is not None
@@ -226,8 +279,9 @@ def train(
             with watch.waiting():
                 share, counts, failure = next_update(accelerator, updates, len(args.corpora))
             if share is None:
-                if state.step and saved != checkpoint_path(run.checkpoints, state.step):
-                    save(accelerator, args, objective, optimizer, state, run, identity, lanes, publisher)
+                if state.step != saved:
+                    save(accelerator, args, objective, optimizer, state, run, identity, lanes, writer, publisher)
+                wait_for_checkpoint(accelerator, writer)
                 if failure:
                     raise failure
                 run.write_status("preempted", state.step, request.signal or "a signal to another process")
@@ -259,10 +313,11 @@ def train(
             is_last = state.step == args.max_steps
 
             if state.skipped_in_a_row >= args.max_nonfinite_updates:
+                writer.wait()
                 raise FloatingPointError(
                     f"{state.skipped_in_a_row} updates in a row had a non-finite loss or gradient, up to update "
-                    f"{state.step}; the last checkpoint is {saved or 'not there yet'}. Go on from there with a lower "
-                    "--learning_rate, a longer --warmup_steps or, in place of fp16, --mixed_precision bf16"
+                    f"{state.step}; the last checkpoint is {writer.last or 'not there yet'}. Go on from there with a "
+                    "lower --learning_rate, a longer --warmup_steps or, in place of fp16, --mixed_precision bf16"
                 )
             seen = data.corpora_record(state.corpora, counts.streams)
             if state.step % args.logging_steps == 0 or is_last:
@@ -288,8 +343,10 @@ def train(
                 if state.step % args.save_steps == 0 or is_last or update.stopping:
                     if accelerator.is_main_process:
                         print_line(format_data_line(state, seen, args.positions(state.step), args.max_steps))
-                    save(accelerator, args, objective, optimizer, state, run, identity, lanes, publisher)
-                    saved = checkpoint_path(run.checkpoints, state.step)
+                    save(accelerator, args, objective, optimizer, state, run, identity, lanes, writer, publisher)
+                    saved = state.step
+            if is_last or update.stopping:
+                wait_for_checkpoint(accelerator, writer)
             if update.stopping and not is_last:
                 run.write_status("preempted", state.step, request.signal or "a signal to another process")
                 return False
@@ -354,6 +411,8 @@ def train_step(
             sums = sums + micro_sums.detach()
 
     grad_norm = accelerator.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
+    if isinstance(grad_norm, DTensor):  # of sharded gradients
+        grad_norm = grad_norm.full_tensor()
     stopping = torch.tensor(float(request.signal is not None), device=accelerator.device)
     totals = accelerator.reduce(torch.hstack([sums, stopping]), "sum")
     *totals, stopping, norm = torch.hstack([totals, grad_norm]).tolist()
@@ -387,6 +446,8 @@ def out_of_memory(
 ) -> str:
     """What to do about a micro-batch for which the device has no room."""
     rows, share = args.per_device_train_batch_size, args.train_batch_size // accelerator.num_processes
+    if accelerator.distributed_type == DistributedType.FSDP:  # other processes would have to try along
+        return f"`per_device_train_batch_size` is {rows}, and the device's memory is too small for it; give less"
     moments = 0 if optimizer.state else 2 * sum(p.numel() * p.element_size() for p in objective.parameters())
     sizes = [size for size in range(1, rows) if not share % size]
     with accelerator.no_sync(objective):
@@ -430,20 +491,47 @@ def save(
     run: RunDirectory,
     identity: dict[str, Any],
     lanes: dict[tuple[int, int], Buffer],
+    writer: CheckpointWriter,
     publisher: Publisher,
 ) -> None:
-    """Checkpoint, status and plot, and off to the hub."""
+    """Checkpoint, status, plot and push, in the background. Training waits for the checkpoint before, and a copy."""
+    copied = writer.copy(objective, optimizer.optimizer, keep=accelerator.is_main_process)
     all_lanes = gather_object([to_arrays(lanes)])
-    if accelerator.is_main_process:
-        bare = accelerator.unwrap_model(objective)
-        tensors = {"optimizer": optimizer.state_dict(), "lanes": to_tensors(dict(ChainMap(*all_lanes)))}
-        tensors["beside_model"] = bare.beside_model()
-        if accelerator.scaler is not None:
-            tensors["scaler"] = accelerator.scaler.state_dict()
-        kept = {"train_state": asdict(state), "identity": identity, "arguments": asdict(args)}
-        path = save_checkpoint(run.checkpoints, state.step, bare.model, tensors, kept, args.save_total_limit)
-        run.write_status("running", state.step)
+    if copied is None:
+        return
+    model, step = accelerator.unwrap_model(objective).model, state.step
+    weights = {name: tensor for name, tensor in copied["weights"].items() if name.startswith("model.")}
+    tensors = {
+        "optimizer": copied["optimizer"],
+        "beside_model": {name: tensor for name, tensor in copied["weights"].items() if name not in weights},
+        "lanes": to_tensors(deepcopy(dict(ChainMap(*all_lanes)))),
+    }
+    weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    if accelerator.scaler is not None:
+        tensors["scaler"] = accelerator.scaler.state_dict()
+    kept = {"train_state": asdict(state), "identity": identity, "arguments": asdict(args)}
+
+    def write() -> Path:
+        return save_checkpoint(run.checkpoints, step, model, weights, tensors, kept, args.save_total_limit)
+
+    def tell(path: Path) -> None:
+        run.write_status("running", step)
         plot_runs([Curves(str(run.path), run.read_metrics(), args.expected_loss)], run.loss_plot)
-        if state.step < args.max_steps:  # the last one is pushed when the run is complete
+        if step < args.max_steps:  # the last one is pushed when the run is complete
             publisher.publish(path, is_last=False)
-    accelerator.wait_for_everyone()
+
+    writer.start(step, write, tell)
+
+
+def wait_for_checkpoint(accelerator: Accelerator, writer: CheckpointWriter) -> None:
+    """
+    Raises:
+        UserError: on all processes, if it could not be written.
+    """
+    writer.wait()
+    failure, *_ = gather_object([writer.failure])
+    if failure:
+        raise UserError(
+            f"the last checkpoint could not be written ({failure}); make room and go on with "
+            "--resume_from_checkpoint latest"
+        )

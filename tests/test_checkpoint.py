@@ -1,12 +1,17 @@
 import json
 import pickle
+import random
+import time
+from functools import partial
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from recipe.checkpoint import (
+    CheckpointWriter,
     check_identity,
     describe_changes,
     find_checkpoint,
@@ -20,6 +25,7 @@ from recipe.checkpoint import (
     set_aside_later,
 )
 from recipe.config import UserError
+from recipe.objectives import MaskedLMObjective
 from tests.conftest import SMALL_MODEL
 
 
@@ -29,16 +35,18 @@ def make_model(seed: int) -> RobertaForMaskedLM:
 
 
 def save(folder: Path, step: int, limit: int = 5) -> Path:
-    return save_checkpoint(folder, step, make_model(step), {"t": torch.arange(step)}, {"note": step}, limit)
+    model = make_model(step)
+    tensors = {"t": torch.arange(step), "beside_model": {}}
+    return save_checkpoint(folder, step, model, model.state_dict(), tensors, {"note": step}, limit)
 
 
 def test_checkpoint_comes_back(tmp_path: Path):
     path = save(tmp_path, 7)
     assert path.name == "step-00000007"
-    assert read_state(path) == {"note": 7, "format": 2, "step": 7}
+    assert read_state(path) == {"note": 7, "format": 3, "step": 7}
     assert torch.equal(load_tensors(path)["t"], torch.arange(7))
     other = make_model(99)
-    load_weights(path, other)
+    load_weights(path, MaskedLMObjective(other, 0.15))
     for one, two in zip(make_model(7).parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
     assert other.lm_head.decoder.weight is other.roberta.embeddings.word_embeddings.weight
@@ -67,7 +75,9 @@ def test_settings_of_the_optimizer_may_change(tmp_path: Path):
     first = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     model(torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
     first.step()
-    path = save_checkpoint(tmp_path, 1, model, {"optimizer": first.state_dict()}, {}, 1)
+    first.zero_grad()
+    copied = CheckpointWriter(print, None).copy(model, first, keep=True)
+    path = save_checkpoint(tmp_path, 1, model, copied["weights"], {"optimizer": copied["optimizer"]}, {}, 1)
     second = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.2)
     load_optimizer(path, model, second, None)
     assert (second.param_groups[0]["lr"], second.param_groups[0]["weight_decay"]) == (5e-4, 0.2)
@@ -93,6 +103,93 @@ def test_damage_is_recognised_and_the_one_before_used(tmp_path: Path, name: str,
     assert "step-00000002 is damaged" in warnings[0]
     with pytest.raises(UserError, match="is damaged"):
         find_checkpoint(tmp_path, str(tmp_path / "step-00000002"))
+
+
+def test_no_bit_of_a_checkpoint_can_flip_unnoticed(tmp_path: Path):
+    path = save(tmp_path, 2)
+    rng = random.Random(0)
+    for file in sorted(path.iterdir()):
+        content = file.read_bytes()
+        for _ in range(20 if file.stat().st_size > 10_000 else 200):
+            spoilt = bytearray(content)
+            spoilt[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            file.write_bytes(spoilt)
+            assert find_fault(path), file.name
+        file.write_bytes(content)
+    assert find_fault(path) is None
+
+
+def test_file_that_is_gone_from_the_manifest_too_is_missed(tmp_path: Path):
+    path = save(tmp_path, 2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["optimizer.pt"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "optimizer.pt").unlink()
+    assert find_fault(path) == "manifest.json lacks optimizer.pt"
+
+
+def test_copy_is_out_of_reach_of_training_and_lies_where_the_last_one_lay():
+    model = make_model(1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    writer = CheckpointWriter(print, None)
+    places = []
+    for _ in range(2):
+        model(torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+        optimizer.step()
+        expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        copied = writer.copy(model, optimizer, keep=True)
+        optimizer.step()
+        assert copied["weights"].keys() == expected.keys()
+        assert all(torch.equal(copied["weights"][name], expected[name]) for name in expected)
+        places.append([tensor.data_ptr() for tensor in copied["weights"].values()])
+    assert places[0] == places[1]
+    assert set(places[0]).isdisjoint(parameter.data_ptr() for parameter in model.parameters())
+    assert CheckpointWriter(print, None).copy(model, optimizer, keep=False) is None
+
+
+def test_writer_writes_one_at_a_time_and_waits(tmp_path: Path):
+    order = []
+
+    def slowly(step: int) -> Path:
+        order.append(f"begin {step}")
+        time.sleep(0.05)
+        order.append(f"end {step}")
+        return tmp_path / str(step)
+
+    with CheckpointWriter(order.append, None) as writer:
+        for step in (1, 2):
+            writer.start(step, partial(slowly, step), lambda path: order.append(f"then {path.name}"))
+            order.append(f"went on from {step}")
+    assert writer.last == tmp_path / "2"
+    assert sorted(order[:2]) == ["begin 1", "went on from 1"]
+    assert order[2:4] == ["end 1", "then 1"]
+    assert order[-2:] == ["end 2", "then 2"]
+
+
+def test_writer_reports_what_failed_and_goes_on(tmp_path: Path):
+    lines = []
+
+    def fail() -> Path:
+        raise OSError("No space left on device")
+
+    with CheckpointWriter(lines.append, tmp_path / "1") as writer:
+        writer.start(2, fail, lambda path: lines.append("complete"))
+        writer.wait()
+        assert writer.failure == "OSError: No space left on device"
+        writer.start(3, lambda: tmp_path / "3", lambda path: lines.append("complete"))
+    assert lines == [
+        f"warning: no checkpoint of update 2: OSError: No space left on device; the last one is {tmp_path / '1'}",
+        "complete",
+    ]
+    assert (writer.last, writer.failure) == (tmp_path / "3", None)
+
+
+def test_second_interrupt_does_not_wait_for_the_writer():
+    held, writer = Event(), CheckpointWriter(print, None)
+    writer.start(1, held.wait, print)
+    writer.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert writer.thread.is_alive()
+    held.set()
 
 
 def test_half_written_checkpoint_is_absent(tmp_path: Path):

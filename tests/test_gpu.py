@@ -18,8 +18,8 @@ pytestmark = [
 ]
 
 
-def launch(flags: dict[str, object], precision: str) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines=1", "--num_processes=1"]
+def launch(flags: dict[str, object], precision: str, *engine: str) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", *engine, "--num_machines=1", "--num_processes=1"]
     command += [f"--mixed_precision={precision}", "--dynamo_backend=no", "pretrain.py", *command_line(flags)]
     subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
@@ -45,3 +45,20 @@ def test_resume_on_cuda_matches_uninterrupted_run(flags, tmp_path: Path, precisi
         assert line == pytest.approx(other, rel=1e-3)
     one, two = weights(tmp_path / "run"), weights(tmp_path / "resumed")
     assert all(torch.allclose(one[name], two[name], rtol=1e-2, atol=1e-4) for name in one)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fsdp2_learns_as_one_process_and_goes_on_from_it(flags, tmp_path: Path, compiled: bool):
+    """On one GPU, which splits nothing up but runs all of accelerate's FSDP2."""
+    launch(flags, "bf16")
+    sharded = flags | {
+        "output_dir": tmp_path / "sharded",
+        "torch_compile": compiled,
+        "resume_from_checkpoint": "latest",
+    }
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "step-00000003", tmp_path / "sharded/checkpoints/step-00000003")
+    launch(sharded, "bf16", "--config_file", str(ROOT / "accelerate_configs/fsdp2.yaml"))
+    environment = yaml.safe_load((tmp_path / "sharded" / "config.yaml").read_text())["environment"]
+    assert environment["distributed_type"] == "FSDP"
+    one, two = (learning(tmp_path / name / "metrics.jsonl")[-1] for name in ("run", "sharded"))
+    assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-2)

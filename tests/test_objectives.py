@@ -126,9 +126,8 @@ def test_pair_head_of_roberta_is_trained_beside_a_plain_model(tokenizer, model):
     expected = torch.nn.functional.cross_entropy(logits, batch["pair_label"], reduction="sum")
     assert sums[1].item() == pytest.approx(expected.item(), rel=1e-5)
     assert not [name for name in model.state_dict() if "pair" in name or "pooler" in name]
-    beside = objective.beside_model()
-    assert {name.split(".")[0] for name in beside} == {"pair_head"}
-    assert MaskedLMObjective(model, 0.15).beside_model() == {}
+    assert {name.split(".")[0] for name in objective.state_dict()} == {"model", "pair_head"}
+    assert {name.split(".")[0] for name in MaskedLMObjective(model, 0.15).state_dict()} == {"model"}
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

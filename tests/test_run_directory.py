@@ -19,6 +19,15 @@ def test_metrics_are_cut_back_and_a_torn_line_forgotten(tmp_path: Path):
     assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [1, 2, 2, 3]
 
 
+def test_metrics_wait_while_they_cannot_be_written(tmp_path: Path, capsys):
+    run = RunDirectory(tmp_path / "gone", is_main=True, pids=[1])
+    run.append_metrics({"step": 1})
+    assert "metrics.jsonl waits for room" in capsys.readouterr().err
+    run.path.mkdir()
+    run.append_metrics({"step": 2})
+    assert [line["step"] for line in run.read_metrics()] == [1, 2]
+
+
 @pytest.mark.parametrize("name", ["status.json", "metrics.jsonl", "checkpoints", "model"])
 def test_folder_with_a_run_is_refused(tmp_path: Path, name: str):
     run = RunDirectory(tmp_path, is_main=True, pids=[])
