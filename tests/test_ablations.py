@@ -261,7 +261,10 @@ def test_stopped_comparison_goes_on_to_its_table(arguments, run, tmp_path: Path)
     static, dynamic = (report["runs"][row][0] for row in ("static-masking", "segment-pair-nsp"))
     assert static["tokens"] == dynamic["tokens"]
     assert static["unigram_loss"] == dynamic["unigram_loss"]  # of the same held-out tokens under the same masks
-    assert report["options"]["static-masking"] == {"masking": "static"}
+    assert {row: options["masking"] for row, options in report["options"].items()} == {
+        "static-masking": "static",
+        "segment-pair-nsp": "dynamic",
+    }
 
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("status.json")}
     (results / "ablations_masking_micro.md").unlink()
