@@ -91,9 +91,9 @@ def test_every_checkpoint_is_a_model_on_the_hub_and_a_place_to_go_on_from(hub, c
     assert list(repo.tags) == ["step-00000002", "step-00000004", "step-00000006"]
     assert repo.find("main") == repo.tags["step-00000006"]
     assert not list((run / "hub").glob("step-*"))
+    loaded = client.run("-c", LOAD, REPO, tmp_path, *repo.tags)
+    assert loaded.returncode == 0, loaded.stderr
     for tag in repo.tags:
-        loaded = client.run("-c", LOAD, REPO, tag, tmp_path / tag)
-        assert loaded.returncode == 0, loaded.stderr
         there, here = (
             load_file(folder / "model.safetensors") for folder in (tmp_path / tag, run / "checkpoints" / tag)
         )
