@@ -215,7 +215,7 @@ def data(run: Run) -> list[str]:
         share = "its size" if corpus["weight"] is None else f"{corpus['weight']:g}"
         rows.append([corpus["name"], source(corpus), share, *(format_seen(counts) if counts else ["–", "–"])])
     left_out = {
-        name: sum(counts[name] for counts in seen.values())
+        name: sum(counts.get(name, 0) for counts in seen.values())  # a stream counts no copies
         for name in ("empty", "unreadable", "contaminated", "copies")
     }
     lines = ["## Training data", table(rows)]

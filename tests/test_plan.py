@@ -88,10 +88,10 @@ def test_memory_that_does_not_suffice_is_a_problem(plan):
     assert error is None
 
 
-def test_a_full_disk_is_a_problem(plan, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_a_problem(plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     usage = recipe.plan.shutil.disk_usage(".")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=10_000))
-    lines, error = plan()
+    lines, error = plan(token_store_dir=tmp_path / "stores")
     assert "`save_total_limit` is 3" in lines["problem  disk"]
     assert "set `token_store_dir`" in lines["problem  corpus sample"]
     assert error == "2 of the above are problems"
