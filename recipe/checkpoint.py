@@ -235,7 +235,7 @@ class CheckpointWriter:
             return
         try:
             then(self.last)
-        except OSError as error:
+        except Exception as error:  # the checkpoint is whole, whatever a plot or a push ran into
             self.log(f"warning: after the checkpoint of update {step:,}: {type(error).__name__}: {error}")
 
     def __enter__(self) -> "CheckpointWriter":
