@@ -17,7 +17,7 @@ from recipe.loader import CachedData, StreamedData
 from recipe.metrics import TrainState
 from recipe.model import build_config, build_model, count_parameters
 from recipe.objectives import OBJECTIVES, compile_in_place
-from recipe.optimizer import build_optimizer, build_scheduler
+from recipe.optimizer import build_optimizer
 from recipe.plan import describe_plan, print_plan
 from recipe.run_directory import RunDirectory, environment
 from recipe.tokenizer import load_tokenizer, tokenizer_checksum
@@ -63,15 +63,12 @@ def main() -> None:
         ckpt.check_identity(saved["identity"], identity, checkpoint)
         state = TrainState(**saved["train_state"])
     objective = OBJECTIVES[args.objective](model, args.masked_share, args.gradient_checkpointing)
-    if checkpoint:
-        ckpt.load_weights(checkpoint, objective)
     if args.torch_compile:
         log(compile_in_place(objective, accelerator.device, in_one=not accelerator.is_fsdp2))
     adamw = build_optimizer(objective, args.learning_rate, args.adam_betas, args.adam_epsilon, args.weight_decay)
     objective, optimizer = prepare(accelerator, objective, adamw)
     if checkpoint:
-        lanes = ckpt.load_optimizer(checkpoint, objective, adamw, accelerator.scaler)
-    scheduler = build_scheduler(adamw, args.warmup_steps, args.max_steps, state.step)
+        lanes = ckpt.load_training_state(checkpoint, objective, adamw, accelerator.scaler)
 
     run.write_config(asdict(args), environment(accelerator) | {"tokenizer_checksum": identity["tokenizer"]})
     run.cut_metrics(state.step)
@@ -79,9 +76,7 @@ def main() -> None:
         ckpt.set_aside_later(run.checkpoints, state.step)
     run.write_status("running", state.step)
     with run.noting_failure(lambda: state.step), tracking(accelerator, run.path, asdict(args)):
-        is_complete = train(
-            accelerator, args, objective, optimizer, scheduler, data, state, run, identity, lanes, publisher
-        )
+        is_complete = train(accelerator, args, objective, optimizer, data, state, run, identity, lanes, publisher)
     if not is_complete:
         log([f"stopped after update {state.step:,}; go on with --resume_from_checkpoint latest", *publisher.waiting()])
         return

@@ -22,8 +22,9 @@ from recipe.metrics import device_name
 from recipe.model import build_config, build_model
 from recipe.objectives import MaskedLMObjective
 from recipe.optimizer import build_optimizer
+from recipe.stopping import StopRequest
 from recipe.tokenizer import load_tokenizer
-from recipe.training import StopRequest, train_step
+from recipe.training import train_step
 
 MODEL = {
     "num_hidden_layers": 4,

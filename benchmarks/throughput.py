@@ -44,8 +44,9 @@ from recipe.metrics import device_name, matmul_flops
 from recipe.model import build_config, build_model, model_flops_per_token
 from recipe.objectives import MaskedLMObjective, compile_in_place
 from recipe.optimizer import build_optimizer
+from recipe.stopping import StopRequest
 from recipe.tokenizer import load_tokenizer
-from recipe.training import StopRequest, train_step
+from recipe.training import train_step
 
 SHAPES = {
     "small": {

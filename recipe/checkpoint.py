@@ -26,12 +26,13 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
@@ -188,6 +189,7 @@ class CheckpointWriter:
 
     Attributes:
         failure: why the newest one could not be written, or None.
+        seconds: that the newest one took to write; 0 before there is one.
         copied: weights and moments in host memory, 12 bytes a parameter, as of the newest one.
     """
 
@@ -195,6 +197,7 @@ class CheckpointWriter:
         self.log = log
         self.last = last
         self.failure: str | None = None
+        self.seconds = 0.0
         self.thread: Thread | None = None
         self.copied: dict[str, Any] | None = None
 
@@ -227,8 +230,10 @@ class CheckpointWriter:
             self.thread.join()
 
     def run(self, step: int, write: Callable[[], Path], then: Callable[[Path], None]) -> None:
+        started = time.monotonic()
         try:
             self.last, self.failure = write(), None
+            self.seconds = time.monotonic() - started
         except Exception as error:  # each library has its own
             self.failure = f"{type(error).__name__}: {error}"
             self.log(f"warning: no checkpoint of update {step:,}: {self.failure}; the last one is {self.last}")
@@ -358,21 +363,11 @@ def open_checkpoint(
     return path, state, [*lines, f"resuming from {path}: {state['step']:,} of {arguments['max_steps']:,} updates done"]
 
 
-def load_weights(path: Path, objective: nn.Module) -> None:
-    """Weights of the model, and of what the objective trains beside it, before an engine splits them up."""
-    load_model(objective.model, path / "model.safetensors")
-    objective.load_state_dict(load_tensors(path)["beside_model"], strict=False)
-
-
-def load_tensors(path: Path) -> dict[str, Any]:
-    return torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-
-
-def load_optimizer(
+def load_training_state(
     path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
 ) -> dict[str, Any]:
-    """Moments and scale of a checkpoint, split up as the engine does. Learning rate, decay and the like stay as they
-    are now: they may change.
+    """Weights, moments and scale of a checkpoint, split up as the engine does. Learning rate, decay and the like stay
+    as they are now: they may change.
 
     Args:
         objective, optimizer: as the engine trains them.
@@ -380,10 +375,14 @@ def load_optimizer(
     Returns:
         the lanes of a streamed run, if it was one.
     """
-    tensors = load_tensors(path)
+    tensors = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    weights = load_file(path / "model.safetensors")
+    weights = {f"model.{name}": tensor for name, tensor in weights.items()} | tensors["beside_model"]
+    options = StateDictOptions(full_state_dict=True, strict=False)  # tied weights are there once
+    set_model_state_dict(objective, weights, options=options)
     groups = get_optimizer_state_dict(objective, optimizer)["param_groups"]  # with the settings of now
     moments = {"state": tensors["optimizer"], "param_groups": groups}
-    set_optimizer_state_dict(objective, optimizer, moments, options=StateDictOptions(full_state_dict=True))
+    set_optimizer_state_dict(objective, optimizer, moments, options=options)
     if scaler is not None and "scaler" in tensors:
         scaler.load_state_dict(tensors["scaler"])
     return tensors.get("lanes", {})

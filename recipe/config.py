@@ -265,6 +265,9 @@ class PretrainArguments:
     """`bf16`: gradients travel rounded, half the bytes, for slow networks under DDP. None: float32."""
     max_steps: int = 500_000
     """Updates in all (paper: 500K)."""
+    max_train_hours: float | None = None
+    """Hours after its start by which a process has saved and stopped, to be resumed: the time limit of a queue. None:
+    no limit."""
     learning_rate: float = 6e-4
     """Peak learning rate (paper: 6e-4 base, 4e-4 large)."""
     warmup_steps: int = 24_000
@@ -281,6 +284,10 @@ class PretrainArguments:
     """Gradient norm to clip to; 0: no clipping (the paper's choice)."""
     max_nonfinite_updates: int = 20
     """Updates with a non-finite loss or gradient that may be skipped in a row before the run stops."""
+    loss_spike_ratio: float = 1.5
+    """A training loss of more than so many times the median of the 100 before it is a spike: logged and counted."""
+    roll_back_loss_spikes: bool = False
+    """After a spike, go back to the last checkpoint and leave out the data from there up to and with the spike's."""
     seed: int = identity(default=42)
     """Seed of the weights, the order, the masks and dropout."""
 
@@ -360,6 +367,9 @@ class PretrainArguments:
             require(getattr(self, name) > 0, name, getattr(self, name), "give a positive number")
         for name in ("adam_beta1", "adam_beta2"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "give a number from 0 up to 1")
+        hours, ratio = self.max_train_hours, self.loss_spike_ratio
+        require(hours is None or hours > 0, "max_train_hours", hours, "give a positive number, or null")
+        require(ratio > 1, "loss_spike_ratio", ratio, "give more than 1")
         require(self.max_seq_length >= 8, "max_seq_length", self.max_seq_length, "give 8 or more")
         for name in ("mlm_probability", "eval_mlm_probability"):
             share = getattr(self, name)
@@ -382,6 +392,11 @@ class PretrainArguments:
             raise UserError(
                 f"`seq_length_warmup_steps` cuts blocks, and those of `packing` {self.packing} have parts that belong "
                 f"together; give it {' or '.join(ONE_PART_PACKINGS)}, or 0 updates"
+            )
+        if self.seq_length_warmup_steps and self.roll_back_loss_spikes:
+            raise UserError(
+                "`seq_length_warmup_steps` goes by the number of the update's data, of which `roll_back_loss_spikes` "
+                "leaves some out; do without one of them"
             )
         if self.streaming:
             self.check_streaming()

@@ -3,6 +3,7 @@
 import math
 import os
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ class TrainState:
     nonfinite_updates: int = 0  # skipped in all
     overflows: int = 0  # updates that fp16's gradient scaler skipped
     skipped_in_a_row: int = 0
+    loss_spikes: int = 0
+    recent_losses: list[float] = field(default_factory=list)  # by which a spike is told
+    updates_left_out: int = 0  # after spikes: so many updates' data
     window: dict[str, list[float]] = field(default_factory=dict)
     corpora: list[list[int]] = field(default_factory=list)  # of each corpus: blocks, tokens, documents seen
     data_digest: int = 0  # of which blocks were seen and what was masked in them, in the order of updates
@@ -61,6 +65,30 @@ class TrainState:
             window = self.window.setdefault(name, [0.0, 0])
             if skipped is None:
                 self.window[name] = [total + value for total, value in zip(window, values, strict=True)]
+
+    def find_spike(self, loss: float, ratio: float) -> float | None:
+        """Take in the loss of an update, in nats.
+
+        Returns:
+            how many times the median of the up to 100 before it is, if that is more than `ratio` and there were 20.
+        """
+        before = self.recent_losses
+        self.recent_losses = [*before, loss][-100:]
+        if len(before) < 20 or loss <= ratio * statistics.median(before):
+            return None
+        self.loss_spikes += 1
+        return loss / statistics.median(before)
+
+    def go_back(self, saved: "TrainState") -> int:
+        """Be what a checkpoint holds, and count the data of the updates since as left out.
+
+        Returns:
+            how many updates' data after that checkpoint is.
+        """
+        left_out = self.step + self.updates_left_out - saved.step - saved.updates_left_out
+        kept = {"updates_left_out": saved.updates_left_out + left_out, "loss_spikes": self.loss_spikes}
+        vars(self).update(vars(saved) | kept)
+        return left_out
 
     def padding_share(self, positions: int) -> float:
         """Of all positions so far."""
@@ -174,6 +202,8 @@ def train_record(
         "epoch": round(epoch, 4),
         "nonfinite_updates": state.nonfinite_updates,
         "overflows": state.overflows,
+        "loss_spikes": state.loss_spikes,
+        "updates_left_out": state.updates_left_out,
         "tokens_per_second": round(watch.tokens / seconds, 1),
         "mfu": round(watch.tokens / seconds * flops_share, 4),
         "peak_memory": peak_memory,
@@ -242,7 +272,7 @@ def format_accuracies(record: dict[str, Any]) -> list[str]:
 def format_train_line(record: dict[str, Any], max_steps: int) -> str:
     """One aligned line of the log."""
     left = (max_steps - record["step"]) * record["seconds_per_update"]
-    skipped = [f"{record[name]} {name}" for name in ("nonfinite_updates", "overflows") if record[name]]
+    skipped = [f"{record[name]} {name}" for name in ("nonfinite_updates", "overflows", "loss_spikes") if record[name]]
     return "  ".join(
         [
             f"step {record['step']:>{len(str(max_steps))}}/{max_steps}",

@@ -11,6 +11,7 @@
 Lanes do not know of processes or workers: a checkpoint of two processes goes on with one or four.
 """
 
+import contextlib
 import queue
 import threading
 from collections import Counter, defaultdict, deque
@@ -455,7 +456,7 @@ class InterruptedWaitError(Exception):
 def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Iterator[Any]:
     """The same items, the next of which is made in a thread while one is in use.
 
-    The thread is not waited for when the process ends: it may be waiting for a source.
+    The thread is not waited for when the process ends, or when no more is asked for: it may be waiting for a source.
 
     Args:
         is_stopping: looked at every half second while there is no item yet.
@@ -464,25 +465,33 @@ def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Iterator
         InterruptedWaitError: it was true.
     """
     made: queue.Queue = queue.Queue(maxsize=1)
+    closed = threading.Event()
 
     def make() -> None:
         try:
             for item in items:
                 made.put((item, None))
+                if closed.is_set():
+                    return
             made.put((None, StopIteration()))
         except Exception as error:  # of whatever kind, it is raised where the item is asked for
             made.put((None, error))
 
     threading.Thread(target=make, daemon=True).start()
-    while True:
-        try:
-            item, error = made.get(timeout=0.5)
-        except queue.Empty:
-            if is_stopping():
-                raise InterruptedWaitError from None
-            continue
-        if isinstance(error, StopIteration):
-            return
-        if error:
-            raise error
-        yield item
+    try:
+        while True:
+            try:
+                item, error = made.get(timeout=0.5)
+            except queue.Empty:
+                if is_stopping():
+                    raise InterruptedWaitError from None
+                continue
+            if isinstance(error, StopIteration):
+                return
+            if error:
+                raise error
+            yield item
+    finally:
+        closed.set()
+        with contextlib.suppress(queue.Empty):
+            made.get_nowait()  # which the thread may be waiting to put

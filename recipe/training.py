@@ -2,15 +2,14 @@
 
 import math
 import os
-import signal
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar
 
 import datasets
@@ -28,10 +27,16 @@ from huggingface_hub.utils import disable_progress_bars
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from torch.optim.lr_scheduler import LambdaLR
 from transformers.utils.logging import disable_progress_bar
 
-from recipe.checkpoint import CheckpointWriter, checkpoint_path, save_checkpoint
+from recipe.checkpoint import (
+    BYTES_PER_PARAMETER,
+    CheckpointWriter,
+    checkpoint_path,
+    load_training_state,
+    read_state,
+    save_checkpoint,
+)
 from recipe.config import PretrainArguments, UserError
 from recipe.hashing import hash64
 from recipe.hub import Publisher
@@ -48,12 +53,15 @@ from recipe.metrics import (
     peak_memory,
     train_record,
 )
-from recipe.model import model_flops_per_token
+from recipe.model import count_parameters, model_flops_per_token
+from recipe.optimizer import build_scheduler
 from recipe.plots import Curves, plot_runs
 from recipe.progress import print_line, progress_bar
 from recipe.run_directory import RunDirectory
+from recipe.stopping import StopRequest, stop_with_launcher
 from recipe.streaming import Buffer, InterruptedWaitError, to_arrays, to_tensors
 from recipe.trackers import check_trackers, log_metrics
+from recipe.watchdog import Watchdog
 
 UNSERVED_ENGINES = {
     DistributedType.DEEPSPEED,
@@ -62,8 +70,9 @@ UNSERVED_ENGINES = {
 }
 # A rank may have to wait for a source longer than the ten minutes that the others would have patience for.
 COLLECTIVE_TIMEOUT = timedelta(hours=1)
+MAX_ROLLBACKS = 3  # to the same checkpoint
+SLOW_DISK = 1e8  # bytes/s, taken for the first checkpoint
 Result = TypeVar("Result")
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def start_accelerator(
@@ -86,6 +95,7 @@ def start_accelerator(
         UserError: an engine or a precision that this code does not serve.
     """
     trackers = check_trackers(report_to)
+    stop_with_launcher()
     # No buffer of the model ever changes, so none has to be sent around at each forward.
     ddp = DistributedDataParallelKwargs(
         broadcast_buffers=False,
@@ -180,27 +190,6 @@ def prepare(
     return objective, optimizer
 
 
-class StopRequest:
-    """Set by a signal, looked at once an update. A second SIGINT ends the process at once."""
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal and number == signal.SIGINT:
-            signal.default_int_handler(number, frame)
-        self.signal = signal.Signals(number).name
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 @dataclass
 class Update:
     """What an update did, the same on all ranks.
@@ -225,7 +214,6 @@ def train(
     args: PretrainArguments,
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
-    scheduler: LambdaLR,
     data: Data,
     state: TrainState,
     run: RunDirectory,
@@ -237,7 +225,6 @@ def train(
 
     Args:
         objective, optimizer: prepared by the accelerator.
-        scheduler: not prepared; stepped once an update.
         state: advanced in place.
         identity: of the run, kept in its checkpoints.
         saved_lanes: of the checkpoint that training goes on from, in streaming mode.
@@ -247,14 +234,14 @@ def train(
         whether the run is complete; False after a signal, with a checkpoint of the last update.
 
     Raises:
-        FloatingPointError: too many updates in a row were not finite.
+        FloatingPointError: too many updates in a row were not finite, or the loss spikes again and again.
         UserError: a corpus cannot be read any more. As after any error of the data, there is a checkpoint of the last
             update.
     """
     process = accelerator.process_index, accelerator.num_processes
     eval_batches = data.eval_batches(*process)
     unigram_loss = data.unigram_loss() if args.eval_blocks and accelerator.is_main_process else math.nan
-    request, watch = StopRequest(), Stopwatch()
+    request, watch = StopRequest(args.max_train_hours), Stopwatch()
     saved = state.step  # the update of the newest checkpoint, complete or being written
     bar = progress_bar("training", args.max_steps, "updates", accelerator.is_main_process, state.step)
 
@@ -267,26 +254,35 @@ def train(
     writer = CheckpointWriter(print_line, checkpoint_path(run.checkpoints, state.step) if state.step else None)
     bare = accelerator.unwrap_model(objective)
     measures, config = bare.measures, bare.model.config
+    slow_write = BYTES_PER_PARAMETER * count_parameters(bare.model) / SLOW_DISK
     reachable = matmul_flops(accelerator.device, accelerator.mixed_precision) * accelerator.num_processes
     lanes: dict[tuple[int, int], Buffer] = {}  # in streaming mode, after the last update that was trained on
 
-    with bar, request.listening(), writer:
+    def updates_from(lanes: dict[str, Any], left_out: int) -> Iterator[UpdateData]:
+        """What comes after `state.step`, of which the data of `left_out` updates has yet to be passed over."""
+        end = args.max_steps + state.updates_left_out
+        first = state.step + state.updates_left_out - left_out
+        updates = data.train_updates(*process, first, end, lanes, request.is_set)
+        yield from islice(updates, left_out, None)
+
+    rollbacks: Counter[Path] = Counter()  # to each checkpoint
+    scheduler = build_scheduler(optimizer.optimizer, args.warmup_steps, args.max_steps, state.step)
+    with bar, request.listening(), writer, Watchdog(accelerator) as watchdog:
         # In here, since worker processes inherit what is done with SIGINT.
-        updates = data.train_updates(
-            *process, state.step, args.max_steps, saved_lanes, lambda: request.signal is not None
-        )
+        updates = updates_from(saved_lanes, 0)
         while state.step < args.max_steps:
             with watch.waiting():
-                share, counts, failure = next_update(accelerator, updates, len(args.corpora))
+                share, counts, failure = next_update(accelerator, updates, len(args.corpora), watchdog)
             if share is None:
                 if state.step != saved:
                     save(accelerator, args, objective, optimizer, state, run, identity, lanes, writer, publisher)
                 wait_for_checkpoint(accelerator, writer)
                 if failure:
                     raise failure
-                run.write_status("preempted", state.step, request.signal or "a signal to another process")
+                run.write_status("preempted", state.step, request.reason or "another process was asked to stop")
                 return False
             seed_dropout(args.seed, state.step, accelerator.process_index)
+            watchdog.at(f"update {state.step + 1:,}")
             divisors = [counts[counted] for counted in measures.values()]
             update = None
             try:
@@ -319,6 +315,30 @@ def train(
                     f"{state.step}; the last checkpoint is {writer.last or 'not there yet'}. Go on from there with a "
                     "lower --learning_rate, a longer --warmup_steps or, in place of fp16, --mixed_precision bf16"
                 )
+            loss = update.loss_sum / max(1, divisors[0])
+            spike = None if update.skipped else state.find_spike(loss, args.loss_spike_ratio)
+            if spike and accelerator.is_main_process:
+                print_line(
+                    f"warning: loss spike in update {state.step:,}: {loss:.3f}, {spike:.2f} times the median before it"
+                )
+            if spike and args.roll_back_loss_spikes and (last := newest_checkpoint(accelerator, writer)):
+                rollbacks[last] += 1
+                if rollbacks[last] > MAX_ROLLBACKS:
+                    raise FloatingPointError(
+                        f"the loss spikes again after {MAX_ROLLBACKS} rollbacks to {last}; go on from there with a "
+                        "lower --learning_rate, or with a higher --loss_spike_ratio"
+                    )
+                updates.close()
+                left_out = state.go_back(TrainState(**read_state(last)["train_state"]))
+                saved = state.step
+                saved_lanes = load_training_state(last, objective, optimizer.optimizer, accelerator.scaler)
+                scheduler = build_scheduler(optimizer.optimizer, args.warmup_steps, args.max_steps, state.step)
+                updates = updates_from(saved_lanes, left_out)
+                run.cut_metrics(state.step)
+                accelerator.print(f"back to {last}; the data of {left_out:,} updates after it is left out")
+                bar.update(state.step - bar.n)
+                watch = Stopwatch()
+                continue
             seen = data.corpora_record(state.corpora, counts.streams)
             if state.step % args.logging_steps == 0 or is_last:
                 length = args.seq_length(state.step - 1)
@@ -337,24 +357,27 @@ def train(
                 watch = Stopwatch()
             with watch.paused():
                 if args.eval_blocks and (state.step % args.eval_steps == 0 or is_last):
+                    watchdog.at("evaluating")
                     means = dict(zip(measures, evaluate(accelerator, objective, eval_batches), strict=True))
                     record = eval_record(state, means, unigram_loss)
                     report(record, format_eval_line(record, args.max_steps))
                 if state.step % args.save_steps == 0 or is_last or update.stopping:
                     if accelerator.is_main_process:
                         print_line(format_data_line(state, seen, args.positions(state.step), args.max_steps))
+                    watchdog.at("saving")
                     save(accelerator, args, objective, optimizer, state, run, identity, lanes, writer, publisher)
                     saved = state.step
+            request.update_done(writer.seconds or slow_write)
             if is_last or update.stopping:
                 wait_for_checkpoint(accelerator, writer)
             if update.stopping and not is_last:
-                run.write_status("preempted", state.step, request.signal or "a signal to another process")
+                run.write_status("preempted", state.step, request.reason or "another process was asked to stop")
                 return False
     return True
 
 
 def next_update(
-    accelerator: Accelerator, updates: Iterator[UpdateData], num_corpora: int
+    accelerator: Accelerator, updates: Iterator[UpdateData], num_corpora: int, watchdog: Watchdog
 ) -> tuple[UpdateData | None, Counts, Exception | None]:
     """This process's share of the next update, and the counts of all shares.
 
@@ -363,6 +386,7 @@ def next_update(
         unless it was asked to stop.
     """
     share, failure = None, None
+    watchdog.at("reading its data")
     try:
         share = next(updates)
         counts = share.counts
@@ -370,6 +394,7 @@ def next_update(
         counts = Counts.of_nothing(num_corpora, "stopping")
     except Exception as error:  # whatever it is, the other ranks have to know
         failure, counts = error, Counts.of_nothing(num_corpora, "failed")
+    watchdog.at("the count of an update's data")
     totals = accelerator.reduce(torch.from_numpy(counts.array).to(accelerator.device), "sum")
     counts = Counts(num_corpora, totals.cpu().numpy())
     if counts["failed"]:
@@ -413,7 +438,7 @@ def train_step(
     grad_norm = accelerator.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
     if isinstance(grad_norm, DTensor):  # of sharded gradients
         grad_norm = grad_norm.full_tensor()
-    stopping = torch.tensor(float(request.signal is not None), device=accelerator.device)
+    stopping = torch.tensor(float(request.is_set()), device=accelerator.device)
     totals = accelerator.reduce(torch.hstack([sums, stopping]), "sum")
     *totals, stopping, norm = torch.hstack([totals, grad_norm]).tolist()
     skipped, scaler = None, accelerator.scaler
@@ -521,6 +546,12 @@ def save(
             publisher.publish(path, is_last=False)
 
     writer.start(step, write, tell)
+
+
+def newest_checkpoint(accelerator: Accelerator, writer: CheckpointWriter) -> Path | None:
+    """Once it is complete, on all processes."""
+    writer.wait()
+    return on_main(accelerator, lambda: writer.last)
 
 
 def wait_for_checkpoint(accelerator: Accelerator, writer: CheckpointWriter) -> None:

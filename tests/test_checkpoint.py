@@ -17,9 +17,7 @@ from recipe.checkpoint import (
     find_checkpoint,
     find_fault,
     list_checkpoints,
-    load_optimizer,
-    load_tensors,
-    load_weights,
+    load_training_state,
     read_state,
     save_checkpoint,
     set_aside_later,
@@ -44,12 +42,7 @@ def test_checkpoint_comes_back(tmp_path: Path):
     path = save(tmp_path, 7)
     assert path.name == "step-00000007"
     assert read_state(path) == {"note": 7, "format": 3, "step": 7}
-    assert torch.equal(load_tensors(path)["t"], torch.arange(7))
-    other = make_model(99)
-    load_weights(path, MaskedLMObjective(other, 0.15))
-    for one, two in zip(make_model(7).parameters(), other.parameters(), strict=True):
-        assert torch.equal(one, two)
-    assert other.lm_head.decoder.weight is other.roberta.embeddings.word_embeddings.weight
+    assert torch.equal(torch.load(path / "optimizer.pt", weights_only=True)["t"], torch.arange(7))
     RobertaForMaskedLM.from_pretrained(path)
 
 
@@ -70,16 +63,22 @@ def test_going_back_sets_later_checkpoints_aside(tmp_path: Path):
     assert find_checkpoint(tmp_path, "latest")[0] == tmp_path / "step-00000025"
 
 
-def test_settings_of_the_optimizer_may_change(tmp_path: Path):
-    model = make_model(1)
-    first = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
-    model(torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
+def test_training_goes_on_with_weights_and_moments_but_new_settings(tmp_path: Path):
+    objective = MaskedLMObjective(make_model(1), 0.15)
+    first = torch.optim.AdamW(objective.parameters(), lr=1e-3, weight_decay=0.1)
+    objective.model(torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
     first.step()
     first.zero_grad()
-    copied = CheckpointWriter(print, None).copy(model, first, keep=True)
-    path = save_checkpoint(tmp_path, 1, model, copied["weights"], {"optimizer": copied["optimizer"]}, {}, 1)
-    second = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.2)
-    load_optimizer(path, model, second, None)
+    copied = CheckpointWriter(print, None).copy(objective, first, keep=True)
+    weights = {name.removeprefix("model."): tensor for name, tensor in copied["weights"].items()}
+    tensors = {"optimizer": copied["optimizer"], "beside_model": {}, "lanes": {"0.0": torch.ones(1)}}
+    path = save_checkpoint(tmp_path, 1, objective.model, weights, tensors, {}, 1)
+    other = MaskedLMObjective(make_model(99), 0.15)
+    second = torch.optim.AdamW(other.parameters(), lr=5e-4, weight_decay=0.2)
+    assert load_training_state(path, other, second, None) == {"0.0": torch.ones(1)}
+    for one, two in zip(objective.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert other.model.lm_head.decoder.weight is other.model.roberta.embeddings.word_embeddings.weight
     assert (second.param_groups[0]["lr"], second.param_groups[0]["weight_decay"]) == (5e-4, 0.2)
     for one, two in zip(first.state.values(), second.state.values(), strict=True):
         assert torch.equal(one["exp_avg_sq"], two["exp_avg_sq"])
@@ -224,8 +223,9 @@ def test_pickle_does_not_run(tmp_path: Path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     torch.save({"optimizer": Evil()}, path / "optimizer.pt")
+    objective = MaskedLMObjective(make_model(1), 0.15)
     with pytest.raises(pickle.UnpicklingError):
-        load_tensors(path)
+        load_training_state(path, objective, torch.optim.AdamW(objective.parameters()), None)
     assert not (tmp_path / "ran").exists()
 
 

@@ -21,6 +21,8 @@ FLOORS = [
         "memory",
         "metrics",
         "run_directory",
+        "stopping",
+        "watchdog",
         "trackers",
         "glue_tasks",
         "jobs",

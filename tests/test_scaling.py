@@ -114,7 +114,7 @@ FSDP_ON_CPU = """
 import sys
 import pretrain
 import recipe.training
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 
@@ -125,6 +125,7 @@ def sharded(*args, **kwargs):
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
     shared |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # which it takes over again and again
     return accelerator
 
 def counted(*args):
@@ -147,13 +148,13 @@ def run_fsdp(tmp_path: Path):
     It returns how many groups of weights each process had.
     """
     script = tmp_path / "fsdp_on_cpu.py"
-    script.write_text(FSDP_ON_CPU)
     config = yaml.safe_load((ROOT / "accelerate_configs/fsdp2.yaml").read_text())["fsdp_config"]
     environment = os.environ | ON_CPU | {"PYTHONPATH": str(ROOT)}
     environment |= {name.upper(): str(value) for name, value in config.items()}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
 
-    def run(flags: dict[str, object], precision: str = "no") -> list[int]:
+    def run(flags: dict[str, object], precision: str = "no", before: str = "") -> list[int]:
+        script.write_text(before + FSDP_ON_CPU)
         result = subprocess.run(
             [*command, *command_line(flags)],
             cwd=ROOT,
@@ -226,3 +227,31 @@ def test_run_goes_on_under_another_engine(exact_flags, run_pretrain, run_fsdp, t
     assert one["optimizer"].keys() == two["optimizer"].keys()
     for name, moments in one["optimizer"].items():
         assert all(torch.allclose(moments[key], two["optimizer"][name][key], atol=1e-6) for key in moments)
+
+
+SPIKE = """
+import recipe.training
+
+step, updates = recipe.training.train_step, 0
+
+def spiking(*arguments):
+    global updates
+    updates += 1
+    update = step(*arguments)
+    if updates == 25:
+        update.sums = [3 * total for total in update.sums]
+    return update
+
+recipe.training.train_step = spiking
+"""
+
+
+def test_all_processes_roll_back_together_whatever_the_engine(exact_flags, run_fsdp, tmp_path: Path):
+    flags = exact_flags | {"max_steps": 30, "save_steps": 10, "roll_back_loss_spikes": True}
+    script = tmp_path / "spikes.py"
+    script.write_text(SPIKE + "import pretrain\npretrain.main()\n")
+    command = [*LAUNCH, "--main_process_port=0", script, *command_line(flags)]
+    subprocess.run(command, cwd=ROOT, env=os.environ | ON_CPU | {"PYTHONPATH": str(ROOT)}, check=True)
+    run_fsdp(flags | {"output_dir": tmp_path / "fsdp"}, before=SPIKE)
+    assert_same_losses(tmp_path / "run", tmp_path / "fsdp")
+    assert learning(tmp_path / "run" / "metrics.jsonl")[-2]["updates_left_out"] == 5

@@ -1,6 +1,5 @@
 import copy
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,8 @@ from recipe.memory import largest_micro_batch
 from recipe.model import ROBERTA_DEFAULTS
 from recipe.objectives import MaskedLMObjective, NextSentenceObjective
 from recipe.optimizer import build_optimizer
-from recipe.training import StopRequest, Update, seed_dropout, start_accelerator, train_step
+from recipe.stopping import StopRequest
+from recipe.training import Update, seed_dropout, start_accelerator, train_step
 from tests.conftest import ROOT, SMALL_MODEL, reset_accelerate
 from tests.test_masking import make_examples
 
@@ -248,24 +248,13 @@ def test_dropout_is_a_function_of_seed_update_and_rank():
     assert len({tuple(values.tolist()) for values in draws.values()}) == 4
 
 
-def test_second_interrupt_ends_at_once():
-    before = signal.getsignal(signal.SIGINT)  # a process started in the background ignores it
-    request = StopRequest()
-    with request.listening():
-        os.kill(os.getpid(), signal.SIGINT)
-        assert request.signal == "SIGINT"
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
 def test_update_reports_a_stop_request(accelerator, tokenizer):
     objective = MaskedLMObjective(make_model(tokenizer), 0.15)
     prepared, optimizer = accelerator.prepare(objective, KeepGradients(objective.parameters()))
     request = StopRequest()
     batches = make_batches(tokenizer, 8)
     assert not take_step(accelerator, prepared, optimizer, batches, 0.0, request)[0].stopping
-    request.signal = "SIGTERM"
+    request.reason = "SIGTERM"
     assert take_step(accelerator, prepared, optimizer, batches, 0.0, request)[0].stopping
 
 

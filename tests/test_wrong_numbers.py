@@ -1,0 +1,145 @@
+"""Losses that are no numbers, and losses that jump."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import recipe.training
+from recipe.config import UserError
+from recipe.metrics import TrainState
+from tests.conftest import ROOT, SMALL_MODEL, command_line, learning, read_lines
+from tests.test_pretrain import STREAMED, assert_same_run
+
+ONE_RANK_SPOILS = """
+import pretrain
+import recipe.training
+
+train_step = recipe.training.train_step
+updates = 0
+
+def spoil(accelerator, objective, *rest):
+    global updates
+    updates += 1
+    hook = None
+    if updates == 3 and accelerator.process_index == accelerator.num_processes - 1:
+        hook = objective.register_forward_hook(lambda module, given, made: (made[0] * float("nan"), made[1]))
+    update = train_step(accelerator, objective, *rest)
+    if hook:
+        hook.remove()
+    return update
+
+recipe.training.train_step = spoil
+pretrain.main()
+"""
+
+
+def test_all_ranks_skip_an_update_that_one_has_no_number_for(flags, tmp_path: Path):
+    script = tmp_path / "spoils.py"
+    script.write_text(ONE_RANK_SPOILS)
+    sizes = SMALL_MODEL | {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    flags |= {"model_config": json.dumps(sizes), "logging_steps": 1, "per_device_train_batch_size": 2}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        words = command_line(flags | {"output_dir": tmp_path / str(processes)})
+        subprocess.run([*command, script, *words], cwd=ROOT, env=environment, check=True)
+    one, two = (learning(tmp_path / name / "metrics.jsonl") for name in "12")
+    assert [line["loss"] is None for line in two if "loss" in line] == [False, False, True, False, False, False]
+    assert two[-1]["step"] == 6
+    for line, other in zip(one, two, strict=True):
+        for name in ("loss", "eval_loss", "grad_norm"):
+            expected = line.get(name)
+            assert other.get(name) == (expected if expected is None else pytest.approx(expected, rel=1e-5))
+        assert line.get("nonfinite_updates") == other.get("nonfinite_updates")
+    assert [line["nonfinite_updates"] for line in two if "loss" in line] == [0, 0, 1, 1, 1, 1]
+
+
+def test_spike_is_told_by_the_median_before_it():
+    state = TrainState()
+    assert [state.find_spike(loss, 1.5) for loss in [9.0] * 3 + [2.0] * 16 + [4.0]] == [None] * 20  # too few before it
+    assert state.find_spike(3.0, 1.5) is None
+    assert state.find_spike(3.2, 1.5) == pytest.approx(1.6)
+    assert state.loss_spikes == 1
+    for _ in range(100):
+        state.find_spike(3.2, 1.5)
+    assert state.find_spike(3.2, 1.5) is None  # no spike any more
+    assert len(state.recent_losses) == 100
+
+
+class Spiking:
+    """`train_step`, whose loss is threefold on some updates' data; keeps what it was given."""
+
+    def __init__(self, spiking: set[str] = frozenset(), dies_at: int = 0) -> None:
+        self.real = recipe.training.train_step
+        self.spiking, self.dies_at = spiking, dies_at
+        self.seen: list[str] = []
+
+    def __call__(self, accelerator, objective, optimizer, micro_batches, *rest):
+        rows = b"".join(batch[name].numpy().tobytes() for batch in micro_batches for name in ("input_ids", "labels"))
+        self.seen.append(hashlib.sha256(rows).hexdigest())
+        if len(self.seen) == self.dies_at:
+            raise KeyboardInterrupt
+        update = self.real(accelerator, objective, optimizer, micro_batches, *rest)
+        if self.seen[-1] in self.spiking:
+            update.sums = [3 * total for total in update.sums]
+        return update
+
+
+@pytest.fixture
+def run_spiking(run_pretrain, monkeypatch):
+    def run(flags: dict[str, object], **kwargs) -> list[str]:
+        step = Spiking(**kwargs)
+        with monkeypatch.context() as patch:
+            patch.setattr(recipe.training, "train_step", step)
+            run_pretrain(flags)
+        return step.seen
+
+    return run
+
+
+@pytest.mark.parametrize("mode", [{}, STREAMED | {"dataloader_num_workers": 2}], ids=["cached", "streaming"])
+def test_spike_is_rolled_back_and_its_data_left_out(flags, run_spiking, tmp_path: Path, mode, capsys):
+    flags |= mode | {"save_steps": 10, "logging_steps": 1, "eval_steps": 10}
+    plain = run_spiking(flags | {"max_steps": 41})
+
+    flags |= {"max_steps": 36, "roll_back_loss_spikes": True, "resume_from_checkpoint": "latest"}
+    rolled = flags | {"output_dir": tmp_path / "rolled"}
+    assert run_spiking(rolled, spiking={plain[24]}) == plain  # 25 updates, 20 of them kept, and 16 more
+    printed = capsys.readouterr().out
+    assert "warning: loss spike in update 25" in printed
+    assert "step-00000020; the data of 5 updates after it is left out" in printed
+    lines = [line for line in read_lines(tmp_path / "rolled" / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 37))
+    assert (lines[-1]["loss_spikes"], lines[-1]["updates_left_out"]) == (1, 5)
+
+    # Killed after the rollback and before the next checkpoint, it goes back once more; after that one it goes on.
+    for dies_at in (28, 38):
+        killed = flags | {"output_dir": tmp_path / f"killed-{dies_at}"}
+        with pytest.raises(KeyboardInterrupt):
+            run_spiking(killed, spiking={plain[24]}, dies_at=dies_at)
+        run_spiking(killed, spiking={plain[24]})
+        assert_same_run(tmp_path / "rolled", tmp_path / f"killed-{dies_at}")
+
+
+def test_spikes_without_end_stop_the_run(flags, run_spiking, tmp_path: Path):
+    flags |= {"save_steps": 21, "logging_steps": 1, "max_steps": 50, "roll_back_loss_spikes": True}
+    plain = run_spiking(flags | {"output_dir": tmp_path / "plain", "max_steps": 49})
+    with pytest.raises(FloatingPointError, match=r"spikes again after 3 rollbacks to .*step-00000021"):
+        run_spiking(flags, spiking=set(plain[22:]))
+
+
+def test_spikes_are_logged_alone_by_default(flags, run_spiking, tmp_path: Path, capsys):
+    flags |= {"logging_steps": 1, "max_steps": 30}
+    plain = run_spiking(flags | {"output_dir": tmp_path / "plain"})
+    assert run_spiking(flags, spiking={plain[24]}) == plain
+    assert "1 loss_spikes" in capsys.readouterr().out
+
+
+def test_rollback_and_short_blocks_do_not_go_together(flags, run_pretrain):
+    with pytest.raises(UserError, match="`seq_length_warmup_steps` goes by the number"):
+        run_pretrain(flags | {"roll_back_loss_spikes": True, "seq_length_warmup_steps": 2})
