@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from harness import header, to_json
 from torch.distributed import GradBucket
@@ -26,7 +26,8 @@ from transformers import RobertaConfig, RobertaForMaskedLM
 from recipe.model import ROBERTA_DEFAULTS, count_parameters
 from recipe.objectives import MaskedLMObjective
 from recipe.optimizer import build_optimizer
-from recipe.training import StopRequest, prepare, set_up_fsdp, start_accelerator, train_step
+from recipe.stopping import StopRequest
+from recipe.training import prepare, set_up_fsdp, start_accelerator, train_step
 
 SIZES = {"num_hidden_layers": 6, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
 ENGINES = ("ddp", "ddp, bf16 gradients", "fsdp2", "fsdp2, bf16")
@@ -45,12 +46,15 @@ def as_on_gpus(state: Any, bucket: GradBucket) -> torch.futures.Future[torch.Ten
 
 
 def expected(engine: str, accumulation: int, parameters: int, in_layers: int, processes: int) -> float:
-    """Bytes that each process sends in an update, by the ring: a sum over processes is scattered and gathered."""
+    """Bytes that each process sends in an update, by the ring: a sum over processes is scattered and gathered.
+
+    Gloo does so for FSDP2's gradients too, of which a process needs its part alone; NCCL sends half as much for them.
+    """
     share = (processes - 1) / processes
     if engine.startswith("ddp"):
         return 2 * share * parameters * (2 if "bf16" in engine else 4)
     weights = parameters + in_layers  # what is outside of the layers is gathered once, layers for each pass
-    return share * (accumulation * weights * (2 if "bf16" in engine else 4) + parameters * 4)
+    return share * (accumulation * weights * (2 if "bf16" in engine else 4) + 2 * parameters * 4)
 
 
 def measure(engine: str, accumulation: int) -> dict[str, Any]:
@@ -58,6 +62,7 @@ def measure(engine: str, accumulation: int) -> dict[str, Any]:
     if engine.startswith("fsdp2"):
         shared = accelerator.state._shared_state
         shared |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": FullyShardedDataParallelPlugin()}
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # which it takes over again and again
         set_up_fsdp(accelerator)
     objective = MaskedLMObjective(RobertaForMaskedLM(RobertaConfig(**ROBERTA_DEFAULTS, **SIZES)), 0.15)
     parameters = count_parameters(objective)
