@@ -1,10 +1,10 @@
-# make demo: from nothing to a filled mask and a fine-tuned classifier.   make test: lint and all tests.   Both make .venv first.
+# make demo: from nothing to a filled mask and a fine-tuned classifier.   make test: lint and all tests.   make faults: a hundred kills.   All make .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 # Without a number accelerate gives a process on a CPU one thread.
 LAUNCH := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test lint
+.PHONY: demo test lint faults
 
 demo: .venv/installed runs/demo-tokenizer/tokenizer.json
 	$(LAUNCH) pretrain.py --config recipe/configs/pretrain/tiny.yaml --resume_from_checkpoint latest
@@ -16,6 +16,9 @@ runs/demo-tokenizer/tokenizer.json: | .venv/installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+faults: .venv/installed
+	$(BIN)/python -m tests.faults.storm --kills 100 --seed 0
 
 lint: .venv/installed
 	$(BIN)/ruff check .

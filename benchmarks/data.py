@@ -28,7 +28,6 @@ import os
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,7 +38,6 @@ from typing import Any
 import datasets
 import harness
 import numpy as np
-import psutil
 import torch
 from harness import in_child, resident_megabytes
 from torch.utils.data import DataLoader
@@ -52,6 +50,10 @@ from recipe.sampling import BlockOrder
 from recipe.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests.faults.storm import family, kill, start  # noqa: E402
+
 LENGTH = 512
 
 
@@ -366,40 +368,24 @@ def run_until_done(flags: dict[str, Any], processes: list[int], kills: int) -> t
     """
     rng = random.Random(f"{flags['streaming']}{flags['dataloader_num_workers']}{processes}")
     output = Path(flags["output_dir"])
+    log = output.with_name(f"{output.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
     done, ready = 0, 0
     for number in itertools.count():
-        count = processes[number % len(processes)]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-        command = [sys.executable] if count == 1 else command
-        command += ["pretrain.py", *(f"--{name}={value}" for name, value in flags.items())]
-        environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+        process = start(flags, processes[number % len(processes)], dict(os.environ), log)
         if done < kills:
             # A moment after it has begun to train, or in the middle of preparing.
             began = ready
             while process.poll() is None and rng.random() > 0.02 and count_lines(output) <= began:
                 time.sleep(0.1)
             time.sleep(rng.random() * 0.8)
-            if process.poll() is None:
-                # torchrun's ranks are sessions of their own, and outlive it.
-                family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-                for member in family:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        member.kill()
-                done += 1
-            process.communicate()
+            members = family(process)
+            kill(members)
+            done += bool(members)
+            process.wait()
             ready = count_lines(output)
-        else:
-            _, errors = process.communicate()
-            if process.returncode:
-                raise RuntimeError(errors.decode()[-3000:])
+        elif process.wait():
+            raise RuntimeError(log.read_text()[-3000:])
         status = output / "status.json"
         if status.exists() and json.loads(status.read_text())["state"] == "complete":
             lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
