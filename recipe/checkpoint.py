@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recipe.config import UserError, existing
+from recipe.config import UserError, existing, reading
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -255,11 +255,13 @@ def find_fault(path: Path) -> str | None:
         if missing := sorted(REQUIRED - manifest.keys()):
             return f"{MANIFEST} lacks {', '.join(missing)}"
         for name, expected in manifest.items():
+            if name != Path(name).name or not (path / name).is_file():
+                return f"{MANIFEST} names {name!r}, which is no file there"
             if (path / name).stat().st_size != expected["bytes"]:
                 return f"{name} has {(path / name).stat().st_size} bytes, not {expected['bytes']}"
             if checksum(path / name) != expected["sha256"]:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -300,10 +302,17 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         UserError: a checkpoint of another format.
     """
-    state = json.loads((path / "state.json").read_text())
-    if state["format"] != FORMAT:
-        raise UserError(f"checkpoint {path} has format {state['format']}; this code reads format {FORMAT}")
+    with reading(path / "state.json", remedy(path)):
+        state = json.loads((path / "state.json").read_text())
+        found = state["format"]
+    if found != FORMAT:
+        raise UserError(f"checkpoint {path} has format {found}; this code reads format {FORMAT}")
     return state
+
+
+def remedy(path: Path) -> str:
+    """Of a checkpoint whose checksums fit and whose contents are wrong all the same."""
+    return f"remove {path} to go on from the one before it"
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
@@ -351,6 +360,11 @@ def open_checkpoint(
     if path is None:
         return None, {}, lines
     state = read_state(path)
+    with reading(path / "state.json", remedy(path)):
+        if wrong := [name for name in ("train_state", "identity", "arguments") if not isinstance(state[name], dict)]:
+            raise ValueError(f"{', '.join(wrong)} without names and values")
+        if type(state["step"]) is not int or state["step"] != state["train_state"]["step"]:
+            raise ValueError(f"`step` is {state['step']!r} and that of `train_state` {state['train_state']['step']!r}")
     check_identity(state["identity"], identity, path)
     if state["step"] > arguments["max_steps"]:
         raise UserError(f"`max_steps` ({arguments['max_steps']}) is less than the updates done in {path}")
@@ -360,12 +374,22 @@ def open_checkpoint(
 
 def load_weights(path: Path, objective: nn.Module) -> None:
     """Weights of the model, and of what the objective trains beside it, before an engine splits them up."""
-    load_model(objective.model, path / "model.safetensors")
-    objective.load_state_dict(load_tensors(path)["beside_model"], strict=False)
+    with reading(path / "model.safetensors", remedy(path)):
+        load_model(objective.model, path / "model.safetensors")
+    tensors = load_tensors(path)
+    with reading(path / "optimizer.pt", remedy(path)):
+        lacking, _ = objective.load_state_dict(tensors["beside_model"], strict=False)
+        if lacking := [name for name in lacking if not name.startswith("model.")]:
+            raise ValueError(f"`beside_model` lacks {', '.join(lacking)}")
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
-    return torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    """
+    Raises:
+        UserError: a damaged file, or one with objects that would have to run code.
+    """
+    with reading(path / "optimizer.pt", remedy(path)):
+        return torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
 
 
 def load_optimizer(
@@ -381,12 +405,20 @@ def load_optimizer(
         the lanes of a streamed run, if it was one.
     """
     tensors = load_tensors(path)
-    groups = get_optimizer_state_dict(objective, optimizer)["param_groups"]  # with the settings of now
-    moments = {"state": tensors["optimizer"], "param_groups": groups}
-    set_optimizer_state_dict(objective, optimizer, moments, options=StateDictOptions(full_state_dict=True))
-    if scaler is not None and "scaler" in tensors:
-        scaler.load_state_dict(tensors["scaler"])
-    return tensors.get("lanes", {})
+    now = get_optimizer_state_dict(objective, optimizer)  # with the settings of now
+    with reading(path / "optimizer.pt", remedy(path)):
+        for name, moments in tensors["optimizer"].items():
+            if shapes(moments) != shapes(now["state"][name]):
+                raise ValueError(f"moments of {name} are {shapes(moments)}, not {shapes(now['state'][name])}")
+        now["state"] = tensors["optimizer"]
+        set_optimizer_state_dict(objective, optimizer, now, options=StateDictOptions(full_state_dict=True))
+        if scaler is not None and "scaler" in tensors:
+            scaler.load_state_dict(tensors["scaler"])
+        return tensors.get("lanes", {})
+
+
+def shapes(moments: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in moments.items()}
 
 
 def export_model(folder: Path, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:

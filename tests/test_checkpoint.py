@@ -1,7 +1,7 @@
 import json
-import pickle
 import random
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -11,8 +11,10 @@ import torch
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from recipe.checkpoint import (
+    FORMAT,
     CheckpointWriter,
     check_identity,
+    checksum,
     describe_changes,
     find_checkpoint,
     find_fault,
@@ -20,13 +22,15 @@ from recipe.checkpoint import (
     load_optimizer,
     load_tensors,
     load_weights,
+    open_checkpoint,
     read_state,
     save_checkpoint,
     set_aside_later,
 )
 from recipe.config import UserError
+from recipe.metrics import TrainState
 from recipe.objectives import MaskedLMObjective
-from tests.conftest import SMALL_MODEL
+from tests.conftest import SMALL_MODEL, Evil
 
 
 def make_model(seed: int) -> RobertaForMaskedLM:
@@ -38,6 +42,13 @@ def save(folder: Path, step: int, limit: int = 5) -> Path:
     model = make_model(step)
     tensors = {"t": torch.arange(step), "beside_model": {}}
     return save_checkpoint(folder, step, model, model.state_dict(), tensors, {"note": step}, limit)
+
+
+def write_manifest(path: Path) -> None:
+    """Have the checksums fit what is there."""
+    files = [file for file in path.iterdir() if file.name != "manifest.json"]
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_checkpoint_comes_back(tmp_path: Path):
@@ -218,15 +229,82 @@ def test_other_format_is_refused(tmp_path: Path):
 
 def test_pickle_does_not_run(tmp_path: Path):
     path = save(tmp_path, 1)
-
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    torch.save({"optimizer": Evil()}, path / "optimizer.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        load_tensors(path)
+    files = list(path.glob("*.pt"))
+    assert files
+    for file in files:
+        torch.save({"optimizer": Evil(tmp_path / "ran"), "beside_model": {}}, file)
+    write_manifest(path)
+    assert find_fault(path) is None
+    model = make_model(1)
+    expected = r"optimizer\.pt .*something else than tensors"
+    with pytest.raises(UserError, match=expected):
+        load_weights(path, MaskedLMObjective(model, 0.15))
+    with pytest.raises(UserError, match=expected):
+        load_optimizer(path, model, torch.optim.AdamW(model.parameters()), None)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../state.json", "", "a\0b", "x" * 5000])
+def test_manifest_cannot_name_files_elsewhere(tmp_path: Path, name: str):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {name: {"bytes": 0, "sha256": ""}}))
+    assert find_fault(path)
+
+
+def state_of(step: int = 2, **changes: object) -> dict[str, object]:
+    train_state = asdict(TrainState(step=step, corpora=[[1, 2, 3]], window={"loss": [1.0, 1]}))
+    return {"train_state": train_state | changes, "identity": {}, "arguments": {}, "step": step, "format": FORMAT}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"\xff", "can't decode"),
+        (b"[" * 20_000, "RecursionError"),
+        (b"{}", "format"),
+        (json.dumps(state_of() | {"step": 3}), "`step` is 3 and that of `train_state` 2"),
+        (json.dumps(state_of() | {"step": "../../x"}), "`step` is '../../x'"),
+        (json.dumps(state_of() | {"identity": None}), "identity without names"),
+        (json.dumps(state_of(overflows="1")), "no whole number: overflows"),
+        (json.dumps(state_of(odd=1)), "lacks or has odd"),
+        (json.dumps(state_of(corpora=[[1, 2]])), "not 1 with three counts each"),
+        (json.dumps(state_of(corpora=[])), "not 1 with three counts each"),
+        (json.dumps(state_of(window={"loss": []})), "not enough values"),
+    ],
+)
+def test_state_whose_checksum_fits_is_checked_too(tmp_path: Path, content: str | bytes, expected: str):
+    path = save(tmp_path, 2)
+    (path / "state.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    write_manifest(path)
+
+    def restore() -> None:
+        _, state, _ = open_checkpoint(tmp_path, "latest", {}, {"max_steps": 9})
+        TrainState.restore(state["train_state"], 1, path)
+
+    with pytest.raises(UserError, match=rf"state\.json is damaged .*{expected}.*; remove .*step-00000002"):
+        restore()
+
+
+def test_tensors_whose_checksum_fits_are_checked_too(tmp_path: Path):
+    model = make_model(1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    whole = CheckpointWriter(print, None).copy(model, optimizer, keep=True)
+    name = "lm_head.bias"
+
+    def load(weights: dict, moments: dict) -> None:
+        tensors = {"optimizer": moments, "beside_model": {}}
+        path = save_checkpoint(tmp_path, 1, model, dict(weights), tensors, {}, 1)  # which empties it
+        load_weights(path, MaskedLMObjective(make_model(2), 0.15))
+        load_optimizer(path, model, optimizer, None)
+
+    load(whole["weights"], whole["optimizer"])
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged .*size mismatch for lm_head\.bias"):
+        load(whole["weights"] | {name: torch.zeros(3)}, whole["optimizer"])
+    with pytest.raises(UserError, match=r"optimizer\.pt is damaged .*moments of lm_head\.bias are"):
+        load(whole["weights"], whole["optimizer"] | {name: whole["optimizer"][name] | {"exp_avg": torch.zeros(3)}})
+    with pytest.raises(UserError, match=r"optimizer\.pt is damaged .*lm_head\.bias"):
+        load(whole["weights"], {key: value for key, value in whole["optimizer"].items() if key != name})
 
 
 def test_identity_error_lists_every_difference(tmp_path: Path):
