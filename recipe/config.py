@@ -111,6 +111,7 @@ class CorpusArguments:
             raise UserError(f"`path` of corpus {self.name!r} is empty; name a data set, a file, a folder or a glob")
         if self.weight is not None and not 0 < self.weight < float("inf"):
             raise UserError(f"`weight` of corpus {self.name!r} is {self.weight}; give a positive number or none")
+        check_values(self)
 
 
 def check_corpora(name: str, corpora: list[CorpusArguments]) -> None:
@@ -131,18 +132,33 @@ def require(condition: bool, name: str, value: Any, remedy: str) -> None:
         raise UserError(f"`{name}` is {value}; {remedy}")
 
 
+# Fields that name a file or folder, or may.
+PATHS = {"output_dir", "path", "tokenizer_name", "model_name_or_path", "token_store_dir", "resume_from_checkpoint"}
+PATHS |= {"glue_dir", "decontaminate_against"}
 LARGEST = 2**48  # that a number may be, to be reckoned with in no time and without overflow
 
 
-def check_numbers(arguments: Any) -> None:
+def check_values(arguments: Any) -> None:
     """
     Raises:
-        UserError: a number that is not finite, or larger than anything that is meant.
+        UserError: a number that is not finite, or larger than anything that is meant; a path that none can be.
     """
     for f in fields(arguments):
         value = getattr(arguments, f.name)
         if isinstance(value, int | float) and f.name != "seed":
             require(abs(value) < LARGEST, f.name, value, "give a number below 2**48")
+        if f.name in PATHS:
+            for path in value if isinstance(value, list) else [value]:
+                require(path is None or is_path(path), f.name, f"{path!r:.100}", "no path can be that; name another")
+
+
+def is_path(name: str) -> bool:
+    """Whether the system takes it."""
+    try:
+        parts = [os.fsencode(part) for part in name.split("/")]
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in name and max(map(len, parts)) < 256 and len(os.fsencode(name)) < 4096
 
 
 def divisors(number: int) -> list[int]:
@@ -207,7 +223,7 @@ class TokenizerArguments:
     """Check everything, print the plan and stop."""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_values(self)
         require(bool(self.output_dir), "output_dir", "empty", "name a folder")
         require(bool(self.corpora), "corpora", "empty", "name at least one corpus")
         check_corpora("corpora", self.corpora)
@@ -377,7 +393,7 @@ class PretrainArguments:
     """With `dry_run`: price of an hour of one GPU, in any currency."""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_values(self)
         require(bool(self.output_dir), "output_dir", "empty", "name a folder")
         require(bool(self.corpora), "corpora", "empty", "name at least one corpus")
         check_corpora("corpora", self.corpora)
@@ -583,7 +599,7 @@ class GlueArguments:
     """Check everything, print the jobs and stop."""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_values(self)
         require(bool(self.output_dir), "output_dir", "empty", "name a folder")
         require(bool(self.model_name_or_path), "model_name_or_path", "empty", "name a folder or a hub id")
         for name in ("tasks", "data_parallel_tasks", "learning_rates", "batch_sizes", "seeds"):

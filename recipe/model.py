@@ -4,7 +4,6 @@ import math
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -71,7 +70,7 @@ def build_config(
         if name not in known:
             raise UserError(
                 f"`model_config` has a field `{name}` that {config_class.__name__} does not know"
-                f"{did_you_mean(name, known)}"
+                f"{did_you_mean(str(name), known)}"
             )
         if isinstance(model_config[name], float) and not math.isfinite(model_config[name]):
             raise UserError(f"`model_config`: `{name}` is {model_config[name]}; give a finite number")
@@ -88,8 +87,8 @@ def build_config(
         raise UserError(
             f"`model_name_or_path` {model_name_or_path}: no model there, as a folder or on the hub: {error}"
         ) from None
-    except (StrictDataclassError, OverflowError, TypeError, ValueError) as error:
-        raise UserError(f"`model_config` {model_config}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # of one library or another
+        raise UserError(f"`model_config` {model_config}: {one_line(error)}") from error
     if config.model_type != model_type:
         remedy = f"; give `model_type: {config.model_type}`" if config.model_type in CONFIGS else ""
         raise UserError(
@@ -130,8 +129,8 @@ def build_config(
     try:
         with torch.device("meta"):
             MODELS[model_type][1](config)
-    except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"`model_config` {model_config}: no model can be built: {error}") from None
+    except Exception as error:
+        raise UserError(f"`model_config` {model_config}: no model can be built: {one_line(error)}") from error
     return config
 
 

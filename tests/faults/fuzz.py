@@ -46,7 +46,7 @@ from safetensors.torch import load_file, save_file
 from recipe import checkpoint as ckpt
 from recipe import hub
 from recipe.card import write_card
-from recipe.config import CorpusArguments, GlueArguments, PretrainArguments, TokenizerArguments, UserError, parse_config
+from recipe.config import CorpusArguments, GlueArguments, PretrainArguments, TokenizerArguments, UserError
 from recipe.corpora import SUFFIXES, TABLES, Part, check_corpus, corpus_bytes, open_source, packing_of, sample_texts
 from recipe.finetuning import encode_splits
 from recipe.glue_report import describe_data
@@ -269,12 +269,13 @@ def fuzz_config(case: Case) -> None:
         value = mutate(values.get(name), rng) if isinstance(values, dict) else rng.choice(ODD)
         flags.append(f"--{name}={json.dumps(value, default=str) if rng.random() < 0.5 else value}")
     flags = [
-        mutate_bytes(flag.encode(), rng).decode(errors="surrogateescape") if rng.random() < 0.2 else flag
+        mutate_bytes(flag.encode("utf-8", "surrogatepass"), rng).decode(errors="surrogateescape")
+        if rng.random() < 0.2
+        else flag
         for flag in flags
     ]
     flags = [flag.replace("\0", "")[:100_000] for flag in flags]  # as the system has it
     before = contents(case.folder)
-    parse_config(cls, "", ["--config", "config.yaml", *flags])
     run_script(script, ["--config", "config.yaml", *flags, "--dry_run=true"])
     assert contents(case.folder) == before, "a dry run has written something"
 
@@ -282,17 +283,17 @@ def fuzz_config(case: Case) -> None:
 def fuzz_corpus(case: Case) -> None:
     """A local file of any format, through the readers and, now and then, into a token store."""
     rng = case.rng
-    suffix = rng.choice(SUFFIXES)
+    suffix = rng.choice([*SUFFIXES, *TABLES * 4])
     path = Path(f"text{suffix}")
     records: Any = [{"text": text, "id": number} for number, text in enumerate(rng.sample(case.material.texts, 12))]
     if rng.random() < 0.5:
         for _ in range(3):
-            records = mutate(records, rng) if isinstance(records, list) else records
+            records = mutate(records, rng)
+            records = records if isinstance(records, list) else [records]
     if suffix.endswith(TABLES):
         write_table(path, records, rng)
     else:
-        lines = [json.dumps(record, default=str) for record in records] if isinstance(records, list) else [str(records)]
-        text = "\n".join(lines).encode()
+        text = "\n".join(json.dumps(record, default=str, skipkeys=True) for record in records).encode()
         compress(path, mutate_bytes(text, rng) if rng.random() < 0.4 else text)
     if rng.random() < 0.5:
         case.damage(path)
@@ -319,7 +320,7 @@ def fuzz_corpus(case: Case) -> None:
 
 def write_table(path: Path, records: Any, rng: random.Random) -> None:
     """A Parquet or Arrow file with the texts as strings or, now and then, as something else."""
-    values = [record.get("text") if isinstance(record, dict) else record for record in records or [None]]
+    values = [record.get("text") if isinstance(record, dict) else record for record in records]
     kind = rng.choice([pa.string(), pa.string(), pa.string(), pa.large_string(), pa.string_view(), pa.binary(), None])
     texts = [value.encode(errors="replace").decode() if isinstance(value, str) else None for value in values]
     try:
@@ -522,7 +523,6 @@ def stop_case(*_: Any) -> None:
 @contextlib.contextmanager
 def prepared() -> Iterator[Callable[[int, str, int], BaseException | None]]:
     """A function that runs the case of a seed, a target and a number."""
-    faulthandler.enable()  # a crash of the interpreter shows where
     earlier = signal.signal(signal.SIGALRM, stop_case)
     patches = [
         mock.patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true", "TQDM_DISABLE": "1"}),
@@ -580,6 +580,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", metavar="TARGET:NUMBER", help="this case alone, with its traceback")
     args = parser.parse_args()
+    faulthandler.enable()  # a crash of the interpreter shows where
     if args.only is None:
         sys.exit(fuzz(args.cases, args.seed, args.targets) > 0)
     target, _, number = args.only.partition(":")
