@@ -458,7 +458,9 @@ def naming_damage(path: Path) -> Iterator[None]:
 def open_arrow(path: Path) -> pa.Table:
     """A mapped file as a table, with nothing read but its index."""
     with naming_damage(path):
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate()  # a damaged one would send the reader outside the file
+        return table
 
 
 def read_json(path: Path) -> dict[str, Any]:
