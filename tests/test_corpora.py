@@ -79,8 +79,8 @@ def test_formats_folders_and_globs(tmp_path: Path):
 @pytest.mark.parametrize("name", ["a.arrow", "stream.arrow", "a.parquet"])
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
 def test_no_flipped_bit_of_a_table_sends_the_reader_astray(tmp_path: Path, name: str, kind: pa.DataType):
-    """Arrow's files have no checksums, and a position in one that is wrong may lie outside of it. (`corpus_bytes` is left
-    out: pyarrow ends the process where a Parquet column's size statistics are wrong, and nothing can catch that.)"""
+    """Arrow's files have no checksums, and a position in one that is wrong may lie outside of it. (`corpus_bytes` is
+    left out: pyarrow ends the process where a Parquet column's size statistics are wrong, which nothing can catch.)"""
     texts = pa.array(["some words é", "", None, "more and more words of text " * 3], kind)
     path = write_table(tmp_path / name, texts)
     whole = path.read_bytes()
