@@ -45,7 +45,7 @@ class TrainState:
         """
 
         def is_count(value: Any) -> bool:
-            return type(value) is int and value >= 0
+            return type(value) is int and 0 <= value < 2**64
 
         with reading(checkpoint / "state.json", f"remove {checkpoint} to go on from the one before it"):
             names = {f.name for f in fields(cls)}

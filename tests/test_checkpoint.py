@@ -267,6 +267,7 @@ def state_of(step: int = 2, **changes: object) -> dict[str, object]:
         (json.dumps(state_of() | {"step": "../../x"}), "`step` is '../../x'"),
         (json.dumps(state_of() | {"identity": None}), "identity without names"),
         (json.dumps(state_of(overflows="1")), "no whole number: overflows"),
+        (json.dumps(state_of(data_digest=2**64)), "no whole number: data_digest"),
         (json.dumps(state_of(odd=1)), "lacks or has odd"),
         (json.dumps(state_of(corpora=[[1, 2]])), "not 1 with three counts each"),
         (json.dumps(state_of(corpora=[])), "not 1 with three counts each"),
