@@ -1,4 +1,4 @@
-# make demo: from nothing to a filled mask and a fine-tuned classifier.   make test: lint and all tests.   make faults: a hundred kills.   All make .venv first.
+# make demo: from nothing to a filled mask and a fine-tuned classifier.   make test: lint and all tests.   make faults: a hundred kills, 10,000 damaged files.   All make .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 # Without a number accelerate gives a process on a CPU one thread.
@@ -19,6 +19,7 @@ test: lint
 
 faults: .venv/installed
 	$(BIN)/python -m tests.faults.storm --kills 100 --seed 0
+	$(BIN)/python -m tests.faults.fuzz --cases 10000 --seed 0
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import datasets
 import transformers
-import yaml
 from accelerate.utils import gather_object
 
 from recipe.checkpoint import check_identity
-from recipe.config import GlueArguments, check_output_dir, identity_of, parse_config, report_user_errors
+from recipe.config import GlueArguments, check_output_dir, identity_of, parse_config, read_yaml, report_user_errors
 from recipe.finetuning import load_glue_tokenizer, model_checksum
 from recipe.glue import Grid, plan_jobs
 from recipe.glue_card import note_glue
@@ -42,8 +41,8 @@ def main() -> None:
     tokenizer = load_glue_tokenizer(args.model_name_or_path, args.max_seq_length)
     checksum = {"model_checksum": model_checksum(args.model_name_or_path, TASKS[names[0]])}
     if run.config_file.exists():
-        saved = yaml.safe_load(run.config_file.read_text())
-        check_identity(saved | saved["environment"], identity_of(args) | checksum, run.path)
+        saved = read_yaml(run.config_file)
+        check_identity(saved | (saved.get("environment") or {}), identity_of(args) | checksum, run.path)
     tasks, data = {}, {}
     for name in names:
         tasks[name], remarks = load_task(name, args.glue_dir)

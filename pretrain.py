@@ -61,7 +61,7 @@ def main() -> None:
     state, lanes = TrainState(), {}
     if checkpoint:
         ckpt.check_identity(saved["identity"], identity, checkpoint)
-        state = TrainState(**saved["train_state"])
+        state = TrainState.restore(saved["train_state"], len(args.corpora), checkpoint)
     objective = OBJECTIVES[args.objective](model, args.masked_share, args.gradient_checkpointing)
     if args.torch_compile:
         log(compile_in_place(objective, accelerator.device, in_one=not accelerator.is_fsdp2))

@@ -68,7 +68,7 @@ def main() -> None:
     else:
         tokenizer = train_byte_level_bpe(texts(), args.vocab_size, args.min_frequency, args.add_prefix_space, longest)
     # Not under its name before the checks are through; what fails them is kept to look at.
-    unchecked = output_dir.with_name(f".{output_dir.name}.unchecked")
+    unchecked = output_dir.resolve().with_name(f".{output_dir.resolve().name}.unchecked")
     save_tokenizer(tokenizer, unchecked, args.add_prefix_space, args.model_max_length, args.do_lower_case)
     check_common_words(tokenizer, word_counts)
     check_saved_tokenizer(tokenizer, unchecked, sample, args.add_prefix_space)

@@ -15,13 +15,13 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
-from recipe.config import CorpusArguments, UserError
+from recipe.config import CorpusArguments, UserError, reading
 from recipe.corpora import local_files
 from recipe.glue_report import format_notes, format_rows, row_title
 from recipe.glue_tasks import HUB_ID
 from recipe.hub import GLUE_FILE
 from recipe.metrics import format_count, format_duration
-from recipe.run_directory import read_config, read_records, write_atomically
+from recipe.run_directory import read_config, read_records, read_step, write_atomically
 
 RECIPE = "roberta-pretraining-recipe"  # tag of all cards
 NAMES = {"roberta": "RoBERTa", "bert": "BERT", "albert": "ALBERT"}
@@ -75,7 +75,7 @@ class Run:
         self.path = path
         self.config = read_config(path)
         self.environment = self.config["environment"]
-        self.step = json.loads((path / "status.json").read_text())["step"]
+        self.step = read_step(path)
         records = [record for record in read_records(path / "metrics.jsonl") if record["step"] <= self.step]
         self.training = [record for record in records if "tokens_per_second" in record]
         self.evaluations = [record for record in records if record.get("eval_loss") is not None]
@@ -330,19 +330,24 @@ def build_card(path: Path, model: Path) -> str:
     Args:
         path: the run's folder.
         model: the folder, with config.json, safetensors and, if there are results, glue.json.
+
+    Raises:
+        UserError: one of the files that the card is made from is damaged.
     """
-    run = Run(path, model)
-    sections = [
-        *introduction(run),
-        *usage(run),
-        *evaluation(run, (path / "loss.png").exists()),
-        *data(run),
-        *procedure(run),
-        *cost(run),
-        *limits(run),
-        *reproduction(run, (path / "config.yaml").read_text()),
-    ]
-    return as_card(metadata(run), sections)
+    files = f"a file of {path} or {model} that the model card is made from (config.yaml, metrics.jsonl, config.json, …)"
+    with reading(files, "mend it; nothing but the card needs all of them"):
+        run = Run(path, model)
+        sections = [
+            *introduction(run),
+            *usage(run),
+            *evaluation(run, (path / "loss.png").exists()),
+            *data(run),
+            *procedure(run),
+            *cost(run),
+            *limits(run),
+            *reproduction(run, (path / "config.yaml").read_text()),
+        ]
+        return as_card(metadata(run), sections)
 
 
 def as_card(head: ModelCardData, sections: list[str]) -> str:

@@ -38,9 +38,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recipe.config import UserError, existing
+from recipe.config import UserError, existing, reading
 
-FORMAT = 3
+FORMAT = 4
 MANIFEST = "manifest.json"
 STATE_FILES = ("optimizer.pt", "state.json", MANIFEST)  # beside the model
 REQUIRED = {"config.json", "model.safetensors", "optimizer.pt", "state.json"}
@@ -260,11 +260,13 @@ def find_fault(path: Path) -> str | None:
         if missing := sorted(REQUIRED - manifest.keys()):
             return f"{MANIFEST} lacks {', '.join(missing)}"
         for name, expected in manifest.items():
+            if name != Path(name).name or not (path / name).is_file():
+                return f"{MANIFEST} names {name!r}, which is no file there"
             if (path / name).stat().st_size != expected["bytes"]:
                 return f"{name} has {(path / name).stat().st_size} bytes, not {expected['bytes']}"
             if checksum(path / name) != expected["sha256"]:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -305,10 +307,17 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         UserError: a checkpoint of another format.
     """
-    state = json.loads((path / "state.json").read_text())
-    if state["format"] != FORMAT:
-        raise UserError(f"checkpoint {path} has format {state['format']}; this code reads format {FORMAT}")
+    with reading(path / "state.json", remedy(path)):
+        state = json.loads((path / "state.json").read_text())
+        found = state["format"]
+    if found != FORMAT:
+        raise UserError(f"checkpoint {path} has format {found}; this code reads format {FORMAT}")
     return state
+
+
+def remedy(path: Path) -> str:
+    """Of a checkpoint whose checksums fit and whose contents are wrong all the same."""
+    return f"remove {path} to go on from the one before it"
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
@@ -356,11 +365,25 @@ def open_checkpoint(
     if path is None:
         return None, {}, lines
     state = read_state(path)
+    with reading(path / "state.json", remedy(path)):
+        if wrong := [name for name in ("train_state", "identity", "arguments") if not isinstance(state[name], dict)]:
+            raise ValueError(f"{', '.join(wrong)} without names and values")
+        if type(state["step"]) is not int or state["step"] != state["train_state"]["step"]:
+            raise ValueError(f"`step` is {state['step']!r} and that of `train_state` {state['train_state']['step']!r}")
     check_identity(state["identity"], identity, path)
     if state["step"] > arguments["max_steps"]:
         raise UserError(f"`max_steps` ({arguments['max_steps']}) is less than the updates done in {path}")
     lines += describe_changes(state["arguments"], arguments)
     return path, state, [*lines, f"resuming from {path}: {state['step']:,} of {arguments['max_steps']:,} updates done"]
+
+
+def load_tensors(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: a damaged file, or one with objects that would have to run code.
+    """
+    with reading(path / "optimizer.pt", remedy(path)):
+        return torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
 
 
 def load_training_state(
@@ -374,18 +397,39 @@ def load_training_state(
 
     Returns:
         the lanes of a streamed run, if it was one.
+
+    Raises:
+        UserError: files whose checksums fit and whose contents are of something else.
     """
-    tensors = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-    weights = load_file(path / "model.safetensors")
-    weights = {f"model.{name}": tensor for name, tensor in weights.items()} | tensors["beside_model"]
-    options = StateDictOptions(full_state_dict=True, strict=False)  # tied weights are there once
-    set_model_state_dict(objective, weights, options=options)
+    tensors = load_tensors(path)
+    now = training_state(objective, optimizer)
     groups = get_optimizer_state_dict(objective, optimizer)["param_groups"]  # with the settings of now
+    options = StateDictOptions(full_state_dict=True, strict=False)  # tied weights are there once
+    with reading(path / "model.safetensors", remedy(path)):
+        weights = {f"model.{name}": tensor for name, tensor in load_file(path / "model.safetensors").items()}
+        check_shapes(weights, {name: tensor for name, tensor in now["weights"].items() if name.startswith("model.")})
+    with reading(path / "optimizer.pt", remedy(path)):
+        weights |= tensors["beside_model"]
+        check_shapes(weights, now["weights"])
+        check_shapes(*map(flatten, (tensors["optimizer"], now["optimizer"])))
+    set_model_state_dict(objective, weights, options=options)
     moments = {"state": tensors["optimizer"], "param_groups": groups}
     set_optimizer_state_dict(objective, optimizer, moments, options=options)
     if scaler is not None and "scaler" in tensors:
-        scaler.load_state_dict(tensors["scaler"])
+        with reading(path / "optimizer.pt", remedy(path)):
+            scaler.load_state_dict(tensors["scaler"])
     return tensors.get("lanes", {})
+
+
+def flatten(moments: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {f"{kind} of {name}": tensor for name, kinds in moments.items() for kind, tensor in kinds.items()}
+
+
+def check_shapes(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for name in found.keys() | expected.keys():
+        one, two = (list(tensors[name].shape) if name in tensors else "none" for tensors in (found, expected))
+        if one != two:
+            raise ValueError(f"the shape of {name} is {one}, not {two}")
 
 
 def export_model(folder: Path, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,6 +8,7 @@ a checkpoint can only be resumed with the same values; everything else may chang
 import difflib
 import itertools
 import logging
+import math
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -41,6 +43,36 @@ def report_user_errors() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def one_line(error: Exception) -> str:
+    """What a library says, as part of a message of ours."""
+    if isinstance(error, UnpicklingError):  # whose message recommends to load it all the same
+        return "it holds something else than tensors and plain values, or is damaged, and is not loaded"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+@contextmanager
+def reading(file: object, remedy: str) -> Iterator[None]:
+    """Turn what the contents of a damaged file make of the code that reads it into an error that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each library has its own
+        raise UserError(f"{file} is damaged or missing ({one_line(error)}); {remedy}") from error
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: no file of names and values.
+    """
+    with reading(file, "mend it, or take another folder"):
+        values = yaml.safe_load(file.read_text())
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+            raise ValueError("not names with values")
+    return values
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
@@ -79,6 +111,7 @@ class CorpusArguments:
             raise UserError(f"`path` of corpus {self.name!r} is empty; name a data set, a file, a folder or a glob")
         if self.weight is not None and not 0 < self.weight < float("inf"):
             raise UserError(f"`weight` of corpus {self.name!r} is {self.weight}; give a positive number or none")
+        check_values(self)
 
 
 def check_corpora(name: str, corpora: list[CorpusArguments]) -> None:
@@ -97,6 +130,41 @@ def require(condition: bool, name: str, value: Any, remedy: str) -> None:
     """Raise a `UserError` about the field `name` unless the condition holds."""
     if not condition:
         raise UserError(f"`{name}` is {value}; {remedy}")
+
+
+# Fields that name a file or folder, or may.
+PATHS = {"output_dir", "path", "tokenizer_name", "model_name_or_path", "token_store_dir", "resume_from_checkpoint"}
+PATHS |= {"glue_dir", "decontaminate_against"}
+LARGEST = 2**48  # that a number may be, to be reckoned with in no time and without overflow
+
+
+def check_values(arguments: Any) -> None:
+    """
+    Raises:
+        UserError: a number that is not finite, or larger than anything that is meant; a path that none can be.
+    """
+    for f in fields(arguments):
+        value = getattr(arguments, f.name)
+        if isinstance(value, int | float) and f.name != "seed":
+            require(abs(value) < LARGEST, f.name, value, "give a number below 2**48")
+        if f.name in PATHS:
+            for path in value if isinstance(value, list) else [value]:
+                require(path is None or is_path(path), f.name, f"{path!r:.100}", "no path can be that; name another")
+
+
+def is_path(name: str) -> bool:
+    """Whether the system takes it."""
+    try:
+        parts = [os.fsencode(part) for part in name.split("/")]
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in name and max(map(len, parts)) < 256 and len(os.fsencode(name)) < 4096
+
+
+def divisors(number: int) -> list[int]:
+    """Ascending; of 0 none."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if not number % n]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def check_repo_id(name: str, repo_id: str) -> None:
@@ -155,6 +223,7 @@ class TokenizerArguments:
     """Check everything, print the plan and stop."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         require(bool(self.output_dir), "output_dir", "empty", "name a folder")
         require(bool(self.corpora), "corpora", "empty", "name at least one corpus")
         check_corpora("corpora", self.corpora)
@@ -331,6 +400,7 @@ class PretrainArguments:
     """With `dry_run`: price of an hour of one GPU, in any currency."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         require(bool(self.output_dir), "output_dir", "empty", "name a folder")
         require(bool(self.corpora), "corpora", "empty", "name at least one corpus")
         check_corpora("corpora", self.corpora)
@@ -448,8 +518,7 @@ class PretrainArguments:
         if self.prepare_only:
             raise UserError("`prepare_only` makes token stores, and `streaming` does without; switch either off")
         if self.train_batch_size % self.num_lanes:
-            fitting = [n for n in range(1, self.train_batch_size + 1) if not self.train_batch_size % n]
-            nearest = min(fitting, key=lambda n: abs(n - self.num_lanes))
+            nearest = min(divisors(self.train_batch_size), key=lambda n: abs(n - self.num_lanes))
             raise UserError(
                 f"`num_lanes` ({self.num_lanes}) does not divide `train_batch_size` ({self.train_batch_size}); the "
                 f"nearest number that does is {nearest}"
@@ -477,7 +546,7 @@ class PretrainArguments:
         rows = self.per_device_train_batch_size * num_processes
         if self.train_batch_size % rows:
             share, rest = divmod(self.train_batch_size, num_processes)
-            fitting = [n for n in range(1, self.per_device_train_batch_size) if not share % n]
+            fitting = [n for n in divisors(share) if n < self.per_device_train_batch_size]
             remedy = (
                 f"choose a `train_batch_size` that {num_processes} processes divide"
                 if rest or not fitting
@@ -545,6 +614,7 @@ class GlueArguments:
     """Check everything, print the jobs and stop."""
 
     def __post_init__(self) -> None:
+        check_values(self)
         require(bool(self.output_dir), "output_dir", "empty", "name a folder")
         require(bool(self.model_name_or_path), "model_name_or_path", "empty", "name a folder or a hub id")
         for name in ("tasks", "data_parallel_tasks", "learning_rates", "batch_sizes", "seeds"):

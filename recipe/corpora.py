@@ -147,7 +147,9 @@ class LocalSource(Source):
                             yield start + number, parse(raw, file, number)
                         except UserError as error:
                             yield start + number, error
-            except (EOFError, lzma.LZMAError, pa.ArrowInvalid, OSError) as error:
+            except UserError:
+                raise
+            except (EOFError, lzma.LZMAError, pa.ArrowException, OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # of the disk; without a number it is a decompressor's
                 raise damaged(file, error) from None
@@ -296,10 +298,23 @@ def read_table(file: str, skip: int, column: str) -> Iterator[bytes | None]:
         if skip >= size:
             skip -= size
             continue
-        # As bytes: not every writer checks its UTF-8, and what is passed over need not be decoded.
-        values = (value for batch in rows(number) for value in batch.column(0).cast(pa.large_binary()).to_pylist())
+        values = (value for batch in rows(number) for value in as_bytes(batch.column(0)).to_pylist())
         yield from itertools.islice(values, skip, None)
         skip = 0
+
+
+BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+
+
+def as_bytes(texts: pa.Array) -> pa.Array:
+    """Texts as bytes: not every writer checks its UTF-8, and what is passed over need not be decoded.
+
+    Raises:
+        pa.ArrowInvalid: positions outside the file, to which a damaged one would send the reader.
+    """
+    values = texts.view(BYTES[texts.type])
+    values.validate(full=True)
+    return values
 
 
 def check_column(schema: pa.Schema, place: str, column: str) -> None:
@@ -310,7 +325,7 @@ def check_column(schema: pa.Schema, place: str, column: str) -> None:
     if column not in schema.names:
         raise UserError(f"{place}: no column {column!r} among {schema.names}; set the corpus's `text_column`")
     kind = schema.field(column).type
-    if kind not in (pa.string(), pa.large_string(), pa.string_view()):
+    if kind not in BYTES:
         raise UserError(f"{place}: column {column!r} is {kind}, not text; set the corpus's `text_column`")
 
 
@@ -437,11 +452,13 @@ def file_bytes(file: str, column: str) -> float:
     if not file.endswith(".parquet"):
         return size * COMPRESSION_RATIO.get(packing_of(file), 1)
     try:
-        groups = pq.ParquetFile(file).metadata
-    except (pa.ArrowInvalid, OSError) as error:
+        metadata = pq.ParquetFile(file).metadata
+        leaves = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path == column]
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        # Of a damaged file a group may have fewer columns, and to ask it for one that it has not is a crash.
+        return sum(g.column(leaf).total_uncompressed_size for g in groups for leaf in leaves if leaf < g.num_columns)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise damaged(file, error) from None
-    chunks = (groups.row_group(g).column(c) for g in range(groups.num_row_groups) for c in range(groups.num_columns))
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
 
 
 def sample_texts(corpora: list[CorpusArguments], max_bytes: int) -> Iterator[tuple[str, list[str], int]]:

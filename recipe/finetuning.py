@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from recipe.config import GlueArguments, UserError
+from recipe.config import GlueArguments, UserError, one_line
 from recipe.glue_tasks import TASKS, GlueMetric, Task
 from recipe.optimizer import build_optimizer, build_scheduler
 
@@ -137,8 +137,8 @@ def load_classifier(name_or_path: str, task: Task) -> PreTrainedModel:
             ignore_mismatched_sizes=True,  # of a head that is replaced below
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"`model_name_or_path` {name_or_path} cannot be loaded: {error}") from None
+    except Exception as error:  # of one library or another
+        raise UserError(f"`model_name_or_path` {name_or_path} cannot be loaded: {one_line(error)}") from error
     prefix = f"{model.base_model_prefix}."
     # A masked language model has no pooler; one whose shape is wrong is an error.
     lacking = {name for name in loading["missing_keys"] if not name.startswith(f"{prefix}pooler")}

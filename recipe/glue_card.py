@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCardData
 
 from recipe.card import RECIPE, Run, as_card, glue_result, table, write_card
+from recipe.config import read_yaml
 from recipe.glue_tasks import HUB_ID, TASKS
 from recipe.hub import GLUE_FILE, stage_card
 from recipe.jobs import Job, Results
@@ -26,7 +26,7 @@ def note_glue(output_dir: Path) -> list[str]:
     Returns:
         lines for the log.
     """
-    config = yaml.safe_load((output_dir / "config.yaml").read_text())
+    config = read_yaml(output_dir / "config.yaml")
     summary = json.loads((output_dir / "summary.json").read_text())
     model = Path(config["model_name_or_path"])
     run, lines = None, []

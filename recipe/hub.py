@@ -27,15 +27,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-import yaml
 from filelock import FileLock
 from huggingface_hub import HfApi, constants, get_token, set_client_factory, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from tqdm import tqdm
 
-from recipe.checkpoint import STATE_FILES
-from recipe.config import PretrainArguments, UserError, check_repo_id, did_you_mean, identity_of, report_user_errors
-from recipe.run_directory import read_config
+from recipe.checkpoint import STATE_FILES, checkpoint_path
+from recipe.config import (
+    PretrainArguments,
+    UserError,
+    check_repo_id,
+    did_you_mean,
+    identity_of,
+    read_yaml,
+    reading,
+    report_user_errors,
+)
+from recipe.run_directory import read_config, read_step
 
 SCHEME = "hub://"
 GLUE_FILE = "glue.json"  # results of just these weights
@@ -167,7 +175,7 @@ def check_contents(api: HfApi, repo_id: str, identity: dict[str, Any], is_fresh:
         )
     theirs = {}
     if "config.yaml" in files:
-        theirs = yaml.safe_load(Path(api.hf_hub_download(repo_id, "config.yaml")).read_text())
+        theirs = read_yaml(Path(api.hf_hub_download(repo_id, "config.yaml")))
     if different := [name for name, value in identity.items() if theirs.get(name) != value]:
         raise UserError(
             f"`hub_model_id` {repo_id} holds another experiment, with other values of {', '.join(different)}; choose "
@@ -245,7 +253,7 @@ def stage_card(run: Path) -> list[str]:
     """
     if not read_config(run)["push_to_hub"]:
         return []
-    step = json.loads((run / "status.json").read_text())["step"]
+    step = read_step(run)
     folder = run / "hub" / f"step-{step:08d}-card"
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("README.md", GLUE_FILE):
@@ -378,7 +386,7 @@ def fetch_checkpoint(args: PretrainArguments) -> str | None:
     api, revision = HfApi(), revision or "main"
     temporary = run / "checkpoints" / ".from-hub"
     begins = not (args.dry_run or args.prepare_only)
-    patterns = ["config.json", "model*.safetensors*", *STATE_FILES, "metrics.jsonl"]
+    wanted = re.compile("|".join(["config.json", r"model[\w.-]*", *STATE_FILES, "metrics.jsonl"]))  # none in a folder
 
     def download() -> None:
         files = api.list_repo_files(repo_id, revision=revision)
@@ -388,7 +396,12 @@ def fetch_checkpoint(args: PretrainArguments) -> str | None:
                 "checkpoint`, as a model alone; go on from that by `model_name_or_path`"
             )
         if begins:
-            snapshot_download(repo_id, revision=revision, local_dir=temporary, allow_patterns=patterns)
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                local_dir=temporary,
+                allow_patterns=[name for name in files if wanted.fullmatch(name)],
+            )
 
     try:
         retrying(download, f"downloading {uri}")
@@ -401,10 +414,11 @@ def fetch_checkpoint(args: PretrainArguments) -> str | None:
     if not begins:
         return None
     shutil.rmtree(temporary / ".cache", ignore_errors=True)  # the library's notes on the download
+    with reading(f"state.json of {uri}", "choose another checkpoint"):
+        folder = checkpoint_path(run / "checkpoints", json.loads((temporary / "state.json").read_text())["step"])
     if (temporary / "metrics.jsonl").exists():
         (temporary / "metrics.jsonl").replace(run / "metrics.jsonl")
-    step = json.loads((temporary / "state.json").read_text())["step"]
-    return str(temporary.rename(run / "checkpoints" / f"step-{step:08d}"))
+    return str(temporary.rename(folder))
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from recipe.config import reading
+
 POLL_SECONDS = 2.0  # between two looks for a job, where all that are left are being worked on
 
 
@@ -58,8 +60,9 @@ class Results:
     def read(self) -> dict[Job, dict[str, Any]]:
         if not self.file.exists():
             return {}
-        records = [json.loads(line) for line in self.file.read_text().splitlines()]
-        return {Job(**record["job"]): record for record in records}
+        with reading(self.file, "take out the lines that are wrong; their jobs are run again"):
+            records = [json.loads(line) for line in self.file.read_text().splitlines()]
+            return {Job(**record["job"]): record for record in records}
 
     def write(self, records: list[dict[str, Any]]) -> None:
         temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}")

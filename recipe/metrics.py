@@ -1,5 +1,6 @@
 """Sums between two lines of the log, throughput, and the line itself."""
 
+import itertools
 import math
 import os
 import resource
@@ -8,12 +9,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from recipe.config import reading
 from recipe.hashing import hash64
 
 
@@ -34,6 +37,34 @@ class TrainState:
     window: dict[str, list[float]] = field(default_factory=dict)
     corpora: list[list[int]] = field(default_factory=list)  # of each corpus: blocks, tokens, documents seen
     data_digest: int = 0  # of which blocks were seen and what was masked in them, in the order of updates
+
+    @classmethod
+    def restore(cls, values: dict[str, Any], num_corpora: int, checkpoint: Path) -> "TrainState":
+        """
+        Args:
+            values: `asdict` of one, from the checkpoint.
+
+        Raises:
+            UserError: they are not.
+        """
+
+        def is_count(value: Any) -> bool:
+            return type(value) is int and 0 <= value < 2**64
+
+        with reading(checkpoint / "state.json", f"remove {checkpoint} to go on from the one before it"):
+            names = {f.name for f in fields(cls)}
+            if wrong := sorted(names ^ values.keys()):
+                raise ValueError(f"`train_state` lacks or has {', '.join(wrong)}")
+            wrong = [f.name for f in fields(cls) if f.type is int and not is_count(values[f.name])]
+            if wrong or not all(map(is_count, itertools.chain.from_iterable(values["corpora"]))):
+                raise ValueError(f"a count of `train_state` is no whole number: {', '.join(wrong) or 'corpora'}")
+            if [len(counts) for counts in values["corpora"]] != [3] * num_corpora:
+                raise ValueError(f"`corpora` of `train_state` are not {num_corpora} with three counts each")
+            if not all(math.isfinite(total) and is_count(count) for total, count in values["window"].values()):
+                raise ValueError("`window` of `train_state` is not of sums and counts")
+            if not all(map(math.isfinite, values["recent_losses"])):
+                raise ValueError("`recent_losses` of `train_state` are not")
+        return cls(**values)
 
     @property
     def blocks(self) -> int:

@@ -1,9 +1,9 @@
 """Build the model from a config or from a checkpoint, and count what it costs."""
 
+import math
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -20,9 +20,10 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from recipe.config import UserError, did_you_mean
+from recipe.config import LARGEST, UserError, did_you_mean, one_line
 
 NOT_FOR_MASKED_LM = {"is_decoder", "add_cross_attention", "use_cache"}
+MOST_LAYERS = 256  # a model is built, without contents, before anything else is done
 # The released base models' values where the config class has others: BERT's in `RobertaConfig`, those of the largest
 # ALBERT in `AlbertConfig`.
 ROBERTA_DEFAULTS = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
@@ -69,8 +70,10 @@ def build_config(
         if name not in known:
             raise UserError(
                 f"`model_config` has a field `{name}` that {config_class.__name__} does not know"
-                f"{did_you_mean(name, known)}"
+                f"{did_you_mean(str(name), known)}"
             )
+        if isinstance(model_config[name], float) and not math.isfinite(model_config[name]):
+            raise UserError(f"`model_config`: `{name}` is {model_config[name]}; give a finite number")
     try:
         if model_name_or_path is None:
             fitting = {}
@@ -84,8 +87,8 @@ def build_config(
         raise UserError(
             f"`model_name_or_path` {model_name_or_path}: no model there, as a folder or on the hub: {error}"
         ) from None
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise UserError(f"`model_config` {model_config}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # of one library or another
+        raise UserError(f"`model_config` {model_config}: {one_line(error)}") from error
     if config.model_type != model_type:
         remedy = f"; give `model_type: {config.model_type}`" if config.model_type in CONFIGS else ""
         raise UserError(
@@ -109,8 +112,9 @@ def build_config(
                 f"({config.num_hidden_layers}); some would never be used"
             )
     for name in sizes:
-        if getattr(config, name) < 1:
-            raise UserError(f"`model_config`: `{name}` is {getattr(config, name)}; give 1 or more")
+        most = MOST_LAYERS if name.endswith(("_layers", "_groups", "_num")) else LARGEST
+        if not 1 <= getattr(config, name) <= most:
+            raise UserError(f"`model_config`: `{name}` is {getattr(config, name)}; give 1 to {most}")
     if config.hidden_size % config.num_attention_heads:
         raise UserError(
             f"`model_config`: `hidden_size` ({config.hidden_size}) is not a multiple of `num_attention_heads` "
@@ -125,8 +129,8 @@ def build_config(
     try:
         with torch.device("meta"):
             MODELS[model_type][1](config)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"`model_config` {model_config}: no model can be built: {error}") from None
+    except Exception as error:
+        raise UserError(f"`model_config` {model_config}: no model can be built: {one_line(error)}") from error
     return config
 
 
@@ -148,8 +152,9 @@ def build_model(
         model, loading = model_class.from_pretrained(
             model_name_or_path, config=config, dtype="float32", output_loading_info=True
         )
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"`model_name_or_path` {model_name_or_path} cannot be loaded: {error}") from None
+    except Exception as error:  # of one library or another
+        problem = f"cannot be loaded: {one_line(error)}"
+        raise UserError(f"`model_name_or_path` {model_name_or_path} {problem}") from error
     if loading["missing_keys"]:
         raise UserError(
             f"`model_name_or_path` {model_name_or_path} lacks weights of a {model_class.__name__}: "

@@ -15,12 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from recipe.config import UserError, report_user_errors
+from recipe.config import UserError, reading, report_user_errors
 from recipe.run_directory import RunDirectory, read_config
 
 # Colours that colour-blind readers tell apart (Okabe and Ito); lines and markers tell the runs apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+DRAWN = ("loss", "eval_loss", "unigram_loss", "learning_rate", "grad_norm", "tokens_per_second")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 SMOOTHED = 50  # a smoothed line is the mean over a so-manieth of the log's lines
 BEGINNING = 0.02  # of the tokens, in which the loss falls from higher than the figure shows
@@ -42,23 +43,31 @@ class Curves:
     def series(self, field: str) -> tuple[np.ndarray, np.ndarray]:
         """(lines,) tokens and (lines,) values, where there are any."""
         lines = [line for line in self.metrics if line.get(field) is not None]
-        return np.array([line["tokens"] for line in lines]), np.array([line[field] for line in lines], float)
+        return np.array([line["tokens"] for line in lines], float), np.array([line[field] for line in lines], float)
 
 
 def read_curves(path: Path) -> Curves:
     """
     Raises:
-        UserError: that is no folder of a pretraining run.
+        UserError: that is no folder of a pretraining run, or its files are damaged.
     """
     run = RunDirectory(path, is_main=False, pids=[])
     if not run.config_file.is_file() or not run.metrics_file.is_file():
         missing = run.metrics_file if run.config_file.is_file() else run.config_file
         raise UserError(f"{path} is no pretraining run, it has no {missing.name}; name the `output_dir` of one")
-    config = read_config(path)
-    checksum = config.get("environment", {}).get("tokenizer_checksum")
+    with reading(run.config_file, "mend it"):
+        config = read_config(path)
+        checksum, expected = config.get("environment", {}).get("tokenizer_checksum"), config["expected_loss"]
+        expected = None if expected is None else float(expected)
     if checksum is None:
         raise UserError(f"{run.config_file} is not of a pretraining run of this version of the recipe")
-    return Curves(str(path), run.read_metrics(), config["expected_loss"], checksum)
+    curves = Curves(str(path), run.read_metrics(), expected, checksum)
+    with reading(run.metrics_file, "take out the lines that are wrong"):
+        for field in DRAWN:
+            for values in curves.series(field):
+                if values.ndim > 1 or not np.isfinite(values).all():
+                    raise ValueError(f"`tokens` or `{field}` is no number somewhere")
+    return curves
 
 
 def smooth(values: np.ndarray) -> np.ndarray:

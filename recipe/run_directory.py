@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 
-from recipe.config import PretrainArguments, UserError, check_output_dir, to_yaml
+from recipe.config import PretrainArguments, UserError, check_output_dir, read_yaml, reading, to_yaml
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "sentencex", "numpy")
 
@@ -74,17 +73,39 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """All lines of a metrics.jsonl, none if it is not there; a last line torn by a crash is left out."""
+    """All lines of a metrics.jsonl, none if it is not there; a last line torn by a crash is left out.
+
+    Raises:
+        UserError: a line that is no record of an update.
+    """
     if not file.exists():
         return []
-    # What stands behind the last line break was not written to its end.
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+    with reading(file, "take out what is no record; a run can go on without"):
+        # What stands behind the last line break was not written to its end.
+        records = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+        for number, record in enumerate(records, start=1):
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                raise ValueError(f"line {number} is no JSON object with a whole number as `step`")
+    return records
+
+
+def read_step(run: Path) -> int:
+    """Updates done, as status.json has it.
+
+    Raises:
+        UserError: it does not say so.
+    """
+    with reading(run / "status.json", 'put {"step": N} into it, with the updates that are done'):
+        step = json.loads((run / "status.json").read_text())["step"]
+        if type(step) is not int or step < 0:
+            raise ValueError(f"`step` is {step!r}")
+    return step
 
 
 def read_config(run: Path) -> dict[str, Any]:
     """config.yaml of a run; what it lacks, since the code was older, has its default."""
     defaults = {option.name: option.default for option in fields(PretrainArguments) if option.default is not MISSING}
-    return defaults | yaml.safe_load((run / "config.yaml").read_text())
+    return defaults | read_yaml(run / "config.yaml")
 
 
 class RunDirectory:

@@ -303,7 +303,7 @@ class TokenStore:
         given = Path(corpus.path).expanduser()
         if (given / "store.json").is_file():
             self.path = given
-            if read_json(given / "store.json")["made_with"] != made_with:
+            if read_json(given / "store.json").get("made_with") != made_with:
                 raise UserError(
                     f"corpus {corpus.name!r}: the token store {given} was made with another tokenizer, "
                     "`sentence_splitter`, `language` or `decontaminate_against`; give those, or the text as `path`"
@@ -316,7 +316,7 @@ class TokenStore:
                 )
         else:
             fingerprint = digest(made_with, source_fingerprint(corpus))[:16]
-            name = re.sub(r"[^\w.-]", "_", corpus.name)
+            name = re.sub(r"[^\w.-]", "_", corpus.name)[:50]  # a file's name has 255 bytes at the most
             self.path = root / f"{name}-{fingerprint}"
         self.made_with = made_with
 
@@ -458,7 +458,9 @@ def naming_damage(path: Path) -> Iterator[None]:
 def open_arrow(path: Path) -> pa.Table:
     """A mapped file as a table, with nothing read but its index."""
     with naming_damage(path):
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate()  # a damaged one would send the reader outside the file
+        return table
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -174,6 +174,16 @@ def accelerator(monkeypatch: pytest.MonkeyPatch):
     reset_accelerate()
 
 
+class Evil:
+    """Whoever unpickles one runs code, which leaves a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Callable, tuple[str, str]]:
+        return open, (str(self.file), "w")
+
+
 def never() -> bool:
     """Nobody asks the process to stop."""
     return False

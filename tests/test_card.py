@@ -7,7 +7,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from recipe.card import build_card, count_weights
+from recipe.card import build_card, count_weights, write_card
+from recipe.config import UserError
 from recipe.model import build_config, build_model, count_parameters
 from tests.conftest import SMALL_MODEL, read_lines
 
@@ -123,6 +124,15 @@ def test_run_of_older_code_has_a_card(run):
         del config[name]
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     assert "license: apache-2.0" in build_card(run, run / "model")
+
+
+@pytest.mark.parametrize("values", [{"corpora": [{"path": 3}]}, {"learning_rate": {}}, {"model_type": "odd"}])
+def test_damaged_config_is_an_error_and_the_card_stays(run, values):
+    before = (run / "model" / "README.md").read_bytes()
+    change(run, **values)
+    with pytest.raises(UserError, match="that the model card is made from"):
+        write_card(run, run / "model")
+    assert (run / "model" / "README.md").read_bytes() == before
 
 
 def test_corpora_of_the_hub_are_linked_and_named_in_the_metadata(run):

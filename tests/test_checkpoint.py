@@ -1,7 +1,7 @@
 import json
-import pickle
 import random
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -11,20 +11,24 @@ import torch
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from recipe.checkpoint import (
+    FORMAT,
     CheckpointWriter,
     check_identity,
+    checksum,
     describe_changes,
     find_checkpoint,
     find_fault,
     list_checkpoints,
     load_training_state,
+    open_checkpoint,
     read_state,
     save_checkpoint,
     set_aside_later,
 )
 from recipe.config import UserError
+from recipe.metrics import TrainState
 from recipe.objectives import MaskedLMObjective
-from tests.conftest import SMALL_MODEL
+from tests.conftest import SMALL_MODEL, Evil
 
 
 def make_model(seed: int) -> RobertaForMaskedLM:
@@ -38,10 +42,17 @@ def save(folder: Path, step: int, limit: int = 5) -> Path:
     return save_checkpoint(folder, step, model, model.state_dict(), tensors, {"note": step}, limit)
 
 
+def write_manifest(path: Path) -> None:
+    """Have the checksums fit what is there."""
+    files = [file for file in path.iterdir() if file.name != "manifest.json"]
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_checkpoint_comes_back(tmp_path: Path):
     path = save(tmp_path, 7)
     assert path.name == "step-00000007"
-    assert read_state(path) == {"note": 7, "format": 3, "step": 7}
+    assert read_state(path) == {"note": 7, "format": 4, "step": 7}
     assert torch.equal(torch.load(path / "optimizer.pt", weights_only=True)["t"], torch.arange(7))
     RobertaForMaskedLM.from_pretrained(path)
 
@@ -63,15 +74,19 @@ def test_going_back_sets_later_checkpoints_aside(tmp_path: Path):
     assert find_checkpoint(tmp_path, "latest")[0] == tmp_path / "step-00000025"
 
 
+def copy_of(objective: MaskedLMObjective, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+    copied = CheckpointWriter(print, None).copy(objective, optimizer, keep=True)
+    return {name.removeprefix("model."): tensor for name, tensor in copied["weights"].items()}, copied["optimizer"]
+
+
 def test_training_goes_on_with_weights_and_moments_but_new_settings(tmp_path: Path):
     objective = MaskedLMObjective(make_model(1), 0.15)
     first = torch.optim.AdamW(objective.parameters(), lr=1e-3, weight_decay=0.1)
     objective.model(torch.ones(1, 4, dtype=torch.long)).logits.sum().backward()
     first.step()
     first.zero_grad()
-    copied = CheckpointWriter(print, None).copy(objective, first, keep=True)
-    weights = {name.removeprefix("model."): tensor for name, tensor in copied["weights"].items()}
-    tensors = {"optimizer": copied["optimizer"], "beside_model": {}, "lanes": {"0.0": torch.ones(1)}}
+    weights, moments = copy_of(objective, first)
+    tensors = {"optimizer": moments, "beside_model": {}, "lanes": {"0.0": torch.ones(1)}}
     path = save_checkpoint(tmp_path, 1, objective.model, weights, tensors, {}, 1)
     other = MaskedLMObjective(make_model(99), 0.15)
     second = torch.optim.AdamW(other.parameters(), lr=5e-4, weight_decay=0.2)
@@ -217,16 +232,82 @@ def test_other_format_is_refused(tmp_path: Path):
 
 def test_pickle_does_not_run(tmp_path: Path):
     path = save(tmp_path, 1)
-
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    torch.save({"optimizer": Evil()}, path / "optimizer.pt")
+    files = list(path.glob("*.pt"))
+    assert files
     objective = MaskedLMObjective(make_model(1), 0.15)
-    with pytest.raises(pickle.UnpicklingError):
+    for file in files:
+        torch.save({"optimizer": Evil(tmp_path / "ran"), "beside_model": {}}, file)
+    write_manifest(path)
+    assert find_fault(path) is None
+    with pytest.raises(UserError, match=r"optimizer\.pt .*something else than tensors"):
         load_training_state(path, objective, torch.optim.AdamW(objective.parameters()), None)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../state.json", "", "a\0b", "x" * 5000])
+def test_manifest_cannot_name_files_elsewhere(tmp_path: Path, name: str):
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {name: {"bytes": 0, "sha256": ""}}))
+    assert find_fault(path)
+
+
+def state_of(step: int = 2, **changes: object) -> dict[str, object]:
+    train_state = asdict(TrainState(step=step, corpora=[[1, 2, 3]], window={"loss": [1.0, 1]}))
+    return {"train_state": train_state | changes, "identity": {}, "arguments": {}, "step": step, "format": FORMAT}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"\xff", "can't decode"),
+        (b"[" * 20_000, "RecursionError"),
+        (b"{}", "format"),
+        (json.dumps(state_of() | {"step": 3}), "`step` is 3 and that of `train_state` 2"),
+        (json.dumps(state_of() | {"step": "../../x"}), "`step` is '../../x'"),
+        (json.dumps(state_of() | {"identity": None}), "identity without names"),
+        (json.dumps(state_of(overflows="1")), "no whole number: overflows"),
+        (json.dumps(state_of(data_digest=2**64)), "no whole number: data_digest"),
+        (json.dumps(state_of(odd=1)), "lacks or has odd"),
+        (json.dumps(state_of(corpora=[[1, 2]])), "not 1 with three counts each"),
+        (json.dumps(state_of(corpora=[])), "not 1 with three counts each"),
+        (json.dumps(state_of(window={"loss": []})), "not enough values"),
+    ],
+)
+def test_state_whose_checksum_fits_is_checked_too(tmp_path: Path, content: str | bytes, expected: str):
+    path = save(tmp_path, 2)
+    (path / "state.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    write_manifest(path)
+
+    def restore() -> None:
+        _, state, _ = open_checkpoint(tmp_path, "latest", {}, {"max_steps": 9})
+        TrainState.restore(state["train_state"], 1, path)
+
+    with pytest.raises(UserError, match=rf"state\.json is damaged .*{expected}.*; remove .*step-00000002"):
+        restore()
+
+
+def test_tensors_whose_checksum_fits_are_checked_too(tmp_path: Path):
+    objective = MaskedLMObjective(make_model(1), 0.15)
+    optimizer = torch.optim.AdamW(objective.parameters())
+    weights, moments = copy_of(objective, optimizer)
+    name, short = "lm_head.bias", torch.zeros(3)
+
+    def load(weights: dict, moments: dict) -> None:
+        tensors = {"optimizer": moments, "beside_model": {}}
+        path = save_checkpoint(tmp_path, 1, objective.model, dict(weights), tensors, {}, 1)  # which empties it
+        load_training_state(path, objective, optimizer, None)
+
+    load(weights, moments)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged .*shape of model\.lm_head\.bias is \[3\], not"):
+        load(weights | {name: short}, moments)
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged .*shape of model\.lm_head\.bias is none"):
+        load({key: tensor for key, tensor in weights.items() if key != name}, moments)
+    name = f"model.{name}"
+    with pytest.raises(UserError, match=r"optimizer\.pt is damaged .*shape of exp_avg of model\.lm_head\.bias is"):
+        load(weights, moments | {name: moments[name] | {"exp_avg": short}})
+    with pytest.raises(UserError, match=r"optimizer\.pt is damaged .*of model\.lm_head\.bias is none"):
+        load(weights, {key: value for key, value in moments.items() if key != name})
 
 
 def test_identity_error_lists_every_difference(tmp_path: Path):

@@ -9,8 +9,10 @@ from recipe.config import (
     PretrainArguments,
     TokenizerArguments,
     UserError,
+    divisors,
     identity_of,
     parse_config,
+    read_yaml,
     to_yaml,
 )
 from tests.conftest import ROOT
@@ -83,6 +85,18 @@ def test_switch_may_stand_alone(config_file):
         ({"max_grad_norm": None}, [], ["max_grad_norm", "null"]),
         ({"language": None}, [], ["language", "null"]),
         ({"output_dir": ""}, [], ["output_dir", "empty"]),
+        ({"output_dir": "a\0b"}, [], ["`output_dir` is 'a\\x00b'", "no path"]),
+        ({"token_store_dir": "x" * 300}, [], ["`token_store_dir` is 'xxx", "no path"]),
+        ({"resume_from_checkpoint": "x" * 300}, [], ["`resume_from_checkpoint` is 'xxx", "no path"]),
+        ({"decontaminate_against": ["a\0b"]}, [], ["`decontaminate_against` is 'a\\x00b'", "no path"]),
+        ({"corpora": [{"name": "a", "path": "x/" * 3000}]}, [], ["`path` is 'x/x/", "no path"]),
+        ({"learning_rate": float("inf")}, [], ["`learning_rate` is inf", "below"]),
+        ({"max_steps": 10**30}, [], ["`max_steps` is 1000000000000000000000000000000", "below"]),
+        (
+            {"streaming": True, "train_batch_size": 10**14 + 1, "num_lanes": 64},
+            [],
+            ["`num_lanes` (64)", "the nearest number that does is"],
+        ),
     ],
 )
 def test_bad_input_is_named(config_file, changes, arguments, expected):
@@ -109,6 +123,25 @@ def test_yaml_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"output_dir: caf\xe9\n")
     with pytest.raises(UserError, match=r"latin\.yaml.*UTF-8"):
         parse("--config", tmp_path / "latin.yaml")
+
+
+def test_yaml_of_a_run_is_names_and_values(tmp_path):
+    path = tmp_path / "config.yaml"
+    for text in ("- a", "", "3: a", "a: b: c", "!!python/object/apply:os.getpid []", "[" * 5000):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"config\.yaml is damaged or missing"):
+            read_yaml(path)
+    path.write_text("a: 1")
+    assert read_yaml(path) == {"a": 1}
+
+
+@pytest.mark.parametrize("number", [1, 2, 12, 97, 100, 2**20, 10**12])
+def test_divisors_are_all_there_are(number):
+    found = divisors(number)
+    assert found == sorted(set(found))
+    assert all(number % n == 0 for n in found)
+    if number < 10**6:
+        assert len(found) == sum(number % n == 0 for n in range(1, number + 1))
 
 
 def test_accumulation_is_derived(config_file):

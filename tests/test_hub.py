@@ -73,6 +73,14 @@ def on_hub(hub: HubServer, revision: str) -> dict[str, bytes]:
     return repo.commits[repo.find(revision)]
 
 
+def assert_no_token(folder: Path, result: subprocess.CompletedProcess) -> None:
+    """The token is in no file of the run, of the library's cache, nor in what was printed."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    assert files
+    assert not [file for file in files if b"hf_write" in file.read_bytes()]
+    assert "hf_write" not in result.stdout + result.stderr
+
+
 LOAD = """
 import sys
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -87,6 +95,7 @@ def test_every_checkpoint_is_a_model_on_the_hub_and_a_place_to_go_on_from(hub, c
     result = client.pretrain(push_flags | {"save_total_limit": 3})
     assert result.returncode == 0, result.stderr
     assert "not on the hub" not in result.stdout
+    assert_no_token(tmp_path, result)
     run, repo = tmp_path / "run", hub.repos[REPO]
     assert list(repo.tags) == ["step-00000002", "step-00000004", "step-00000006"]
     assert repo.find("main") == repo.tags["step-00000006"]
@@ -116,6 +125,8 @@ def test_every_checkpoint_is_a_model_on_the_hub_and_a_place_to_go_on_from(hub, c
     assert learning(tmp_path / "again" / "metrics.jsonl") == learning(run / "metrics.jsonl")
     there, here = (load_file(folder / "model" / "model.safetensors") for folder in (tmp_path / "again", run))
     assert all(torch.equal(there[name], here[name]) for name in here)
+    assert (tmp_path / "home" / "hub").is_dir()
+    assert_no_token(tmp_path, result)
 
 
 def test_no_fault_reaches_training_and_all_is_pushed(hub, client, push_flags, tmp_path):
@@ -147,10 +158,8 @@ def test_what_is_refused_on_the_way_waits_and_is_pushed_later(hub, client, push_
     assert f"push with: python -m recipe.hub {tmp_path / 'run'}" in result.stdout
     waiting = [f"step-{step:08d}" for step in (2, 4, 6)]
     assert f"not on the hub yet: {', '.join(waiting)}" in result.stdout
-    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
-    assert any(file.name == "log.txt" for file in files)
-    assert not any(b"hf_write" in file.read_bytes() for file in files)  # the token
-    assert "hf_write" not in result.stdout + result.stderr
+    assert (tmp_path / "run" / "hub" / "log.txt").exists()
+    assert_no_token(tmp_path, result)
     hub.faults = []
     result = client.push(tmp_path / "run", 60)
     assert result.returncode == 0, result.stderr

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from recipe.config import UserError
 from recipe.jobs import Job, Results
 
 JOBS = [Job("rte", "pretrained", rate, 16, seed) for rate in (1e-5, 3e-5) for seed in range(6)]
@@ -108,3 +109,10 @@ def test_failures_are_forgotten_and_results_stay(tmp_path: Path):
     results.add(JOBS[1], state="done")
     results.forget_failures()
     assert list(results.read()) == [JOBS[1]]
+
+
+@pytest.mark.parametrize("line", ["", "[]", '{"job": 3}', '{"job": {"task": "rte"}}', '{"job"'])
+def test_damaged_results_are_named(tmp_path: Path, line: str):
+    (tmp_path / "results.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"results\.jsonl is damaged or missing"):
+        Results(tmp_path).read()

@@ -52,11 +52,15 @@ def test_short_blocks_keep_514_positions(tokenizer):
     ("model_config", "length", "expected"),
     [
         ({"num_layers": 2}, 128, ["num_layers", "RobertaConfig", "did you mean `num_hidden_layers`?"]),
+        ({3: 2}, 128, ["a field `3`"]),
         ({"vocab_size": 100}, 128, ["400 entries", "`vocab_size` is 100"]),
         ({"max_position_embeddings": 512}, 512, ["`max_seq_length` (512)", ">= 514", "got 512"]),
         ({}, 1024, ["`max_seq_length` (1024)", ">= 1026", "got 514"]),
         ({"hidden_size": 100, "num_attention_heads": 3}, 128, ["`hidden_size` (100)", "`num_attention_heads` (3)"]),
         ({"hidden_size": "wide"}, 128, ["model_config", "wide"]),
+        ({"num_hidden_layers": 10**6}, 128, ["`num_hidden_layers` is 1000000", "1 to 256"]),
+        ({"hidden_dropout_prob": float("nan")}, 128, ["`hidden_dropout_prob` is nan", "finite"]),
+        ({"id2label": 3}, 128, ["model_config", "items"]),
         ({"pad_token_id": 0}, 128, ["pads with 1", "`pad_token_id` is 0"]),
     ],
 )

@@ -39,6 +39,25 @@ def write_run(folder: Path, metrics: list[dict], vocabulary: str = "a") -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("change", "file"),
+    [
+        ({"loss": "nine"}, "metrics"),
+        ({"loss": [1.0]}, "metrics"),
+        ({"loss": float("inf")}, "metrics"),
+        ({"tokens": None}, "metrics"),
+        ({"step": None}, "metrics"),
+        (None, "config"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, change: dict | None, file: str):
+    run = write_run(tmp_path / "run", [METRICS[0] | (change or {}), *METRICS[1:]])
+    if change is None:
+        (run / "config.yaml").write_text("environment: [a]")
+    with pytest.raises(UserError, match=rf"{file}\.(yaml|jsonl) is damaged or missing"):
+        read_curves(run)
+
+
 def labels(figure: Figure) -> list[str]:
     return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
 

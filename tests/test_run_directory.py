@@ -4,7 +4,24 @@ from pathlib import Path
 import pytest
 
 from recipe.config import UserError
-from recipe.run_directory import RunDirectory, git_commit, power_limit
+from recipe.run_directory import RunDirectory, git_commit, power_limit, read_step
+
+
+@pytest.mark.parametrize("line", ['{"step": 1', "[]", "{}", '{"step": "1"}', '{"step": true}', "[" * 20_000, "\ud800"])
+def test_line_of_metrics_that_is_no_record_is_named(tmp_path: Path, line: str):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n', errors="surrogatepass")
+    before = metrics.read_bytes()
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged or missing"):
+        RunDirectory(tmp_path, True, []).cut_metrics(1)
+    assert metrics.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"step": "../x"}', '{"step": -1}', '{"step": 1.5}'])
+def test_status_without_a_step_is_named(tmp_path: Path, text: str):
+    (tmp_path / "status.json").write_text(text)
+    with pytest.raises(UserError, match=r"status\.json is damaged or missing"):
+        read_step(tmp_path)
 
 
 def test_metrics_are_cut_back_and_a_torn_line_forgotten(tmp_path: Path):
