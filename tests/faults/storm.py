@@ -172,6 +172,7 @@ class Storm:
             self.failures.append(f"{len(left)} processes left after {number.name} to {target}")
             kill(left)
         self.killed[number.name, target, moment] += 1
+        print(f"{self.killed.total():4}  {number.name} to {target}, {moment}", flush=True)
 
     def wait_for(self, moment: str, process: subprocess.Popen, run: Path) -> None:
         """Until the run is at it, or has ended."""
