@@ -31,7 +31,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from recipe.config import PAIR_PACKINGS, CorpusArguments, UserError, existing
+from recipe.config import PAIR_PACKINGS, CorpusArguments, UserError, existing, reading
 from recipe.corpora import (
     STOP_WAITING,
     Source,
@@ -443,28 +443,22 @@ def check_space(root: Path, stores: list[TokenStore]) -> None:
         )
 
 
-@contextmanager
-def naming_damage(path: Path) -> Iterator[None]:
-    """Turn what a library says about a torn file of a store into an error that names it."""
-    try:
-        yield
-    except (pa.ArrowInvalid, json.JSONDecodeError, FileNotFoundError) as error:
-        raise UserError(
-            f"the token store's {path} is damaged or missing ({error}); copy it again, or remove the folder "
-            f"{path.parent} to have it made again"
-        ) from error
+def reading_store(path: Path) -> AbstractContextManager[None]:
+    return reading(
+        f"the token store's {path}", f"copy it again, or remove the folder {path.parent} to have it made again"
+    )
 
 
 def open_arrow(path: Path) -> pa.Table:
     """A mapped file as a table, with nothing read but its index."""
-    with naming_damage(path):
+    with reading_store(path):
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         table.validate()  # a damaged one would send the reader outside the file
         return table
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    with naming_damage(path):
+    with reading_store(path):
         return json.loads(path.read_text())
 
 
