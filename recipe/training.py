@@ -231,7 +231,7 @@ def train(
         publisher: of all checkpoints but the one after the last update.
 
     Returns:
-        whether the run is complete; False after a signal, with a checkpoint of the last update.
+        whether the run is complete; False when it was asked to stop, with a checkpoint of the last update.
 
     Raises:
         FloatingPointError: too many updates in a row were not finite, or the loss spikes again and again.
@@ -329,15 +329,11 @@ def train(
                         "lower --learning_rate, or with a higher --loss_spike_ratio"
                     )
                 updates.close()
-                left_out = state.go_back(TrainState(**read_state(last)["train_state"]))
-                saved = state.step
-                saved_lanes = load_training_state(last, objective, optimizer.optimizer, accelerator.scaler)
-                scheduler = build_scheduler(optimizer.optimizer, args.warmup_steps, args.max_steps, state.step)
+                saved_lanes, left_out = roll_back(accelerator, objective, optimizer, state, run, last)
                 updates = updates_from(saved_lanes, left_out)
-                run.cut_metrics(state.step)
-                accelerator.print(f"back to {last}; the data of {left_out:,} updates after it is left out")
+                scheduler = build_scheduler(optimizer.optimizer, args.warmup_steps, args.max_steps, state.step)
+                saved, watch = state.step, Stopwatch()
                 bar.update(state.step - bar.n)
-                watch = Stopwatch()
                 continue
             seen = data.corpora_record(state.corpora, counts.streams)
             if state.step % args.logging_steps == 0 or is_last:
@@ -546,6 +542,27 @@ def save(
             publisher.publish(path, is_last=False)
 
     writer.start(step, write, tell)
+
+
+def roll_back(
+    accelerator: Accelerator,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    run: RunDirectory,
+    checkpoint: Path,
+) -> tuple[dict[str, Any], int]:
+    """Weights, moments, counts and metrics as of a checkpoint.
+
+    Returns:
+        its lanes, and how many updates' data after it is to be left out.
+    """
+    left_out = state.go_back(TrainState(**read_state(checkpoint)["train_state"]))
+    lanes = load_training_state(checkpoint, objective, optimizer.optimizer, accelerator.scaler)
+    run.cut_metrics(state.step)
+    if accelerator.is_main_process:
+        print_line(f"back to {checkpoint}; the data of {left_out:,} updates after it is left out")
+    return lanes, left_out
 
 
 def newest_checkpoint(accelerator: Accelerator, writer: CheckpointWriter) -> Path | None:
