@@ -3,6 +3,9 @@
 accelerate launch finetune_glue.py --config recipe/configs/glue/base.yaml --model_name_or_path runs/roberta-base/model
 """
 
+import recipe.stopping  # noqa: F401  before all else: it notes the launcher and the time
+
+# isort: split
 import json
 import os
 import time

@@ -3,6 +3,9 @@
 accelerate launch pretrain.py --config recipe/configs/pretrain/roberta-base.yaml
 """
 
+import recipe.stopping  # noqa: F401  before all else: it notes the launcher and the time
+
+# isort: split
 import os
 from dataclasses import asdict
 
@@ -76,7 +79,9 @@ def main() -> None:
         ckpt.set_aside_later(run.checkpoints, state.step)
     run.write_status("running", state.step)
     with run.noting_failure(lambda: state.step), tracking(accelerator, run.path, asdict(args)):
-        is_complete = train(accelerator, args, objective, optimizer, data, state, run, identity, lanes, publisher)
+        is_complete = train(
+            accelerator, args, objective, optimizer, data, state, run, identity, checkpoint, lanes, publisher
+        )
     if not is_complete:
         log([f"stopped after update {state.step:,}; go on with --resume_from_checkpoint latest", *publisher.waiting()])
         return

@@ -189,7 +189,7 @@ class CheckpointWriter:
 
     Attributes:
         failure: why the newest one could not be written, or None.
-        seconds: that the newest one took to write; 0 before there is one.
+        seconds: that the newest one took, with what came after it; 0 before there is one.
         copied: weights and moments in host memory, 12 bytes a parameter, as of the newest one.
     """
 
@@ -233,7 +233,6 @@ class CheckpointWriter:
         started = time.monotonic()
         try:
             self.last, self.failure = write(), None
-            self.seconds = time.monotonic() - started
         except Exception as error:  # each library has its own
             self.failure = f"{type(error).__name__}: {error}"
             self.log(f"warning: no checkpoint of update {step:,}: {self.failure}; the last one is {self.last}")
@@ -242,6 +241,7 @@ class CheckpointWriter:
             then(self.last)
         except Exception as error:  # the checkpoint is whole, whatever a plot or a push ran into
             self.log(f"warning: after the checkpoint of update {step:,}: {type(error).__name__}: {error}")
+        self.seconds = time.monotonic() - started
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -413,6 +413,7 @@ def load_training_state(
         check_shapes(weights, now["weights"])
         check_shapes(*map(flatten, (tensors["optimizer"], now["optimizer"])))
     set_model_state_dict(objective, weights, options=options)
+    del weights, now  # copies on the device among them
     moments = {"state": tensors["optimizer"], "param_groups": groups}
     set_optimizer_state_dict(objective, optimizer, moments, options=options)
     if scaler is not None and "scaler" in tensors:

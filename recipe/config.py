@@ -356,7 +356,7 @@ class PretrainArguments:
     loss_spike_ratio: float = 1.5
     """A training loss of more than so many times the median of the 100 before it is a spike: logged and counted."""
     roll_back_loss_spikes: bool = False
-    """After a spike, go back to the last checkpoint and leave out the data from there up to and with the spike's."""
+    """After a spike, go back to the newest checkpoint, if there is one, and leave out the data up to the spike."""
     seed: int = identity(default=42)
     """Seed of the weights, the order, the masks and dropout."""
 

@@ -7,6 +7,7 @@
 3. `train_updates` gives a process's share of each update, from any update on, with what there is to count in it.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -430,9 +431,10 @@ class CachedData(Data):
         last_update: int,
         saved: dict[str, Any],
         is_stopping: Callable[[], bool],
+        left_out: int = 0,
     ) -> Iterator[UpdateData]:
-        """This process's share of each update. Its position is its number: `saved` is of no use in this mode, and data
-        is there soon or never: nor is `is_stopping`.
+        """This process's share of each update. Its position is its number: `saved` and `left_out` are of no use in this
+        mode, and data is there soon or never: nor is `is_stopping`.
         """
         batches = MicroBatches(
             locate=self.order.locate,
@@ -585,11 +587,13 @@ class StreamedData(Data):
         last_update: int,
         saved: dict[str, Any],
         is_stopping: Callable[[], bool],
+        left_out: int = 0,
     ) -> Iterator[UpdateData]:
         """This process's share of each update.
 
         Args:
-            saved: `lanes` of all processes after the update before `first_update`, from a checkpoint.
+            saved: `lanes` of all processes after the update `left_out` before `first_update`, from a checkpoint.
+            left_out: updates between them, whose data is passed over.
             is_stopping: whether this process was asked to stop, which ends a wait for data.
 
         Raises:
@@ -597,7 +601,7 @@ class StreamedData(Data):
         """
         own = list(range(process_index, self.args.num_lanes, num_processes))
         lanes = Lanes(self.readers, self.schedule, own, from_tensors(saved, own))
-        updates = range(first_update, last_update)
+        updates = range(first_update - left_out, last_update)
         workers = self.args.dataloader_num_workers
         # Here and not in the generator, which runs in a thread: worker processes are forked from this one.
         refills = iter(
@@ -610,7 +614,8 @@ class StreamedData(Data):
                 generator=torch.Generator(),
             )
         )
-        return one_ahead(self.collate(lanes, refills, updates, max(1, workers)), is_stopping)
+        made = self.collate(lanes, refills, updates, max(1, workers))
+        return one_ahead(itertools.islice(made, left_out, None), is_stopping)
 
     def collate(
         self, lanes: Lanes, refills: Iterator[list[Refill] | UserError], updates: range, num_workers: int

@@ -198,5 +198,6 @@ class RunDirectory:
     def cut_metrics(self, step: int) -> None:
         """Forget the lines of later updates, which a resume from `step` writes again."""
         if self.is_main and self.metrics_file.exists():
+            self.unwritten = b""
             kept = [record for record in self.read_metrics() if record["step"] <= step]
             write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))

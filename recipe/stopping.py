@@ -11,8 +11,10 @@ from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Variables that accelerate's launcher and torchrun give to the processes that they start.
-LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}
+LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"}
+# Scripts import this module first: a launcher may be gone by the time that all else is imported.
 STARTED, PARENT = time.monotonic(), os.getppid()
+SPARE = 30  # seconds for all that comes after the last checkpoint, trackers and the processes' own end
 
 
 def stop_with_launcher() -> None:
@@ -50,7 +52,7 @@ class StopRequest:
 
     def is_set(self) -> bool:
         # Twice the longest so far: neither updates nor disks keep to a time.
-        end = time.monotonic() - STARTED + 2 * (self.longest + self.seconds_to_save)
+        end = time.monotonic() - STARTED + 2 * (self.longest + self.seconds_to_save) + SPARE
         if self.reason is None and self.max_hours is not None and end > self.max_hours * 3600:
             self.reason = f"`max_train_hours` ({self.max_hours})"
         return self.reason is not None

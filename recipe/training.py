@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +31,6 @@ from transformers.utils.logging import disable_progress_bar
 from recipe.checkpoint import (
     BYTES_PER_PARAMETER,
     CheckpointWriter,
-    checkpoint_path,
     load_training_state,
     read_state,
     save_checkpoint,
@@ -86,8 +84,6 @@ def start_accelerator(
     Args:
         report_to: trackers, see `check_trackers`.
         logging_dir: for trackers that write files.
-
-    Args:
         serves_fsdp: whether the script can have its model split up.
         ddp_comm_hook: `bf16` to have DDP send gradients in it.
 
@@ -218,6 +214,7 @@ def train(
     state: TrainState,
     run: RunDirectory,
     identity: dict[str, Any],
+    checkpoint: Path | None,
     saved_lanes: dict[str, Any],
     publisher: Publisher,
 ) -> bool:
@@ -227,7 +224,7 @@ def train(
         objective, optimizer: prepared by the accelerator.
         state: advanced in place.
         identity: of the run, kept in its checkpoints.
-        saved_lanes: of the checkpoint that training goes on from, in streaming mode.
+        checkpoint, saved_lanes: that training goes on from and, in streaming mode, its lanes.
         publisher: of all checkpoints but the one after the last update.
 
     Returns:
@@ -251,7 +248,7 @@ def train(
         if accelerator.is_main_process:
             print_line(line)
 
-    writer = CheckpointWriter(print_line, checkpoint_path(run.checkpoints, state.step) if state.step else None)
+    writer = CheckpointWriter(print_line, checkpoint)
     bare = accelerator.unwrap_model(objective)
     measures, config = bare.measures, bare.model.config
     slow_write = BYTES_PER_PARAMETER * count_parameters(bare.model) / SLOW_DISK
@@ -259,11 +256,9 @@ def train(
     lanes: dict[tuple[int, int], Buffer] = {}  # in streaming mode, after the last update that was trained on
 
     def updates_from(lanes: dict[str, Any], left_out: int) -> Iterator[UpdateData]:
-        """What comes after `state.step`, of which the data of `left_out` updates has yet to be passed over."""
-        end = args.max_steps + state.updates_left_out
-        first = state.step + state.updates_left_out - left_out
-        updates = data.train_updates(*process, first, end, lanes, request.is_set)
-        yield from islice(updates, left_out, None)
+        """What comes after `state.step`, and after the data of `left_out` updates, which is passed over."""
+        first, end = state.step + state.updates_left_out, args.max_steps + state.updates_left_out
+        return data.train_updates(*process, first, end, lanes, request.is_set, left_out)
 
     rollbacks: Counter[Path] = Counter()  # to each checkpoint
     scheduler = build_scheduler(optimizer.optimizer, args.warmup_steps, args.max_steps, state.step)

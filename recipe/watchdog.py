@@ -128,5 +128,5 @@ def stragglers(found: list[Report], silent: list[Report]) -> str:
     least = min(report.places for report in found)
     last = [report.text for report in found if report.places == least]
     if len(last) == len(found) > 1:
-        return f"all ranks are at the same place ({last[0]}, and so on); the network between them may be down"
+        return f"all ranks are at the same place ({last[0]}, and so on): it takes long, or the network is down"
     return f"{'the others wait for ' if len(found) > 1 else ''}{'; '.join(last)}"

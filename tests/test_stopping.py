@@ -42,7 +42,7 @@ def test_limit_leaves_time_for_an_update_and_a_checkpoint(monkeypatch):
     request.update_done(seconds_to_save=20.0)  # the slowest update: a minute
     now = 1070.0
     request.update_done(seconds_to_save=20.0)
-    now = 3600.0 - 2 * (60 + 20)
+    now = 3600.0 - 2 * (60 + 20) - 30
     assert not request.is_set()
     now += 1
     assert request.is_set()
@@ -53,11 +53,11 @@ def test_limit_leaves_time_for_an_update_and_a_checkpoint(monkeypatch):
 def test_run_stops_in_time_and_goes_on(flags, run_pretrain, tmp_path: Path, monkeypatch, capsys):
     flags |= {"max_steps": 100_000, "save_steps": 100_000, "resume_from_checkpoint": "latest"}
     monkeypatch.setattr(recipe.stopping, "STARTED", time.monotonic())
-    run_pretrain(flags | {"max_train_hours": 10 / 3600})
+    run_pretrain(flags | {"max_train_hours": 45 / 3600})
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "preempted"
     assert "max_train_hours" in status["reason"]
-    assert 0 < time.monotonic() - recipe.stopping.STARTED < 10
+    assert time.monotonic() - recipe.stopping.STARTED < 45
     assert f"stopped after update {status['step']:,}" in capsys.readouterr().out
     run_pretrain(flags | {"max_steps": status["step"] + 1, "warmup_steps": 1})
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"

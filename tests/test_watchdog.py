@@ -41,18 +41,21 @@ def test_rank_that_stands_still_is_named_and_the_run_goes_on_with_it(flags, tmp_
     log = tmp_path / "log.txt"
     with log.open("w") as out:
         launcher = subprocess.Popen([*command, *command_line(flags)], cwd=ROOT, env=environment, stderr=out)
-    wait_for(tmp_path / "run" / "metrics.jsonl")
-    ranks = [
-        child
-        for child in psutil.Process(launcher.pid).children(recursive=True)
-        if str(script) in child.cmdline() and child.environ().get("RANK") == str(rank)
-    ]
-    ranks[0].send_signal(signal.SIGSTOP)
-    expected = "rank 0 does not answer" if rank == 0 else r"no answer from rank 1 \(process \d+ on .+\) at"
-    deadline = time.monotonic() + 60
-    while not re.search(expected, log.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    ranks[0].send_signal(signal.SIGCONT)
-    assert launcher.wait(timeout=120) == 0
-    [warning] = re.findall(r"warning: training has not moved for \d+ seconds: .*", log.read_text())
-    assert re.search(expected, warning)
+    try:
+        wait_for(tmp_path / "run" / "metrics.jsonl")
+        ranks = [
+            child
+            for child in psutil.Process(launcher.pid).children(recursive=True)
+            if str(script) in child.cmdline() and child.environ().get("RANK") == str(rank)
+        ]
+        ranks[0].send_signal(signal.SIGSTOP)
+        expected = "rank 0 does not answer" if rank == 0 else r"no answer from rank 1 \(process \d+ on .+\) at"
+        expected = r"warning: training has not moved for \d+ seconds: " + expected
+        deadline = time.monotonic() + 60
+        while not re.search(expected, log.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        ranks[0].send_signal(signal.SIGCONT)
+        assert launcher.wait(timeout=120) == 0
+    finally:
+        launcher.kill()  # and its ranks end
+    assert re.search(expected, log.read_text())

@@ -78,10 +78,14 @@ class Spiking:
         self.real = recipe.training.train_step
         self.spiking, self.dies_at = spiking, dies_at
         self.seen: list[str] = []
+        self.states: list[str] = []  # of weights and moments before each update
 
     def __call__(self, accelerator, objective, optimizer, micro_batches, *rest):
         rows = b"".join(batch[name].numpy().tobytes() for batch in micro_batches for name in ("input_ids", "labels"))
         self.seen.append(hashlib.sha256(rows).hexdigest())
+        moments = [state["exp_avg"] for state in optimizer.state.values()]
+        state = b"".join(tensor.detach().numpy().tobytes() for tensor in [*objective.parameters(), *moments])
+        self.states.append(hashlib.sha256(state).hexdigest())
         if len(self.seen) == self.dies_at:
             raise KeyboardInterrupt
         update = self.real(accelerator, objective, optimizer, micro_batches, *rest)
@@ -92,12 +96,12 @@ class Spiking:
 
 @pytest.fixture
 def run_spiking(run_pretrain, monkeypatch):
-    def run(flags: dict[str, object], **kwargs) -> list[str]:
+    def run(flags: dict[str, object], **kwargs) -> Spiking:
         step = Spiking(**kwargs)
         with monkeypatch.context() as patch:
             patch.setattr(recipe.training, "train_step", step)
             run_pretrain(flags)
-        return step.seen
+        return step
 
     return run
 
@@ -105,11 +109,13 @@ def run_spiking(run_pretrain, monkeypatch):
 @pytest.mark.parametrize("mode", [{}, STREAMED | {"dataloader_num_workers": 2}], ids=["cached", "streaming"])
 def test_spike_is_rolled_back_and_its_data_left_out(flags, run_spiking, tmp_path: Path, mode, capsys):
     flags |= mode | {"save_steps": 10, "logging_steps": 1, "eval_steps": 10}
-    plain = run_spiking(flags | {"max_steps": 41})
+    plain = run_spiking(flags | {"max_steps": 41}).seen
 
     flags |= {"max_steps": 36, "roll_back_loss_spikes": True, "resume_from_checkpoint": "latest"}
     rolled = flags | {"output_dir": tmp_path / "rolled"}
-    assert run_spiking(rolled, spiking={plain[24]}) == plain  # 25 updates, 20 of them kept, and 16 more
+    step = run_spiking(rolled, spiking={plain[24]})
+    assert step.seen == plain  # 25 updates, 20 of them kept, and 16 more
+    assert step.states[25] == step.states[20] != step.states[24]
     printed = capsys.readouterr().out
     assert "warning: loss spike in update 25" in printed
     assert "step-00000020; the data of 5 updates after it is left out" in printed
@@ -128,18 +134,33 @@ def test_spike_is_rolled_back_and_its_data_left_out(flags, run_spiking, tmp_path
 
 def test_spikes_without_end_stop_the_run(flags, run_spiking, tmp_path: Path):
     flags |= {"save_steps": 21, "logging_steps": 1, "max_steps": 50, "roll_back_loss_spikes": True}
-    plain = run_spiking(flags | {"output_dir": tmp_path / "plain", "max_steps": 49})
+    plain = run_spiking(flags | {"output_dir": tmp_path / "plain", "max_steps": 49}).seen
     with pytest.raises(FloatingPointError, match=r"spikes again after 3 rollbacks to .*step-00000021"):
         run_spiking(flags, spiking=set(plain[22:]))
 
 
 def test_spikes_are_logged_alone_by_default(flags, run_spiking, tmp_path: Path, capsys):
     flags |= {"logging_steps": 1, "max_steps": 30}
-    plain = run_spiking(flags | {"output_dir": tmp_path / "plain"})
-    assert run_spiking(flags, spiking={plain[24]}) == plain
+    plain = run_spiking(flags | {"output_dir": tmp_path / "plain"}).seen
+    assert run_spiking(flags, spiking={plain[24]}).seen == plain
     assert "1 loss_spikes" in capsys.readouterr().out
 
 
 def test_rollback_and_short_blocks_do_not_go_together(flags, run_pretrain):
     with pytest.raises(UserError, match="`seq_length_warmup_steps` goes by the number"):
         run_pretrain(flags | {"roll_back_loss_spikes": True, "seq_length_warmup_steps": 2})
+
+
+def test_rollback_goes_to_a_checkpoint_of_another_folder_too(flags, run_spiking, run_pretrain, tmp_path: Path):
+    flags |= {"save_steps": 10, "logging_steps": 1}
+    run_pretrain(flags | {"max_steps": 20})
+    other = flags | {
+        "output_dir": tmp_path / "other",
+        "max_steps": 24,
+        "save_steps": 100,
+        "roll_back_loss_spikes": True,
+    }
+    other["resume_from_checkpoint"] = tmp_path / "run" / "checkpoints" / "step-00000020"
+    first = run_spiking(other | {"output_dir": tmp_path / "first"}).seen
+    assert run_spiking(other, spiking={first[1]}).seen[:4] == first[:4]
+    assert learning(tmp_path / "other" / "metrics.jsonl")[-2]["updates_left_out"] == 2

@@ -30,7 +30,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from recipe.checkpoint import find_checkpoint
+from recipe.checkpoint import checkpoint_path, find_checkpoint
 from recipe.run_directory import read_config, read_records
 from recipe.tokenizer import save_tokenizer, train_byte_level_bpe
 from tests.hub_server import HubServer, serve
@@ -115,7 +115,7 @@ class Storm:
         self.rng = random.Random(seed)
         self.flags = build_flags(folder, max_steps)
         self.killed: Counter[tuple[str, str, str]] = Counter()
-        self.runs = 0
+        self.runs = self.requests = 0  # requests to the hub before the last start
         self.failures: list[str] = []
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_HUB")} | {
             "HF_HOME": str(folder / "home"),
@@ -139,7 +139,7 @@ class Storm:
             run = self.folder / f"run-{self.runs}"
             flags = self.flags | {"output_dir": run, "push_to_hub": "true", "hub_model_id": f"ann/run-{self.runs}"}
             while not self.is_complete(run):
-                processes = self.rng.choice((1, 2))
+                processes, self.requests = self.rng.choice((1, 2)), len(self.hub.requests)
                 process = start(flags, processes, self.environment, self.log)
                 before = self.killed.total()
                 if before < kills:
@@ -172,6 +172,8 @@ class Storm:
             self.failures.append(f"{len(left)} processes left after {number.name} to {target}")
             kill(left)
         self.killed[number.name, target, moment] += 1
+        if number == signal.SIGTERM and wanted != "starting":
+            self.check_preempted(run, target)
         print(f"{self.killed.total():4}  {number.name} to {target}, {moment}", flush=True)
 
     def wait_for(self, moment: str, process: subprocess.Popen, run: Path) -> None:
@@ -179,10 +181,11 @@ class Storm:
         if moment == "starting":
             time.sleep(self.rng.uniform(0, 6))
             return
-        begun, metrics = time.time(), run / "metrics.jsonl"
-        requests, wait = len(self.hub.requests), self.rng.uniform(0, 1)
+        begun, metrics, status = time.time(), run / "metrics.jsonl", run / "status.json"
+        requests, wait = self.requests, self.rng.uniform(0, 1)
         while process.poll() is None:
-            if metrics.exists() and metrics.stat().st_mtime > begun:
+            written = [file.stat().st_mtime if file.exists() else 0 for file in (metrics, status)]
+            if written[0] > written[1] > begun:  # a line after the status that a start writes first
                 if wait > 0:  # not always the first of its kind
                     time.sleep(wait)
                     wait = 0
@@ -194,7 +197,7 @@ class Storm:
 
     def moment(self, run: Path) -> str:
         """What the run is doing, as far as it can be seen."""
-        last = self.hub.requests[-1:]
+        last = self.hub.requests[self.requests :][-1:]
         if list((run / "checkpoints").glob(".step-*")):
             return "saving"
         with suppress(OSError, ValueError, IndexError):
@@ -202,6 +205,15 @@ class Storm:
             if "loss" in line and not line["step"] % EVAL_STEPS:
                 return "evaluating"
         return "pushing" if last and any(part in last[0] for part in UPLOADS[:3]) else "training"
+
+    def check_preempted(self, run: Path, target: str) -> None:
+        """A run that was asked to stop has saved, or was done."""
+        status = json.loads((run / "status.json").read_text())
+        if status["state"] != "complete" and status["step"] < self.flags["max_steps"]:
+            if status["state"] != "preempted" or not checkpoint_path(run / "checkpoints", status["step"]).is_dir():
+                self.failures.append(f"SIGTERM to {target}: {status}")
+            elif target != "launcher" and "Traceback" in (log := self.log.read_text()):  # torchrun writes its own
+                self.failures.append(f"SIGTERM to {target}: {log[log.index('Traceback') :][:1000]}")
 
     def check_readable(self, run: Path) -> None:
         """Whatever the run has left can be read, and its start found nothing damaged."""
