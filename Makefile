@@ -1,10 +1,10 @@
-# make demo: from nothing to a filled mask and a fine-tuned classifier.   make test: lint and all tests.   make faults: a hundred kills, 10,000 damaged files.   All make .venv first.
+# make demo: from nothing to a filled mask and a fine-tuned classifier.   make test: lint and all but the long tests.   make test-long: those.   make faults: a hundred kills, 10,000 damaged files.   All make .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 # Without a number accelerate gives a process on a CPU one thread.
 LAUNCH := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test lint faults
+.PHONY: demo test test-long lint faults
 
 demo: .venv/installed runs/demo-tokenizer/tokenizer.json
 	$(LAUNCH) pretrain.py --config recipe/configs/pretrain/tiny.yaml --resume_from_checkpoint latest
@@ -15,7 +15,10 @@ runs/demo-tokenizer/tokenizer.json: | .venv/installed
 	$(BIN)/python train_tokenizer.py --config recipe/configs/tokenizer/tiny.yaml
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: .venv/installed
+	$(BIN)/python -m pytest -m long
 
 faults: .venv/installed
 	$(BIN)/python -m tests.faults.storm --kills 100 --seed 0

@@ -228,6 +228,7 @@ def test_losses_are_compared_only_where_held_out_blocks_are_the_same():
     assert share_held_out_text([ROWS[row] | {"eval_corpora": text} for row in TABLES["data"].rows])
 
 
+@pytest.mark.long
 def test_stopped_comparison_goes_on_to_its_table(arguments, run, tmp_path: Path):
     folder, results = tmp_path / "runs" / "micro", tmp_path / "results"
     first = folder / "static-masking" / "seed-1" / "pretrain"

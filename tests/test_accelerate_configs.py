@@ -98,6 +98,7 @@ def requeued(tmp_path: Path) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
+@pytest.mark.long
 def test_slurm_job_goes_on_until_the_run_is_complete(sbatch, tmp_path: Path):
     process = sbatch({"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1})
     deadline = time.monotonic() + 180
@@ -115,6 +116,7 @@ def test_slurm_job_goes_on_until_the_run_is_complete(sbatch, tmp_path: Path):
     assert requeued(tmp_path) == 1
 
 
+@pytest.mark.long
 def test_slurm_job_that_cannot_start_is_not_queued_again(sbatch, tmp_path: Path):
     assert sbatch({"max_steps": 0}).wait(timeout=120) == 1
     assert requeued(tmp_path) == 0

@@ -221,6 +221,7 @@ def launch(flags: dict[str, object], processes: int) -> subprocess.Popen:
     )
 
 
+@pytest.mark.long
 def test_two_processes_share_jobs_and_a_shared_task_with_the_results_of_one(run_glue, flags, tmp_path: Path):
     config = json.loads((Path(flags["model_name_or_path"]) / "config.json").read_text())
     model = tmp_path / "dropless"
@@ -244,6 +245,7 @@ def test_two_processes_share_jobs_and_a_shared_task_with_the_results_of_one(run_
     assert processes == {"cola": 2, "rte": 1}
 
 
+@pytest.mark.long
 def test_killed_grid_goes_on_without_loss(flags, tmp_path: Path):
     flags |= {"tasks": "[rte]", "seeds": "[1,2,3,4,5,6,7,8]", "num_train_epochs": 12}
     rng, kills, seen, out = random.Random(0), 0, {}, tmp_path / "out"

@@ -256,6 +256,7 @@ if accelerator.is_main_process:
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("processes", [2, 3])
 def test_shared_job_ends_as_that_of_one_process(accelerator, dropless_model: Path, tmp_path: Path, processes: int):
     """57 rows in batches of 8 leave one row for the last batch; 16 and 18 dev rows."""

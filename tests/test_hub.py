@@ -91,6 +91,7 @@ for revision in revisions:
 """
 
 
+@pytest.mark.long
 def test_every_checkpoint_is_a_model_on_the_hub_and_a_place_to_go_on_from(hub, client, push_flags, tmp_path):
     result = client.pretrain(push_flags | {"save_total_limit": 3})
     assert result.returncode == 0, result.stderr
@@ -129,6 +130,7 @@ def test_every_checkpoint_is_a_model_on_the_hub_and_a_place_to_go_on_from(hub, c
     assert_no_token(tmp_path, result)
 
 
+@pytest.mark.long
 def test_no_fault_reaches_training_and_all_is_pushed(hub, client, push_flags, tmp_path):
     alone = client.pretrain(push_flags | {"push_to_hub": "false"})
     assert alone.returncode == 0, alone.stderr
@@ -150,6 +152,7 @@ def test_no_fault_reaches_training_and_all_is_pushed(hub, client, push_flags, tm
         assert all(torch.equal(there[name], here[name]) for name in here)
 
 
+@pytest.mark.long
 def test_what_is_refused_on_the_way_waits_and_is_pushed_later(hub, client, push_flags, tmp_path):
     hub.faults = [Fault(401, "POST .*/commit/")]  # the token is revoked once training is under way
     result = client.pretrain(push_flags)
@@ -177,6 +180,7 @@ def waiting_run(tmp_path: Path) -> Path:
     return run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("request_that_hangs", ["POST /api/repos", "POST .*preupload", "PUT /lfs/", "POST .*/commit/"])
 def test_a_hub_that_hangs_is_given_up(hub, client, waiting_run, request_that_hangs):
     hub.faults = [Fault("hang", request_that_hangs)]

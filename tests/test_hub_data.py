@@ -106,6 +106,7 @@ def test_outage_is_waited_out_and_named_if_it_goes_on(hub, tmp_path, texts):
     assert "cannot be read, after 2 retries" in result.stderr
 
 
+@pytest.mark.long
 def test_training_from_the_hub_in_both_modes(hub, flags, tmp_path, texts):
     flags |= {"corpora": json.dumps([{"name": "books", "path": "somebody/books"}]), "num_lanes": 4}
     for mode in ("cached", "streaming"):

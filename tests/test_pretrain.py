@@ -151,6 +151,7 @@ def test_counts_of_corpora_are_in_the_metrics_and_the_log(flags, run_pretrain, t
     assert f"b {b['tokens'] / 1000:.3g}K tokens, {b['documents']} documents, {b['passes']:.2f} passes" in printed
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", [{}, STREAMED, STREAMED | {"dataloader_num_workers": 2}])
 def test_killed_run_goes_on_to_the_same_end(flags, run_pretrain, tmp_path: Path, mode):
     flags |= {"max_steps": 120, "save_steps": 4, "eval_steps": 7, "logging_steps": 3} | mode
@@ -220,6 +221,7 @@ pretrain.main()
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
 def test_signal_is_heard_while_a_source_is_waited_for(flags, tmp_path: Path, workers: int):
     script = tmp_path / "waits.py"
@@ -262,6 +264,7 @@ def test_two_processes_give_the_losses_of_one(flags, run_pretrain, tmp_path: Pat
     assert len(json.loads((tmp_path / "two" / "status.json").read_text())["pids"]) == 2
 
 
+@pytest.mark.long
 def test_stream_goes_on_from_two_processes_to_one_and_back(flags, run_pretrain, tmp_path: Path):
     sizes = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     flags |= STREAMED | {
@@ -311,6 +314,7 @@ with report_user_errors():
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
 def test_all_ranks_save_and_stop_when_one_has_no_more_data(flags, tmp_path: Path, workers: int):
     script = tmp_path / "fails.py"

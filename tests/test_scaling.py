@@ -20,6 +20,7 @@ from tests.test_systems import SIZES, SYSTEMS
 
 TWO_PROCESSES = ["--multi_gpu", "--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no"]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", *TWO_PROCESSES]
+pytestmark = pytest.mark.long
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 NAMESPACES = ["unshare", "--map-root-user", "--net"]
 HAS_NAMESPACES = (shutil.which("ip") and shutil.which("nsenter") and shutil.which("unshare")) and not subprocess.run(

@@ -63,6 +63,7 @@ def test_run_stops_in_time_and_goes_on(flags, run_pretrain, tmp_path: Path, monk
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_no_process_outlives_its_launcher(flags, tmp_path: Path, launcher: str, number: signal.Signals):
@@ -97,6 +98,7 @@ def test_workers_end_with_a_process_that_was_killed(flags, tmp_path: Path):
     assert not psutil.wait_procs(family, timeout=30)[1]
 
 
+@pytest.mark.long
 def test_run_that_was_not_launched_outlives_its_shell(flags, tmp_path: Path):
     """As `nohup python pretrain.py &` should."""
     words = [sys.executable, "pretrain.py", *command_line(flags | {"max_steps": 60, "logging_steps": 1})]

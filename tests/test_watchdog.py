@@ -31,6 +31,7 @@ def test_straggler_is_the_one_that_came_least_far_or_is_silent():
     assert "all ranks are at the same place" in stragglers(found[:1] * 2, [])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rank_that_stands_still_is_named_and_the_run_goes_on_with_it(flags, tmp_path: Path, rank: int):
     script = tmp_path / "impatient.py"

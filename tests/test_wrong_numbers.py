@@ -38,6 +38,7 @@ pretrain.main()
 """
 
 
+@pytest.mark.long
 def test_all_ranks_skip_an_update_that_one_has_no_number_for(flags, tmp_path: Path):
     script = tmp_path / "spoils.py"
     script.write_text(ONE_RANK_SPOILS)
@@ -106,6 +107,7 @@ def run_spiking(run_pretrain, monkeypatch):
     return run
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", [{}, STREAMED | {"dataloader_num_workers": 2}], ids=["cached", "streaming"])
 def test_spike_is_rolled_back_and_its_data_left_out(flags, run_spiking, tmp_path: Path, mode, capsys):
     flags |= mode | {"save_steps": 10, "logging_steps": 1, "eval_steps": 10}
