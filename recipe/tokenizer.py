@@ -302,6 +302,7 @@ class DocumentEncoder:
             sentences, (sentences,) int64 ascending, the last of which is the number of ids.
         """
         self.backend.encode_special_tokens = True  # does not survive pickling
+        self.backend.no_truncation()  # which a call of the tokenizer with `truncation` leaves switched on
         encode = self.backend.encode_batch if self.byte_lengths is None else self.backend.encode_batch_fast
         ids, ends, length = [], [np.empty(0, np.int64)], 0
         for batch in self.batches(texts):

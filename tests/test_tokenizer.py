@@ -254,3 +254,12 @@ def test_missing_tokenizer_is_named(tmp_path: Path, tokenizer_dir: Path):
         load_tokenizer(str(tmp_path))
     with pytest.raises(UserError, match="tokenizer_name"):
         load_tokenizer(str(tmp_path / "nothing"))
+
+
+def test_documents_are_whole_whatever_the_tokenizer_was_used_for_before(tokenizer_dir: Path, texts: list[str]):
+    """Found by the fuzz, seed 0, corpus:305 after glue:305."""
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    encoder = DocumentEncoder(tokenizer, "sentencex", "en")
+    whole = [ids.tolist() for ids, _ in encoder(texts)]
+    tokenizer(texts[0], truncation=True, max_length=5)
+    assert [ids.tolist() for ids, _ in encoder(texts)] == whole
