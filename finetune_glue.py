@@ -18,13 +18,14 @@ from accelerate.utils import gather_object
 
 from recipe.checkpoint import check_identity
 from recipe.config import GlueArguments, check_output_dir, identity_of, parse_config, read_yaml, report_user_errors
+from recipe.environment import environment
 from recipe.finetuning import load_glue_tokenizer, model_checksum
 from recipe.glue import Grid, plan_jobs
 from recipe.glue_card import note_glue
 from recipe.glue_report import describe_data, describe_jobs, format_table, row_title, summarise, write_submission
 from recipe.glue_tasks import TASKS, check_tasks, load_task
 from recipe.plots import plot_glue
-from recipe.run_directory import RunDirectory, environment, write_atomically
+from recipe.run_directory import RunDirectory, write_atomically
 from recipe.training import start_accelerator
 
 

@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from recipe import checkpoint as ckpt
 from recipe.card import build_card, write_card
 from recipe.config import PretrainArguments, identity_of, parse_config, report_user_errors
+from recipe.environment import environment
 from recipe.hub import Publisher, check_push, fetch_checkpoint
 from recipe.loader import CachedData, StreamedData
 from recipe.metrics import TrainState
@@ -22,7 +23,7 @@ from recipe.model import build_config, build_model, count_parameters
 from recipe.objectives import OBJECTIVES, compile_in_place
 from recipe.optimizer import build_optimizer
 from recipe.plan import describe_plan, print_plan
-from recipe.run_directory import RunDirectory, environment
+from recipe.run_directory import RunDirectory, checkpoint_path
 from recipe.tokenizer import load_tokenizer, tokenizer_checksum
 from recipe.trackers import tracking
 from recipe.training import on_main, prepare, start_accelerator, train
@@ -72,7 +73,6 @@ def main() -> None:
     objective, optimizer = prepare(accelerator, objective, adamw)
     if checkpoint:
         lanes = ckpt.load_training_state(checkpoint, objective, adamw, accelerator.scaler)
-
     run.write_config(asdict(args), environment(accelerator) | {"tokenizer_checksum": identity["tokenizer"]})
     run.cut_metrics(state.step)
     if accelerator.is_main_process:
@@ -86,7 +86,7 @@ def main() -> None:
         log([f"stopped after update {state.step:,}; go on with --resume_from_checkpoint latest", *publisher.waiting()])
         return
     if accelerator.is_main_process:
-        last = ckpt.checkpoint_path(run.checkpoints, state.step)
+        last = checkpoint_path(run.checkpoints, state.step)
         ckpt.export_model(run.model, last if last.exists() else checkpoint, tokenizer)
         write_card(run.path, run.model)
         publisher.publish(last, is_last=True)

@@ -39,22 +39,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.config import UserError, existing, reading
+from recipe.run_directory import MANIFEST, PREFIX, STATE_FILES, checkpoint_path, list_checkpoints
 
 FORMAT = 4
-MANIFEST = "manifest.json"
-STATE_FILES = ("optimizer.pt", "state.json", MANIFEST)  # beside the model
 REQUIRED = {"config.json", "model.safetensors", "optimizer.pt", "state.json"}
 BYTES_PER_PARAMETER = 12  # weight and two moments, in float32
-PREFIX = "step-"
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"{PREFIX}{step:08d}"
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders by update, oldest first."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
 
 
 def set_aside_later(folder: Path, step: int) -> None:

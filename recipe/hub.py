@@ -32,7 +32,6 @@ from huggingface_hub import HfApi, constants, get_token, set_client_factory, sna
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from tqdm import tqdm
 
-from recipe.checkpoint import STATE_FILES, checkpoint_path
 from recipe.config import (
     PretrainArguments,
     UserError,
@@ -43,7 +42,7 @@ from recipe.config import (
     reading,
     report_user_errors,
 )
-from recipe.run_directory import read_config, read_step
+from recipe.run_directory import STATE_FILES, checkpoint_path, read_config, read_step
 
 SCHEME = "hub://"
 GLUE_FILE = "glue.json"  # results of just these weights

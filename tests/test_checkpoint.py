@@ -18,7 +18,6 @@ from recipe.checkpoint import (
     describe_changes,
     find_checkpoint,
     find_fault,
-    list_checkpoints,
     load_training_state,
     open_checkpoint,
     read_state,
@@ -28,6 +27,7 @@ from recipe.checkpoint import (
 from recipe.config import UserError
 from recipe.metrics import TrainState
 from recipe.objectives import MaskedLMObjective
+from recipe.run_directory import list_checkpoints
 from tests.conftest import SMALL_MODEL, Evil
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from recipe.checkpoint import check_space, find_checkpoint, list_checkpoints
+from recipe.checkpoint import check_space, find_checkpoint
 from recipe.config import UserError
+from recipe.run_directory import list_checkpoints
 from tests.conftest import ROOT, command_line, learning
 
 NAMESPACE = ["unshare", "--map-root-user", "--mount", "sh", "-c"]

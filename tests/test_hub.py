@@ -92,6 +92,12 @@ for revision in revisions:
 
 
 @pytest.mark.long
+def test_pushing_process_loads_no_torch():
+    """Which would take five seconds of a core from training, at each checkpoint."""
+    code = "import sys, recipe.hub; sys.exit(bool({'torch', 'transformers', 'accelerate'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+
+
 def test_every_checkpoint_is_a_model_on_the_hub_and_a_place_to_go_on_from(hub, client, push_flags, tmp_path):
     result = client.pretrain(push_flags | {"save_total_limit": 3})
     assert result.returncode == 0, result.stderr

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from recipe.config import UserError
-from recipe.run_directory import RunDirectory, git_commit, power_limit, read_step
+from recipe.run_directory import RunDirectory, read_step
 
 
 @pytest.mark.parametrize("line", ['{"step": 1', "[]", "{}", '{"step": "1"}', '{"step": true}', "[" * 20_000, "\ud800"])
@@ -65,11 +65,6 @@ def test_folder_that_cannot_be_one_is_refused(tmp_path: Path):
             RunDirectory(path, is_main=True, pids=[]).check(None)
 
 
-def test_commit_is_none_without_git(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PATH", "")
-    assert git_commit() is None
-
-
 def test_only_the_main_process_writes(tmp_path: Path):
     run = RunDirectory(tmp_path / "run", is_main=False, pids=[])
     run.write_config({"a": 1}, {})
@@ -86,22 +81,3 @@ def test_status_names_state_reason_and_processes(tmp_path: Path):
         "reason": "SIGTERM",
         "pids": [11, 12],
     }
-
-
-def test_commit_is_a_commit():
-    commit = git_commit()
-    assert commit is None or len(commit.removesuffix("-dirty")) == 40
-
-
-@pytest.mark.parametrize(("printed", "expected"), [("700.00\n700.00\n", 700.0), ("[N/A]\n", None)])
-def test_power_limit_is_the_drivers(monkeypatch, tmp_path: Path, printed, expected):
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\nprintf '{printed}'\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert power_limit() == expected
-
-
-def test_power_limit_is_unknown_without_a_driver(monkeypatch, tmp_path: Path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert power_limit() is None

@@ -58,6 +58,7 @@ from recipe.objectives import MaskedLMObjective
 from recipe.optimizer import build_optimizer, build_scheduler
 from recipe.packing import BlockFormat
 from recipe.plots import plot_runs, read_curves
+from recipe.run_directory import MANIFEST, list_checkpoints
 from recipe.run_directory import RunDirectory
 from recipe.token_store import PackedCorpus, TokenStore
 from recipe.tokenizer import DocumentEncoder, load_tokenizer, save_tokenizer, train_byte_level_bpe
@@ -392,7 +393,7 @@ def fuzz_checkpoint(case: Case) -> None:
     """The newest of two checkpoints, with checksums that fit the damage or not, as far as pretrain.py goes with it."""
     rng, folder = case.rng, case.folder / "checkpoints"
     shutil.copytree(case.material.run / "checkpoints", folder)
-    older, newest = ckpt.list_checkpoints(folder)
+    older, newest = list_checkpoints(folder)
     saved = json.loads((newest / "state.json").read_text())
     whole = contents(newest)
     file = rng.choice(sorted(newest.iterdir()))
@@ -411,14 +412,14 @@ def fuzz_checkpoint(case: Case) -> None:
     else:
         case.damage(file)
     is_changed, fits = contents(newest) != whole, rng.random() < 0.6
-    if fits and file.is_file() and file.name != ckpt.MANIFEST:
-        manifest = json.loads((newest / ckpt.MANIFEST).read_text())
+    if fits and file.is_file() and file.name != MANIFEST:
+        manifest = json.loads((newest / MANIFEST).read_text())
         manifest[file.name] = {"bytes": file.stat().st_size, "sha256": ckpt.checksum(file)}
-        (newest / ckpt.MANIFEST).write_text(json.dumps(manifest))
+        (newest / MANIFEST).write_text(json.dumps(manifest))
     before = contents(folder)
     try:
         path, state, _ = ckpt.open_checkpoint(folder, "latest", saved["identity"], saved["arguments"])
-        if is_changed and not fits and file.name != ckpt.MANIFEST:
+        if is_changed and not fits and file.name != MANIFEST:
             assert path == older, f"the damaged {path} is used"
         go_on(path, state, case.material)
     finally:

@@ -30,8 +30,8 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from recipe.checkpoint import checkpoint_path, find_checkpoint
-from recipe.run_directory import read_config, read_records
+from recipe.checkpoint import find_checkpoint
+from recipe.run_directory import checkpoint_path, read_config, read_records
 from recipe.tokenizer import save_tokenizer, train_byte_level_bpe
 from tests.hub_server import HubServer, serve
 
