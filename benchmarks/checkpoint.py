@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--folder", help="on the disk to measure; default: the one for temporary files")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
-    report = header([]) | {"command": "python benchmarks/checkpoint.py --output benchmarks/results/checkpoint.json"}
+    report = header([])
     for size in arguments.sizes:
         folder = tempfile.mkdtemp(dir=arguments.folder)
         try:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,8 +27,10 @@ def resolve(paths: list[str]) -> list[str]:
 
 
 def header(corpora: list[str]) -> dict[str, Any]:
-    """What a result was measured with."""
+    """What a result was measured with; the command without the folders of absolute paths, which are the machine's."""
+    arguments = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv[1:]]
     return {
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
         "date": str(datetime.date.today()),
         "corpora": [Path(path).name for path in corpora],
         "cores": os.cpu_count(),

@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     arguments = parser.parse_args()
-    report = header([]) | {"command": "python benchmarks/network.py --output benchmarks/results/network.json"}
+    report = header([])
     for engine in ENGINES:
         for accumulation in (1, 4):
             environment = os.environ | {
