@@ -14,7 +14,9 @@ import harness
 import numpy as np
 import torch
 from accelerate import Accelerator
+from levers import ResidualInBf16
 from matplotlib.figure import Figure
+from torch import nn
 
 from recipe.config import CorpusArguments, PretrainArguments
 from recipe.loader import CachedData
@@ -35,9 +37,19 @@ MODEL = {
     "attention_probs_dropout_prob": 0.0,
 }
 
+STOCK = [("stock", None, 0), ("stock, another seed", None, 1)]
+# By precision: name, objective, seed.
+SIDES = {
+    "no": [("ours", MaskedLMObjective, 0), *STOCK],
+    "bf16": [("ours", MaskedLMObjective, 0), *STOCK, ("residual stream in bf16", ResidualInBf16, 0)],
+}
 
-def curve(args: argparse.Namespace, accelerator: Accelerator, folder: str, stock: bool, seed: int) -> list[float]:
-    """Loss before each update, in nats."""
+
+def curve(
+    args: argparse.Namespace, accelerator: Accelerator, folder: str, objective: type[nn.Module] | None, seed: int
+) -> list[float]:
+    """Loss before each update, in nats; without an objective the stock loop's."""
+    stock = objective is None
     tokenizer = load_tokenizer(args.tokenizer)
     arguments = PretrainArguments(
         output_dir="unused",
@@ -54,7 +66,7 @@ def curve(args: argparse.Namespace, accelerator: Accelerator, folder: str, stock
     data.prepare(0)
     torch.manual_seed(seed)
     model = build_model(build_config(MODEL, None, tokenizer, 128), None)
-    module = model if stock else MaskedLMObjective(model, arguments.masked_share)
+    module = objective(model, arguments.masked_share) if objective else model
     module, optimizer = accelerator.prepare(
         module, build_optimizer(module, args.learning_rate, (0.9, 0.98), 1e-6, 0.01)
     )
@@ -86,9 +98,9 @@ def main() -> None:
     curves: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("no", "bf16"):
-            for name, stock, seed in (("ours", False, 0), ("stock", True, 0), ("stock, another seed", True, 1)):
+            for name, objective, seed in SIDES[precision]:
                 accelerator = Accelerator(mixed_precision=precision)
-                curves[f"{precision}: {name}"] = curve(args, accelerator, folder, stock, seed)
+                curves[f"{precision}: {name}"] = curve(args, accelerator, folder, objective, seed)
                 harness.reset_accelerate()
 
     def apart(one: str, two: str) -> dict[str, float]:
@@ -99,14 +111,14 @@ def main() -> None:
         "device": device_name(accelerator.device),
         "apart, in nats": {
             f"{precision}: ours and {other}": apart(f"{precision}: ours", f"{precision}: {other}")
-            for precision in ("no", "bf16")
-            for other in ("stock", "stock, another seed")
+            for precision, [_, *others] in SIDES.items()
+            for other, _, _ in others
         },
         "losses": {name: [round(loss, 5) for loss in losses] for name, losses in curves.items()},
     }
     args.output.with_suffix(".json").write_text(harness.to_json(report) + "\n")
     for name, gap in report["apart, in nats"].items():
-        print(f"{name:34} apart by {gap['largest']:.2e} at most, {gap['mean']:.2e} in the mean")
+        print(f"{name:38} apart by {gap['largest']:.2e} at most, {gap['mean']:.2e} in the mean")
     figure = Figure(figsize=(10, 4), layout="constrained")
     for axes, precision in zip(figure.subplots(1, 2, sharey=True), ("no", "bf16"), strict=True):
         for name, style in (("stock, another seed", ":"), ("stock", "-"), ("ours", "--")):

@@ -9,7 +9,8 @@ stock, shipped  the loop of transformers' run_mlm_no_trainer.py with its default
                 stock collator in the training process, AdamW as torch picks it
 stock, tuned    the same with fused AdamW, `--workers` loader workers and the micro-batch that suits it best
 
-With `--ladder`, in place of the stock loop: ours with each of its levers off or on alone.
+With `--ladder`, in place of the stock loop: ours with each lever off or on alone (levers.py); what this machine cannot
+run is named and left out.
 
 Rates are non-padding tokens a second: medians over the rounds, and the median of the ratios, round by round. MFU is
 the model's FLOPs for those tokens (head and last layer at masked positions only, whoever computes more) over what a
@@ -20,7 +21,7 @@ its own.
 import argparse
 import gc
 import itertools
-import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,11 +31,13 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import levers
 import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
@@ -77,62 +80,9 @@ class Side:
     fused: bool = True
     workers: int = 2
     torch_compile: bool = False
+    compile_mode: str | None = None
     gradient_checkpointing: bool = False
-
-
-class HeadEverywhere(nn.Module):
-    """The objective without its gathers: all of the last layer, and the head at every position."""
-
-    def __init__(self, model: nn.Module, masked_share: float, gradient_checkpointing: bool) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-        hidden = self.model.roberta(input_ids, attention_mask=mask, position_ids=position_ids).last_hidden_state
-        logits = self.model.lm_head(self.select(hidden, labels))
-        return self.loss(logits, labels)
-
-    def select(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return hidden
-
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        flat = logits.flatten(0, 1).float()
-        return nn.functional.cross_entropy(flat, labels.flatten(), reduction="sum")[None], (labels != -100).sum()[None]
-
-
-class LastLayerEverywhere(HeadEverywhere):
-    """The objective with the head at masked positions, and all of the last layer."""
-
-    def __init__(self, model: nn.Module, masked_share: float, gradient_checkpointing: bool) -> None:
-        super().__init__(model, masked_share, gradient_checkpointing)
-        self.masked_share = masked_share
-
-    def select(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        num_slots = math.ceil(self.masked_share * labels.shape[1])
-        self.slots = (labels != -100).to(torch.uint8).topk(num_slots, dim=1, sorted=False).indices
-        return hidden.gather(1, self.slots[:, :, None].expand(-1, -1, hidden.shape[2]))
-
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().loss(logits, labels.gather(1, self.slots))
-
-
-class PaddedVocabulary(MaskedLMObjective):
-    """The objective with the vocabulary padded to a multiple of 64 for each product; a bias of -inf is never likely."""
-
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        lm_head = self.model.lm_head
-        hidden = lm_head.layer_norm(nn.functional.gelu(lm_head.dense(hidden)))
-        missing = -lm_head.decoder.out_features % 64
-        weight = nn.functional.pad(lm_head.decoder.weight, (0, 0, 0, missing))
-        bias = nn.functional.pad(lm_head.decoder.bias, (0, missing), value=-torch.inf)
-        return nn.functional.linear(hidden, weight, bias)
+    backend: SDPBackend | None = None  # of the attention; None: torch chooses
 
 
 class Bench:
@@ -176,7 +126,8 @@ class Bench:
         def update() -> tuple[float, int]:
             self.wait()
             started = time.perf_counter()
-            tokens = next(updates)
+            with sdpa_kernel(side.backend) if side.backend else nullcontext():
+                tokens = next(updates)
             self.wait()
             return time.perf_counter() - started, tokens
 
@@ -190,7 +141,9 @@ class Bench:
         data = self.data(side)
         model = self.model()
         objective = side.objective(model, data.args.masked_share, side.gradient_checkpointing)
-        if side.torch_compile:
+        if side.compile_mode:
+            objective.compile(fullgraph=True, dynamic=False, mode=side.compile_mode)
+        elif side.torch_compile:
             compile_in_place(objective, self.accelerator.device)
         adamw = build_optimizer(objective, 1e-4, (0.9, 0.98), 1e-6, 0.01)
         for group in adamw.param_groups:
@@ -240,17 +193,29 @@ def sides_of(args: argparse.Namespace) -> list[Side]:
         stock_batch = args.stock_micro_batch or args.micro_batch
         stock = Side("stock, shipped", min(8, stock_batch), objective=None, fused=False, workers=0)
         return [ours, stock, Side("stock, tuned", stock_batch, objective=None, workers=args.workers)]
-    return [
+    sides = [
         ours,
-        replace(ours, name="last layer at all positions", objective=LastLayerEverywhere),
-        replace(ours, name="head and last layer at all positions", objective=HeadEverywhere),
-        replace(ours, name="vocabulary padded to 64", objective=PaddedVocabulary),
-        replace(ours, name="compile " + ("off" if ours.torch_compile else "on"), torch_compile=not ours.torch_compile),
+        replace(ours, name="last layer at all positions", objective=levers.LastLayerEverywhere),
+        replace(ours, name="head and last layer at all positions", objective=levers.HeadEverywhere),
+        replace(ours, name="vocabulary padded to 64", objective=levers.PaddedVocabulary),
+        replace(ours, name="queries, keys, values in one product", objective=levers.OneProduct),
         replace(ours, name="contiguous: no padding, no mask", packing="contiguous"),
+        replace(ours, name="no mask, as if tails were filled", objective=levers.Unmasked),
+        replace(ours, name="compile " + ("off" if ours.torch_compile else "on"), torch_compile=not ours.torch_compile),
+        replace(ours, name="CUDA graphs", compile_mode="reduce-overhead"),
         replace(ours, name="AdamW not fused", fused=False),
         replace(ours, name="loader workers off", workers=0),
         replace(ours, name="gradient checkpointing", gradient_checkpointing=True),
     ]
+    for backend in ("EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "FLASH_ATTENTION"):
+        sides.append(replace(ours, name=f"mask, {backend}", backend=getattr(SDPBackend, backend)))
+        unmasked = replace(ours, objective=levers.Unmasked, backend=getattr(SDPBackend, backend))
+        sides.append(replace(unmasked, name=f"no mask, {backend}"))
+    if args.precision == "bf16":
+        sides.append(replace(ours, name="residual stream in bf16", objective=levers.ResidualInBf16))
+    if unknown := set(args.only or ()) - {side.name for side in sides}:
+        sys.exit(f"--only {', '.join(unknown)}: the ladder has {', '.join(side.name for side in sides)}")
+    return [side for side in sides if not args.only or side.name in args.only or side is ours]
 
 
 def peak_megabytes(args: argparse.Namespace, side: Side, folder: str) -> float:
@@ -269,26 +234,33 @@ def peak_megabytes(args: argparse.Namespace, side: Side, folder: str) -> float:
     return harness.peak_resident_megabytes() - before
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Of the command line, beside the parser's own options, what is trained on what; threads are set."""
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--corpora", nargs="+", required=True)
     parser.add_argument("--shape", default="base", choices=list(SHAPES))
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
     parser.add_argument("--micro_batch", type=int, default=4)
-    parser.add_argument("--stock_micro_batch", type=int, help="of the tuned stock loop; default: ours")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches in an update")
-    parser.add_argument("--updates", type=int, default=1, help="in a window")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--torch_compile", action="store_true")
-    parser.add_argument("--ladder", action="store_true")
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     args.tokenizer, *args.corpora = harness.resolve([args.tokenizer, *args.corpora])
     torch.set_num_threads(args.threads or torch.get_num_threads())
+    return args
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stock_micro_batch", type=int, help="of the tuned stock loop; default: ours")
+    parser.add_argument("--updates", type=int, default=1, help="in a window")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ladder", action="store_true")
+    parser.add_argument("--only", nargs="+", help="of the ladder: sides by name")
+    parser.add_argument("--output", type=Path)
+    args = parse(parser)
     report: dict[str, Any] = harness.header(args.corpora) | {
         "arguments": {
             name: value for name, value in vars(args).items() if name not in ("tokenizer", "corpora", "output")
@@ -299,15 +271,25 @@ def main() -> None:
         bench = Bench(args, folder)
         report["device"] = device_name(bench.accelerator.device)
         ceiling = matmul_flops(bench.accelerator.device, args.precision)
-        updates = {side.name: bench.start(side) for side in sides}
-        for update in updates.values():
-            update()  # warm-up, compilation included
-            update()
+        updates = {}
+        for side in sides:
+            update = bench.start(side)
+            try:
+                update()  # warm-up, compilation included
+                update()
+            except RuntimeError as error:
+                if side is sides[0]:
+                    raise
+                print(f"{side.name}: not here: {str(error).strip().splitlines()[0]}")
+            else:
+                updates[side.name] = update
+        sides = [side for side in sides if side.name in updates]
         rates: dict[str, list[float]] = {side.name: [] for side in sides}
-        for _ in range(args.rounds):
-            for name, update in updates.items():
-                spent = [update() for _ in range(args.updates)]
-                rates[name].append(sum(tokens for _, tokens in spent) / sum(seconds for seconds, _ in spent))
+        for number in range(args.rounds):
+            first = number % len(sides)  # nobody is always the first, or always after the slowest
+            for side in sides[first:] + sides[:first]:
+                spent = [updates[side.name]() for _ in range(args.updates)]
+                rates[side.name].append(sum(tokens for _, tokens in spent) / sum(seconds for seconds, _ in spent))
         del updates
         gc.collect()
         report["matmul_tflops"] = round(ceiling / 1e12, 3)
@@ -326,7 +308,8 @@ def main() -> None:
             }
     print_table(report)
     if args.output:
-        harness.keep(args.output, f"{args.shape}, {args.precision}" + (", ladder" if args.ladder else ""), report)
+        name = f"{args.shape}, {args.precision}" + (", ladder" if args.ladder else "")
+        harness.keep(args.output, ", ".join([name, *(args.only or [])]), report)
 
 
 def print_table(report: dict[str, Any]) -> None:
