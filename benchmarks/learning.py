@@ -100,6 +100,7 @@ def main() -> None:
         for precision in ("no", "bf16"):
             for name, objective, seed in SIDES[precision]:
                 accelerator = Accelerator(mixed_precision=precision)
+                device = device_name(accelerator.device)
                 curves[f"{precision}: {name}"] = curve(args, accelerator, folder, objective, seed)
                 harness.reset_accelerate()
 
@@ -108,7 +109,7 @@ def main() -> None:
         return {"largest": float(gap.max()), "mean": float(gap.mean())}
 
     report = harness.header(args.corpora) | {
-        "device": device_name(accelerator.device),
+        "device": device,
         "apart, in nats": {
             f"{precision}: ours and {other}": apart(f"{precision}: ours", f"{precision}: {other}")
             for precision, [_, *others] in SIDES.items()
