@@ -74,13 +74,9 @@ class Unmasked(MaskedLMObjective):
     """
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        self, attention_mask: torch.Tensor | None = None, **batch: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().forward(input_ids, labels, position_ids)
+        return super().forward(**batch)
 
 
 class ResidualInBf16(MaskedLMObjective):

@@ -1,11 +1,15 @@
 """What the ladder compares computes the same: a lever is judged by its time alone."""
 
+import math
+
+import ceilings
 import levers
 import pytest
 import torch
 from torch import nn
 from transformers import RobertaConfig, RobertaForMaskedLM
 
+from recipe.model import model_flops_per_token
 from recipe.objectives import MaskedLMObjective
 
 
@@ -76,3 +80,13 @@ def test_residual_stream_in_bf16_rounds_and_no_more(model: RobertaForMaskedLM):
     assert seen == [torch.bfloat16, torch.bfloat16]  # the last one runs at masked positions, not as a whole
     assert theirs != ours
     assert theirs == pytest.approx(ours, rel=2e-2)
+
+
+def test_ceilings_are_of_all_products_of_the_model():
+    config, batch, length = RobertaConfig(vocab_size=50_265), 4, 512
+    products = ceilings.products_of(config, batch, length)
+    flops = sum(6 * math.prod(product) * times for product, times in products.items())
+    masked = math.ceil(ceilings.MLM_PROBABILITY * length) / length
+    scores = 12 * length * config.hidden_size * (config.num_hidden_layers - 1 + masked)  # and what they weigh
+    expected = model_flops_per_token(config, length, masked)
+    assert flops / (batch * length) + scores == pytest.approx(expected, rel=1e-3)

@@ -553,7 +553,12 @@ def fuzz(cases: int, seed: int, targets: list[str]) -> int:
     with prepared() as run:
         for index in range(cases):
             target, number = targets[index % len(targets)], index // len(targets)
-            print(f"\r{target}:{number} ", end="", file=sys.stderr, flush=True)  # whoever crashes is the last one here
+            if sys.stderr.isatty():
+                print(
+                    f"\r{target}:{number} ", end="", file=sys.stderr, flush=True
+                )  # whoever crashes is the last one here
+            elif number % 500 == 0:
+                print(f"{target}:{number}", file=sys.stderr, flush=True)
             started = time.perf_counter()
             error = run(seed, target, number)
             outcomes[target]["seconds"] += time.perf_counter() - started
