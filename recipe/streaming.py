@@ -11,6 +11,7 @@
 Lanes do not know of processes or workers: a checkpoint of two processes goes on with one or four.
 """
 
+import atexit
 import contextlib
 import queue
 import threading
@@ -32,6 +33,7 @@ from recipe.sampling import LaneOrder
 from recipe.tokenizer import DocumentEncoder
 
 REFILL_CHARACTERS = 200_000  # read at once: some 90 blocks of 512
+LAST_ITEM_SECONDS = 10  # that the end of the process waits for an item which is being made
 EMPTY_PASSES = 20  # in a row, after which a lane gives up on a corpus
 DRAW = 5  # what a hash is for, as part of its key, beside those of recipe/sampling.py
 
@@ -456,7 +458,8 @@ class InterruptedWaitError(Exception):
 def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Iterator[Any]:
     """The same items, the next of which is made in a thread while one is in use.
 
-    The thread is not waited for when the process ends, or when no more is asked for: it may be waiting for a source.
+    When no more is asked for the thread is left to end by itself, since it may be waiting for a source. Before the
+    process ends it is waited for a little: Python stops threads wherever they are, which in torch aborts the process.
 
     Args:
         is_stopping: looked at every half second while there is no item yet.
@@ -470,14 +473,23 @@ def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Iterator
     def make() -> None:
         try:
             for item in items:
-                made.put((item, None))
+                if not closed.is_set():
+                    made.put((item, None))
                 if closed.is_set():
                     return
             made.put((None, StopIteration()))
         except Exception as error:  # of whatever kind, it is raised where the item is asked for
             made.put((None, error))
 
-    threading.Thread(target=make, daemon=True).start()
+    def close(seconds: float) -> None:
+        closed.set()
+        with contextlib.suppress(queue.Empty):
+            made.get_nowait()  # which the thread may be waiting to put another behind
+        thread.join(seconds)
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    atexit.register(close, LAST_ITEM_SECONDS)
     try:
         while True:
             try:
@@ -492,6 +504,4 @@ def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Iterator
                 raise error
             yield item
     finally:
-        closed.set()
-        with contextlib.suppress(queue.Empty):
-            made.get_nowait()  # which the thread may be waiting to put
+        close(0)

@@ -111,6 +111,8 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.over.set()
+        for thread in self.threads:  # a process that ends while one of them asks the store is aborted
+            thread.join(1)
 
 
 class Report(NamedTuple):

@@ -1,4 +1,6 @@
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,7 +16,7 @@ from recipe.corpora import LocalSource, SourceError
 from recipe.loader import Counts, StreamedData
 from recipe.sampling import LaneOrder
 from recipe.streaming import Feed, FeedState, InterruptedWaitError, from_tensors, one_ahead, to_arrays, to_tensors
-from tests.conftest import make_text, never, write_jsonl
+from tests.conftest import ROOT, make_text, never, write_jsonl
 
 
 @pytest.fixture
@@ -289,6 +291,32 @@ def test_one_ahead_keeps_order_and_errors():
     with pytest.raises(KeyError):
         next(ahead)
     assert list(one_ahead(iter(range(3)), never)) == [0, 1, 2]
+
+
+ENDS_WHILE_AN_ITEM_IS_MADE = """
+import time
+import torch
+from recipe.streaming import one_ahead
+
+def items():
+    while True:
+        started = time.monotonic()
+        while time.monotonic() - started < 1:
+            torch.ones(300, 300) @ torch.ones(300, 300)
+        yield 1
+
+print(next(one_ahead(items(), lambda: False)))
+time.sleep(0.2)
+"""
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_process_that_ends_while_an_item_is_made_is_not_aborted(closes: bool):
+    code = ENDS_WHILE_AN_ITEM_IS_MADE
+    if not closes:  # as when an error ends the process, which keeps the iterator
+        code = code.replace("print(next(one_ahead(items(), lambda: False)))", "a = one_ahead(items(), bool); next(a)")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
 
 
 def test_waiting_for_data_ends_when_the_process_is_to_stop():
