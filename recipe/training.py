@@ -1,7 +1,9 @@
 """The training loop, straight down: `train` calls `train_step` and `evaluate`."""
 
+import atexit
 import math
 import os
+import sys
 from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -23,7 +25,7 @@ from accelerate.utils import (
     gather_object,
 )
 from huggingface_hub.utils import disable_progress_bars
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers.utils.logging import disable_progress_bar
@@ -106,6 +108,7 @@ def start_accelerator(
         )
     except ValueError as error:  # of a precision that the device does not have
         raise UserError(f"{error} Give accelerate another --mixed_precision") from None
+    atexit.register(leave_process_group)
     disable_progress_bar()  # transformers', one for each file that it writes
     if not accelerator.is_main_process:
         disable_progress_bars()
@@ -158,6 +161,16 @@ def on_main(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
     if outcome[1]:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def leave_process_group() -> None:
+    """End the process group's own threads while there is an interpreter: one of gloo's that lets go of a tensor later
+    aborts the process, which torchrun takes for a failed run.
+
+    After an error that nobody foresaw nccl's is left alone: to take it down could wait for the other processes.
+    """
+    if distributed.is_initialized() and (distributed.get_backend() == "gloo" or not hasattr(sys, "last_value")):
+        distributed.destroy_process_group()
 
 
 def set_up_fsdp(accelerator: Accelerator) -> None:

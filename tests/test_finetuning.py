@@ -238,13 +238,13 @@ def test_what_is_no_model_and_what_does_not_match_is_refused(small_model: Path, 
 SHARED = """
 import json, sys
 import torch
-from accelerate import Accelerator
 from recipe.config import GlueArguments
 from recipe.finetuning import Finetuner, encode_splits, load_classifier, load_glue_tokenizer
 from recipe.glue_tasks import TASKS, load_task
+from recipe.training import start_accelerator
 
 folder, model, out = sys.argv[1:]
-accelerator = Accelerator()
+accelerator = start_accelerator()
 args = GlueArguments(output_dir=out, model_name_or_path=model, num_train_epochs=2, per_device_eval_batch_size=3)
 tokenizer = load_glue_tokenizer(model, 32)
 splits = encode_splits(load_task("mnli", folder)[0], TASKS["mnli"], tokenizer, 32)
