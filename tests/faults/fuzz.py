@@ -553,12 +553,10 @@ def fuzz(cases: int, seed: int, targets: list[str]) -> int:
     with prepared() as run:
         for index in range(cases):
             target, number = targets[index % len(targets)], index // len(targets)
-            if sys.stderr.isatty():
-                print(
-                    f"\r{target}:{number} ", end="", file=sys.stderr, flush=True
-                )  # whoever crashes is the last one here
-            elif number % 500 == 0:
-                print(f"{target}:{number}", file=sys.stderr, flush=True)
+            # Whoever crashes the process is the last one here, on a terminal; a log has every 500th, and the same seed
+            # crashes again.
+            if sys.stderr.isatty() or number % 500 == 0:
+                print(f"\r{target}:{number} ", end="", file=sys.stderr, flush=True)
             started = time.perf_counter()
             error = run(seed, target, number)
             outcomes[target]["seconds"] += time.perf_counter() - started
