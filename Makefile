@@ -21,8 +21,8 @@ test-long: .venv/installed
 	$(BIN)/python -m pytest -m long
 
 faults: .venv/installed
-	$(BIN)/python -m tests.faults.storm --kills 100 --seed 0
-	$(BIN)/python -m tests.faults.fuzz --cases 10000 --seed 0
+	$(BIN)/python -m testing.faults.storm --kills 100 --seed 0
+	$(BIN)/python -m testing.faults.fuzz --cases 10000 --seed 0
 
 lint: .venv/installed
 	$(BIN)/ruff check .

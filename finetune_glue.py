@@ -3,7 +3,7 @@
 accelerate launch finetune_glue.py --config recipe/configs/glue/base.yaml --model_name_or_path runs/roberta-base/model
 """
 
-import recipe.stopping  # noqa: F401  before all else: it notes the launcher and the time
+import recipe.run.stopping  # noqa: F401  before all else: it notes the launcher and the time
 
 # isort: split
 import json
@@ -16,17 +16,19 @@ import datasets
 import transformers
 from accelerate.utils import gather_object
 
-from recipe.checkpoint import check_identity
-from recipe.config import GlueArguments, check_output_dir, identity_of, parse_config, read_yaml, report_user_errors
-from recipe.environment import environment
-from recipe.finetuning import load_glue_tokenizer, model_checksum
-from recipe.glue import Grid, plan_jobs
-from recipe.glue_card import note_glue
-from recipe.glue_report import describe_data, describe_jobs, format_table, row_title, summarise, write_submission
-from recipe.glue_tasks import TASKS, check_tasks, load_task
-from recipe.plots import plot_glue
-from recipe.run_directory import RunDirectory, write_atomically
-from recipe.training import start_accelerator
+from recipe.arguments import GlueArguments, identity_of, parse_config
+from recipe.base.errors import report_user_errors
+from recipe.base.files import check_output_dir, read_yaml, write_atomically
+from recipe.finetune.finetuning import load_glue_tokenizer, model_checksum
+from recipe.finetune.grid import Grid, plan_jobs
+from recipe.finetune.report import describe_data, describe_jobs, format_table, row_title, summarise, write_submission
+from recipe.finetune.tasks.glue import TASKS, check_tasks, load_task
+from recipe.publish.glue_card import add_glue_to_card
+from recipe.run.checkpoint import check_identity
+from recipe.run.directory import RunDirectory
+from recipe.run.hardware import environment
+from recipe.run.launch import start_accelerator
+from recipe.run.plots import plot_glue
 
 
 def main() -> None:
@@ -79,7 +81,7 @@ def main() -> None:
     missing = write_submission(run.path / "predictions", run.path / "submission.zip")
     run.write_status("complete", len(jobs))
     print(f"\n{table}\nplot: {run.path / 'glue.png'}\ntable, summary and results: {run.path}")
-    for line in note_glue(run.path):
+    for line in add_glue_to_card(run.path):
         print(line)
     if (run.path / "submission.zip").exists():
         print(f"submission: {run.path / 'submission.zip'}" + (f", without {', '.join(missing)}" if missing else ""))

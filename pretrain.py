@@ -3,7 +3,7 @@
 accelerate launch pretrain.py --config recipe/configs/pretrain/roberta-base.yaml
 """
 
-import recipe.stopping  # noqa: F401  before all else: it notes the launcher and the time
+import recipe.run.stopping  # noqa: F401  before all else: it notes the launcher and the time
 
 # isort: split
 import os
@@ -12,21 +12,24 @@ from dataclasses import asdict
 import torch
 from accelerate.utils import gather_object
 
-from recipe import checkpoint as ckpt
-from recipe.card import build_card, write_card
-from recipe.config import PretrainArguments, identity_of, parse_config, report_user_errors
-from recipe.environment import environment
-from recipe.hub import Publisher, check_push, fetch_checkpoint
-from recipe.loader import CachedData, StreamedData
-from recipe.metrics import TrainState
-from recipe.model import build_config, build_model, count_parameters
-from recipe.objectives import OBJECTIVES, compile_in_place
-from recipe.optimizer import build_optimizer
+from recipe.arguments import PretrainArguments, identity_of, parse_config
+from recipe.base.errors import report_user_errors
+from recipe.data.cached import CachedData
+from recipe.data.streamed import StreamedData
+from recipe.data.tokenizer import load_tokenizer, tokenizer_checksum
+from recipe.modeling.model import build_config, build_model, count_parameters
+from recipe.modeling.objectives import OBJECTIVES, compile_in_place
+from recipe.modeling.optimizer import build_optimizer
 from recipe.plan import describe_plan, print_plan
-from recipe.run_directory import RunDirectory, checkpoint_path
-from recipe.tokenizer import load_tokenizer, tokenizer_checksum
-from recipe.trackers import tracking
-from recipe.training import on_main, prepare, start_accelerator, train
+from recipe.publish.card import build_card, write_card
+from recipe.publish.hub import Publisher, check_push, fetch_checkpoint
+from recipe.run import checkpoint as ckpt
+from recipe.run.directory import RunDirectory, checkpoint_path
+from recipe.run.hardware import environment
+from recipe.run.launch import on_main, start_accelerator
+from recipe.run.metrics import TrainState
+from recipe.run.trackers import tracking
+from recipe.training import prepare, train
 
 
 def main() -> None:
@@ -76,7 +79,7 @@ def main() -> None:
     run.write_config(asdict(args), environment(accelerator) | {"tokenizer_checksum": identity["tokenizer"]})
     run.cut_metrics(state.step)
     if accelerator.is_main_process:
-        ckpt.set_aside_later(run.checkpoints, state.step)
+        ckpt.archive_later_checkpoints(run.checkpoints, state.step)
     run.write_status("running", state.step)
     with run.noting_failure(lambda: state.step), tracking(accelerator, run.path, asdict(args)):
         is_complete = train(

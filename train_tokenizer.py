@@ -9,10 +9,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from recipe.config import TokenizerArguments, UserError, check_output_dir, parse_config, report_user_errors
-from recipe.corpora import check_corpus, corpus_bytes, sample_texts
-from recipe.progress import progress_bar
-from recipe.tokenizer import (
+from recipe.arguments import TokenizerArguments, parse_config
+from recipe.base.errors import UserError, report_user_errors
+from recipe.base.files import check_output_dir
+from recipe.base.progress import progress_bar
+from recipe.data.corpora import check_corpus, corpus_bytes, sample_texts
+from recipe.data.tokenizer import (
     check_common_words,
     check_saved_tokenizer,
     save_tokenizer,

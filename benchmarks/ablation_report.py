@@ -9,9 +9,9 @@ from typing import Any
 from ablation_tables import PERPLEXITY, Finding, Table
 from matplotlib.figure import Figure
 
-from recipe.card import count_weights
-from recipe.glue_tasks import TASKS
-from recipe.metrics import format_count, format_duration
+from recipe.base.formatting import format_count, format_duration
+from recipe.finetune.tasks.glue import TASKS
+from recipe.publish.card import count_weights
 
 LOSS = "held-out loss"
 # What decides which tokens are predicted from what, beside the corpora.

@@ -29,21 +29,11 @@ import yaml
 from ablation_report import Comparison, measure_run
 from ablation_tables import TABLES, Table
 
-from recipe.config import (
-    CorpusArguments,
-    GlueArguments,
-    PretrainArguments,
-    TokenizerArguments,
-    UserError,
-    did_you_mean,
-    parse_config,
-    report_user_errors,
-    require,
-    to_yaml,
-)
-from recipe.corpora import sample_texts
-from recipe.metrics import device_name
-from recipe.run_directory import write_atomically
+from recipe.arguments import CorpusArguments, GlueArguments, PretrainArguments, TokenizerArguments, parse_config
+from recipe.base.errors import UserError, did_you_mean, report_user_errors, require
+from recipe.base.files import to_yaml, write_atomically
+from recipe.data.corpora import sample_texts
+from recipe.run.hardware import device_name
 
 ROOT = Path(__file__).parent.parent
 ROWS = ROOT / "recipe/configs/pretrain/ablations"

@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from transformers import RobertaConfig
 
-from recipe.metrics import device_name, matmul_flops
-from recipe.model import ROBERTA_DEFAULTS
+from recipe.modeling.model import ROBERTA_DEFAULTS
+from recipe.run.hardware import device_name, matmul_flops
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH")

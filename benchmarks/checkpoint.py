@@ -15,10 +15,10 @@ import torch
 from harness import header, in_child, peak_resident_megabytes, resident_megabytes, to_json
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from recipe.checkpoint import BYTES_PER_PARAMETER, CheckpointWriter, save_checkpoint
-from recipe.model import ROBERTA_DEFAULTS, count_parameters
-from recipe.objectives import MaskedLMObjective
-from recipe.optimizer import build_optimizer
+from recipe.modeling.model import ROBERTA_DEFAULTS, count_parameters
+from recipe.modeling.objectives import MaskedLMObjective
+from recipe.modeling.optimizer import build_optimizer
+from recipe.run.checkpoint import BYTES_PER_PARAMETER, CheckpointWriter, save_checkpoint
 
 SIZES = {
     "base": {},

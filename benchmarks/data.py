@@ -28,7 +28,6 @@ import os
 import random
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -43,17 +42,15 @@ from harness import in_child, resident_megabytes
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling
 
-from recipe.config import CorpusArguments, PretrainArguments
-from recipe.corpora import Part, open_source, read_lines
-from recipe.loader import CachedData, StreamedData
-from recipe.sampling import BlockOrder
-from recipe.tokenizer import load_tokenizer
+from recipe.arguments import CorpusArguments, PretrainArguments
+from recipe.data.cached import CachedData
+from recipe.data.corpora import Part, open_source, read_lines
+from recipe.data.sampling import BlockOrder
+from recipe.data.streamed import StreamedData
+from recipe.data.tokenizer import load_tokenizer
+from testing.faults.storm import family, kill, start
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from tests.faults.storm import family, kill, start  # noqa: E402
-
 LENGTH = 512
 
 

@@ -17,8 +17,8 @@ import torch
 from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from recipe.config import GlueArguments
-from recipe.finetuning import (
+from recipe.arguments import GlueArguments
+from recipe.finetune.finetuning import (
     EncodedSplit,
     Finetuner,
     encode_splits,
@@ -26,9 +26,9 @@ from recipe.finetuning import (
     load_classifier,
     load_glue_tokenizer,
 )
-from recipe.glue_tasks import TASKS, load_task
-from recipe.metrics import device_name
-from recipe.optimizer import build_optimizer
+from recipe.finetune.tasks.glue import TASKS, load_task
+from recipe.modeling.optimizer import build_optimizer
+from recipe.run.hardware import device_name
 
 PADDED_LENGTH = 128
 

@@ -5,7 +5,7 @@ python benchmarks/hub_push.py --tokenizer_name runs/demo-tokenizer --output benc
 Both sides train recipe/configs/pretrain/tiny.yaml for `--max_steps` updates at the same time, each on half of the
 cores, which they exchange from round to round; what pushes shares the cores of the side that it pushes for. Compared
 are the losses, which must be equal, and the updates/s over all of the training. `neither` pushes on no side: what is
-left of the machine's noise. The hub is tests/hub_server.py, on the same machine.
+left of the machine's noise. The hub is testing/hub_server.py, on the same machine.
 """
 
 import argparse
@@ -22,10 +22,9 @@ from pathlib import Path
 
 import harness
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from testing.hub_server import Fault, HubServer, serve
 
-from tests.hub_server import Fault, HubServer, serve  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 FAULTS = {
     "neither": [],

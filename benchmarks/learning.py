@@ -18,14 +18,14 @@ from levers import ResidualInBf16
 from matplotlib.figure import Figure
 from torch import nn
 
-from recipe.config import CorpusArguments, PretrainArguments
-from recipe.loader import CachedData
-from recipe.metrics import device_name
-from recipe.model import build_config, build_model
-from recipe.objectives import MaskedLMObjective
-from recipe.optimizer import build_optimizer
-from recipe.stopping import StopRequest
-from recipe.tokenizer import load_tokenizer
+from recipe.arguments import CorpusArguments, PretrainArguments
+from recipe.data.cached import CachedData
+from recipe.data.tokenizer import load_tokenizer
+from recipe.modeling.model import build_config, build_model
+from recipe.modeling.objectives import MaskedLMObjective
+from recipe.modeling.optimizer import build_optimizer
+from recipe.run.hardware import device_name
+from recipe.run.stopping import StopRequest
 from recipe.training import train_step
 
 MODEL = {

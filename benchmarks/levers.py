@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from recipe.objectives import MaskedLMObjective
+from recipe.modeling.objectives import MaskedLMObjective
 
 
 class HeadEverywhere(nn.Module):
@@ -96,7 +96,7 @@ class OneProduct(MaskedLMObjective):
 
     def __init__(self, model: nn.Module, masked_share: float, gradient_checkpointing: bool = False) -> None:
         super().__init__(model, masked_share, gradient_checkpointing)
-        for layer in self.parts.layers()[:-1]:
+        for layer in self.adapter.layers()[:-1]:
             layer.attention.self.forward = partial(attend_by_one_product, layer.attention.self)
 
 

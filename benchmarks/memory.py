@@ -10,9 +10,9 @@ from pathlib import Path
 import harness
 from transformers import RobertaConfig
 
-from recipe.memory import compute_memory
-from recipe.model import ROBERTA_DEFAULTS, build_model
-from recipe.objectives import MaskedLMObjective
+from recipe.modeling.memory import compute_memory
+from recipe.modeling.model import ROBERTA_DEFAULTS, build_model
+from recipe.modeling.objectives import MaskedLMObjective
 
 SHAPES = {
     "base": {},

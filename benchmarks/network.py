@@ -23,11 +23,12 @@ from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from transformers import RobertaConfig, RobertaForMaskedLM
 
-from recipe.model import ROBERTA_DEFAULTS, count_parameters
-from recipe.objectives import MaskedLMObjective
-from recipe.optimizer import build_optimizer
-from recipe.stopping import StopRequest
-from recipe.training import prepare, set_up_fsdp, start_accelerator, train_step
+from recipe.modeling.model import ROBERTA_DEFAULTS, count_parameters
+from recipe.modeling.objectives import MaskedLMObjective
+from recipe.modeling.optimizer import build_optimizer
+from recipe.run.launch import set_up_fsdp, start_accelerator
+from recipe.run.stopping import StopRequest
+from recipe.training import prepare, train_step
 
 SIZES = {"num_hidden_layers": 6, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
 ENGINES = ("ddp", "ddp, bf16 gradients", "fsdp2", "fsdp2, bf16")

@@ -14,7 +14,7 @@ import harness
 from throughput import Bench, Side, parse
 from torch.profiler import ProfilerActivity, profile
 
-from recipe.metrics import device_name
+from recipe.run.hardware import device_name
 
 
 def main() -> None:

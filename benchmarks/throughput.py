@@ -41,14 +41,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
-from recipe.config import CorpusArguments, PretrainArguments
-from recipe.loader import CachedData
-from recipe.metrics import device_name, matmul_flops
-from recipe.model import build_config, build_model, model_flops_per_token
-from recipe.objectives import MaskedLMObjective, compile_in_place
-from recipe.optimizer import build_optimizer
-from recipe.stopping import StopRequest
-from recipe.tokenizer import load_tokenizer
+from recipe.arguments import CorpusArguments, PretrainArguments
+from recipe.data.cached import CachedData
+from recipe.data.tokenizer import load_tokenizer
+from recipe.modeling.model import build_config, build_model, model_flops_per_token
+from recipe.modeling.objectives import MaskedLMObjective, compile_in_place
+from recipe.modeling.optimizer import build_optimizer
+from recipe.run.hardware import device_name, matmul_flops
+from recipe.run.stopping import StopRequest
 from recipe.training import train_step
 
 SHAPES = {

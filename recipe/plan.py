@@ -22,17 +22,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from recipe.checkpoint import check_space, open_checkpoint
-from recipe.config import CorpusArguments, PretrainArguments, UserError, did_you_mean, existing, identity_of
-from recipe.corpora import check_corpus, corpus_bytes, open_source
-from recipe.hub import SCHEME, check_push, fetch_checkpoint
-from recipe.loader import CachedData, Data, StreamedData
-from recipe.memory import PRECISIONS, USABLE, compute_memory
-from recipe.metrics import device_name, format_bytes, format_count, format_duration, matmul_flops
-from recipe.model import build_config, build_model, count_parameters, model_flops_per_token
-from recipe.objectives import OBJECTIVES, why_nothing_compiles
-from recipe.run_directory import RunDirectory
-from recipe.tokenizer import load_tokenizer, tokenizer_checksum
+from recipe.arguments import CorpusArguments, PretrainArguments, identity_of
+from recipe.base.errors import UserError, did_you_mean
+from recipe.base.files import nearest_existing_parent
+from recipe.base.formatting import format_bytes, format_count, format_duration
+from recipe.data.batches import Data
+from recipe.data.cached import CachedData
+from recipe.data.corpora import check_corpus, corpus_bytes, open_source
+from recipe.data.streamed import StreamedData
+from recipe.data.tokenizer import load_tokenizer, tokenizer_checksum
+from recipe.modeling.memory import PRECISIONS, USABLE, compute_memory
+from recipe.modeling.model import build_config, build_model, count_parameters, model_flops_per_token
+from recipe.modeling.objectives import OBJECTIVES, why_nothing_compiles
+from recipe.publish.hub import SCHEME, check_push, fetch_checkpoint
+from recipe.run.checkpoint import check_space, open_checkpoint
+from recipe.run.directory import RunDirectory
+from recipe.run.hardware import device_name, matmul_flops
 
 # Memory in GB and dense bf16 TFLOP/s of the data sheets.
 GPUS = {
@@ -45,10 +50,14 @@ GPUS = {
     "h200": (141, 989),
     "b200": (180, 2250),
 }
-REACHED = 790 / 989  # of the data sheet's, by a large matrix product: measured on an H200, assumed of the others
+DATASHEET_FRACTION = (
+    790 / 989
+)  # of the data sheet's, by a large matrix product: measured on an H200, assumed of the others
 ASSUMED_MFU = 0.4
 ASSUMED_FROM = "assumed: published BERT pretraining reaches 20 to 60 %"
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "throughput.json"
+MEASURED = Path(__file__).with_name(
+    "measured_mfu.json"
+)  # of `benchmarks/throughput.py`, a row for each device and size
 HEAD_BYTES = 300_000  # of a corpus's text, that its tokens are estimated from
 BYTES_PER_TOKEN = 4.4  # of English, by RoBERTa's vocabulary; for a plan made before there is one
 STORE_OVERHEAD = 0.7  # bytes of a token store for each token, beside its id: sentence ends and tables of blocks
@@ -82,7 +91,7 @@ def find_hardware(args: PretrainArguments, accelerator: Accelerator) -> Hardware
         if kind not in GPUS:
             raise UserError(f"`gpu` is {args.gpu}; known are {', '.join(GPUS)}{did_you_mean(kind, GPUS)}")
         gigabytes, teraflops = GPUS[kind]
-        return Hardware(kind.upper(), count, gigabytes * 1e9, teraflops * 1e12 * REACHED, "bf16", True)
+        return Hardware(kind.upper(), count, gigabytes * 1e9, teraflops * 1e12 * DATASHEET_FRACTION, "bf16", True)
     is_gpu = device.type == "cuda"
     for name in ("num_gpus", "price_per_gpu_hour"):
         if getattr(args, name) is not None and not is_gpu:
@@ -102,18 +111,15 @@ def find_mfu(hardware: Hardware, flops_per_token: float) -> tuple[float, str]:
     nearest in size, or an assumption.
     """
     words = set(re.findall(r"\w+", hardware.name.upper()))
-    reports = json.loads(RESULTS.read_text()).values() if RESULTS.exists() else []
     fitting = [
-        report
-        for report in reports
-        if words <= set(re.findall(r"\w+", report["device"].upper()))
-        and report["arguments"]["precision"] == hardware.precision
+        row
+        for row in json.loads(MEASURED.read_text())
+        if words <= set(re.findall(r"\w+", row["device"].upper())) and row["precision"] == hardware.precision
     ]
     if not fitting:
         return ASSUMED_MFU, ASSUMED_FROM
-    nearest = min(fitting, key=lambda report: abs(math.log(report["model_mflops_per_token"] * 1e6 / flops_per_token)))
-    size = f"{nearest['model_mflops_per_token']:.4g} MFLOPs a token"
-    return nearest["sides"]["ours"]["mfu"], f"measured on {nearest['device']} at {size}"
+    nearest = min(fitting, key=lambda row: abs(math.log(row["mflops_per_token"] * 1e6 / flops_per_token)))
+    return nearest["mfu"], f"measured on {nearest['device']} at {nearest['mflops_per_token']:.4g} MFLOPs a token"
 
 
 class Preconditions:
@@ -270,7 +276,7 @@ def check_stores(data: CachedData, tokens: dict[str, float]) -> str:
     if not missing:
         return "all token stores are there"
     root = missing[0].path.parent
-    free = shutil.disk_usage(existing(root)).free
+    free = shutil.disk_usage(nearest_existing_parent(root)).free
     token_bytes = data.encoder.dtype.itemsize + STORE_OVERHEAD
     known = [tokens[store.corpus.name] for store in missing if not math.isnan(tokens[store.corpus.name])]
     sizes = f"{format_bytes(sum(known) * token_bytes)}{'' if len(known) == len(missing) else ' and more'}"

@@ -1,14 +1,9 @@
 """Shared fixtures: a small corpus, a small tokenizer, and a run of pretrain.py."""
 
-import os
-import tempfile
+# First: it sets the environment that the libraries read.
+from testing.helpers import SMALL_MODEL, command_line, make_text, reset_accelerate, write_jsonl
 
-# Before `datasets` is imported: a cache of our own, and no waiting for a hub that is not there.
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="recipe-test-")
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch: several threads only slow such small models down
-
+# isort: split
 import importlib
 import json
 import random
@@ -19,35 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from transformers import PreTrainedTokenizerFast
 
-from recipe.model import build_config, build_model
-from recipe.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe, train_unigram, train_wordpiece
-
-ROOT = Path(__file__).parent.parent
-SAMPLE = ROOT / "sample_data"
-
-
-def make_text(rng: random.Random, sentences: int) -> str:
-    words = "the of a to and in that was he it his is with as had for she not at but be on they".split()  # noqa: SIM905
-    names = [f"{a}{b}" for a in ("bel", "mor", "tan", "ri") for b in ("da", "ko", "lin", "su", "ve")]
-    out = []
-    for _ in range(sentences):
-        sentence = " ".join(rng.choice(words + names) for _ in range(rng.randint(3, 14)))
-        out.append(sentence.capitalize() + rng.choice(".?!"))
-    return " ".join(out)
-
-
-def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+from recipe.data.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe, train_unigram, train_wordpiece
+from recipe.modeling.model import build_config, build_model
 
 
 @pytest.fixture(autouse=True)
 def no_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """A source that fails in a test is not tried again for minutes."""
-    monkeypatch.setattr("recipe.corpora.RETRY_SECONDS", ())
+    monkeypatch.setattr("recipe.data.corpora.RETRY_SECONDS", ())
 
 
 @pytest.fixture(scope="session")
@@ -84,9 +60,6 @@ def tokenizer_dirs(texts: list[str], tokenizer_dir: Path, tmp_path_factory: pyte
     unigram = train_unigram([texts], 200, do_lower_case=False, max_document_characters=10_000)
     save_tokenizer(unigram, folders["albert"], False, model_max_length=64)
     return folders
-
-
-SMALL_MODEL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 @pytest.fixture
@@ -133,15 +106,6 @@ def echo_flags(flags: dict[str, object], tmp_path: Path) -> dict[str, object]:
     }
 
 
-def command_line(flags: dict[str, object]) -> list[str]:
-    return [f"--{name}={value}" for name, value in flags.items()]
-
-
-def reset_accelerate() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def run_in_process(monkeypatch: pytest.MonkeyPatch, script: str) -> Iterator[Callable[[dict[str, object]], None]]:
     """A function that runs a script's `main` in this process, on the CPU, as its command line would."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -172,37 +136,6 @@ def accelerator(monkeypatch: pytest.MonkeyPatch):
     reset_accelerate()
     yield Accelerator()
     reset_accelerate()
-
-
-class Evil:
-    """Whoever unpickles one runs code, which leaves a file."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> tuple[Callable, tuple[str, str]]:
-        return open, (str(self.file), "w")
-
-
-def never() -> bool:
-    """Nobody asks the process to stop."""
-    return False
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def learning(path: Path) -> list[dict]:
-    """metrics.jsonl without what the machine decides."""
-    timed = {"tokens_per_second", "mfu", "peak_memory", "data_wait_share", "seconds_per_update"}
-    return [{name: value for name, value in line.items() if name not in timed} for line in read_lines(path)]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(run / "model" / "model.safetensors")
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ import yaml
 from ablation_report import LOSS, Comparison, share_held_out_text
 from ablation_tables import TABLES, Finding, Table
 
-from recipe.config import UserError
-from tests.conftest import ROOT, SAMPLE, read_lines
+from recipe.base.errors import UserError
+from testing.helpers import ROOT, SAMPLE, read_lines
 
 ROWS = ablations.read_rows()
 # What a row is called and how its work is cut into micro-batches is no part of the experiment.

@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from tests.conftest import ROOT, command_line
+from testing.helpers import ROOT, command_line
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 PROCESSES = {"cpu": 1, "single_gpu": 1, "multi_gpu": 8, "multi_node": 16, "fsdp2": 8}

@@ -1,8 +1,8 @@
-"""A short form of `python -m tests.faults.fuzz`; what the long one found is in the test files of the modules."""
+"""A short form of `python -m testing.faults.fuzz`; what the long one found is in the test files of the modules."""
 
 import random
 
-from tests.faults.fuzz import TARGETS, fuzz, mutate, mutate_bytes
+from testing.faults.fuzz import TARGETS, fuzz, mutate, mutate_bytes
 
 
 def test_damage_ends_in_success_or_an_error_of_ours(capsys):

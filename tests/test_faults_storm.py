@@ -1,6 +1,6 @@
 import pytest
 
-from tests.faults.storm import brewing
+from testing.faults.storm import brewing
 
 
 @pytest.mark.long

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT, command_line, learning, read_lines, weights
+from testing.helpers import ROOT, command_line, learning, read_lines, weights
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 import recipe.plan
-from recipe.config import PretrainArguments, UserError, parse_config
-from recipe.model import build_config, model_flops_per_token
+from recipe.arguments import PretrainArguments, parse_config
+from recipe.base.errors import UserError
+from recipe.modeling.model import build_config, model_flops_per_token
 from recipe.plan import ASSUMED_FROM, GPUS, Hardware, describe_time, find_hardware, find_mfu
-from tests.conftest import ROOT, SAMPLE, write_jsonl
+from testing.helpers import ROOT, SAMPLE, write_jsonl
 
 PLAN = {"dry_run": "true"}
 H200 = {"num_gpus": 2, "gpu": "h200"}
@@ -159,8 +160,17 @@ def test_plan_for_what_is_not_there_is_refused(plan, changes, expected):
 
 
 def report(device: str, precision: str, mflops: float, mfu: float) -> dict:
-    arguments = {"precision": precision}
-    return {"device": device, "arguments": arguments, "model_mflops_per_token": mflops, "sides": {"ours": {"mfu": mfu}}}
+    return {"device": device, "precision": precision, "mflops_per_token": mflops, "mfu": mfu}
+
+
+def test_measured_mfus_are_the_benchmarks():
+    reports = json.loads((ROOT / "benchmarks/results/throughput.json").read_text()).values()
+    assert json.loads(recipe.plan.MEASURED.read_text()) == [
+        report(
+            each["device"], each["arguments"]["precision"], each["model_mflops_per_token"], each["sides"]["ours"]["mfu"]
+        )
+        for each in reports
+    ]
 
 
 def test_mfu_is_that_measured_on_such_a_device_at_the_nearest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -171,9 +181,9 @@ def test_mfu_is_that_measured_on_such_a_device_at_the_nearest_size(tmp_path: Pat
         report("NVIDIA A100-SXM4-80GB", "bf16", 567, 0.3),
         report("CPU, 2 cores, AVX512", "bf16", 567, 0.2),
     ]
-    path = tmp_path / "throughput.json"
-    path.write_text(json.dumps({str(number): each for number, each in enumerate(reports)}))
-    monkeypatch.setattr(recipe.plan, "RESULTS", path)
+    path = tmp_path / "measured_mfu.json"
+    path.write_text(json.dumps(reports))
+    monkeypatch.setattr(recipe.plan, "MEASURED", path)
 
     def mfu(name: str, precision: str = "bf16", mflops: float = 600.0) -> tuple[float, str]:
         return find_mfu(Hardware(name, 1, 0, 0, precision, True), mflops * 1e6)

@@ -14,8 +14,8 @@ import torch
 import yaml
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
-from recipe.config import UserError
-from tests.conftest import ROOT, SAMPLE, SMALL_MODEL, command_line, learning, read_lines, weights, write_jsonl
+from recipe.base.errors import UserError
+from testing.helpers import ROOT, SAMPLE, SMALL_MODEL, command_line, learning, read_lines, weights, write_jsonl
 
 STREAMED = {"streaming": "true", "num_lanes": 4, "shuffle_buffer_size": 64}
 
@@ -203,9 +203,9 @@ import pretrain
 import recipe.corpora
 import recipe.streaming
 
-recipe.corpora.RETRY_SECONDS = (600,)
-recipe.streaming.REFILL_CHARACTERS = 2000
-records = recipe.corpora.LocalSource.records
+recipe.data.corpora.RETRY_SECONDS = (600,)
+recipe.data.streaming.REFILL_CHARACTERS = 2000
+records = recipe.data.corpora.LocalSource.records
 count = 0
 
 def failing(self, shard, first, part):
@@ -216,7 +216,7 @@ def failing(self, shard, first, part):
             raise ConnectionError("the line is down")
         yield index, text
 
-recipe.corpora.LocalSource.records = failing
+recipe.data.corpora.LocalSource.records = failing
 pretrain.main()
 """
 
@@ -295,9 +295,9 @@ import recipe.corpora
 import recipe.streaming
 from recipe.config import report_user_errors
 
-recipe.corpora.RETRY_SECONDS = ()
-recipe.streaming.REFILL_CHARACTERS = 2000
-records = recipe.corpora.LocalSource.records
+recipe.data.corpora.RETRY_SECONDS = ()
+recipe.data.streaming.REFILL_CHARACTERS = 2000
+records = recipe.data.corpora.LocalSource.records
 count = 0
 
 def failing(self, shard, first, part):
@@ -308,7 +308,7 @@ def failing(self, shard, first, part):
             raise ConnectionError("the line is down")
         yield index, text
 
-recipe.corpora.LocalSource.records = failing
+recipe.data.corpora.LocalSource.records = failing
 with report_user_errors():
     pretrain.main()
 """

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from recipe.config import GlueArguments, PretrainArguments, TokenizerArguments, parse_config
-from tests.conftest import ROOT
+from recipe.arguments import GlueArguments, PretrainArguments, TokenizerArguments, parse_config
+from testing.helpers import ROOT
 
 
 def readme_commands() -> list[str]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from tests.conftest import ROOT, SMALL_MODEL, command_line, learning, weights
+from testing.helpers import ROOT, SMALL_MODEL, command_line, learning, weights
 from tests.test_systems import SIZES, SYSTEMS
 
 TWO_PROCESSES = ["--multi_gpu", "--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no"]

@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipe.config import CorpusArguments, UserError, check_repo_id
-from recipe.finetuning import load_classifier
-from recipe.glue_tasks import TASKS, check_tasks
-from recipe.hygiene import Decontaminator
-from recipe.model import build_config, build_model
-from recipe.token_store import TokenStore
-from recipe.tokenizer import DocumentEncoder
-from tests.conftest import ROOT, SMALL_MODEL, Evil, write_jsonl
-from tests.hub_server import Repo, serve
-from tests.test_hub import IMPORT, REPO, Client
+from recipe.arguments import CorpusArguments
+from recipe.arguments.checks import check_repo_id
+from recipe.base.errors import UserError
+from recipe.data.hygiene import Decontaminator
+from recipe.data.token_store import TokenStore
+from recipe.data.tokenizer import DocumentEncoder
+from recipe.finetune.finetuning import load_classifier
+from recipe.finetune.tasks.glue import TASKS, check_tasks
+from recipe.modeling.model import build_config, build_model
+from testing.helpers import ROOT, SMALL_MODEL, Evil, write_jsonl
+from testing.hub_server import Repo, serve
+from tests.publish.test_hub import IMPORT, REPO, Client
 
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "recipe").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
 # Each runs what it is given, or what the file that it is given says.

@@ -19,9 +19,9 @@ from transformers import (
     pipeline,
 )
 
-from recipe.config import UserError
-from tests.conftest import ROOT, SMALL_MODEL, command_line, read_lines, write_jsonl
-from tests.glue_data import write_rte
+from recipe.base.errors import UserError
+from testing.glue_data import write_rte
+from testing.helpers import ROOT, SMALL_MODEL, command_line, read_lines, write_jsonl
 from tests.test_pretrain import assert_same_run
 
 ROBERTA = {"model_type": "roberta", "objective": "next_sentence", "packing": "segment_pair"}

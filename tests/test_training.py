@@ -10,16 +10,17 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from transformers import BertConfig, BertForPreTraining, RobertaConfig, RobertaForMaskedLM
 
-from recipe.config import UserError
-from recipe.masking import DynamicMaskingCollator
-from recipe.memory import largest_micro_batch
-from recipe.model import ROBERTA_DEFAULTS
-from recipe.objectives import MaskedLMObjective, NextSentenceObjective
-from recipe.optimizer import build_optimizer
-from recipe.stopping import StopRequest
-from recipe.training import Update, seed_dropout, start_accelerator, train_step
-from tests.conftest import ROOT, SMALL_MODEL, reset_accelerate
-from tests.test_masking import make_examples
+from recipe.base.errors import UserError
+from recipe.data.masking import DynamicMaskingCollator
+from recipe.modeling.memory import largest_micro_batch
+from recipe.modeling.model import ROBERTA_DEFAULTS
+from recipe.modeling.objectives import MaskedLMObjective, NextSentenceObjective
+from recipe.modeling.optimizer import build_optimizer
+from recipe.run.launch import start_accelerator
+from recipe.run.stopping import StopRequest
+from recipe.training import Update, seed_dropout, train_step
+from testing.helpers import ROOT, SMALL_MODEL, reset_accelerate
+from tests.data.test_masking import make_examples
 
 LENGTH = 32
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import recipe.training
-from recipe.config import UserError
-from recipe.metrics import TrainState
-from tests.conftest import ROOT, SMALL_MODEL, command_line, learning, read_lines
+from recipe.base.errors import UserError
+from recipe.run.metrics import TrainState
+from testing.helpers import ROOT, SMALL_MODEL, command_line, learning, read_lines
 from tests.test_pretrain import STREAMED, assert_same_run
 
 ONE_RANK_SPOILS = """
@@ -62,13 +62,13 @@ def test_all_ranks_skip_an_update_that_one_has_no_number_for(flags, tmp_path: Pa
 
 def test_spike_is_told_by_the_median_before_it():
     state = TrainState()
-    assert [state.find_spike(loss, 1.5) for loss in [9.0] * 3 + [2.0] * 16 + [4.0]] == [None] * 20  # too few before it
-    assert state.find_spike(3.0, 1.5) is None
-    assert state.find_spike(3.2, 1.5) == pytest.approx(1.6)
+    assert [state.record_loss(loss, 1.5) for loss in [9.0] * 3 + [2.0] * 16 + [4.0]] == [None] * 20  # too few before it
+    assert state.record_loss(3.0, 1.5) is None
+    assert state.record_loss(3.2, 1.5) == pytest.approx(1.6)
     assert state.loss_spikes == 1
     for _ in range(100):
-        state.find_spike(3.2, 1.5)
-    assert state.find_spike(3.2, 1.5) is None  # no spike any more
+        state.record_loss(3.2, 1.5)
+    assert state.record_loss(3.2, 1.5) is None  # no spike any more
     assert len(state.recent_losses) == 100
 
 

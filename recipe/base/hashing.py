@@ -1,0 +1,41 @@
+"""Random choices as a function of what they are for: a hash of integers in place of a generator with a state.
+
+Whoever needs the choice number `n` of something computes it from `n`, in any process and in any order, and computes
+the same again after a restart. The mixing function is splitmix64's (Steele, Lea and Flood, 2014).
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+STEP = np.uint64(0x9E3779B97F4A7C15)
+FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+
+
+def hash64(*keys: np.ndarray | int) -> np.ndarray:
+    """A uniform 64-bit hash of the keys, in their order.
+
+    Args:
+        keys: integers or integer arrays whose shapes broadcast; negative ones wrap.
+
+    Returns:
+        uint64 array of the broadcast shape.
+    """
+    state = np.zeros((), np.uint64)
+    with np.errstate(over="ignore"):
+        for key in keys:
+            state = (state ^ np.asarray(key).astype(np.uint64)) + STEP
+            state = (state ^ (state >> np.uint64(30))) * FACTORS[0]
+            state = (state ^ (state >> np.uint64(27))) * FACTORS[1]
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def uniform(hashed: np.ndarray) -> np.ndarray:
+    """float64 in [0, 1) from the upper 53 bits of a hash."""
+    return (hashed >> np.uint64(11)) * 2.0**-53
+
+
+def digest(*values: Any) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()

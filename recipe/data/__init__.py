@@ -1,0 +1,7 @@
+"""From text to the micro-batches of an update.
+
+The way of the data: `corpora` (documents) -> `hygiene` (what is left out) -> `tokenizer` (ids and sentence ends) ->
+`packing` (blocks) -> `sampling` (which block comes when) -> `masking` (batches). `token_store`, `packed_corpus` and
+`cached` are the cached mode, `streaming` and `streamed` the streaming mode; `batches` is what training sees of both.
+Imports `recipe.base` and `recipe.arguments`.
+"""

@@ -1,0 +1,120 @@
+"""Encode runs of documents, several at a time, in threads of this process or in worker processes."""
+
+import os
+import signal
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+
+from recipe.base.errors import UserError
+from recipe.base.workers import start_worker
+from recipe.data.hygiene import Decontaminator, DocumentFilter, text_checksum
+from recipe.data.tokenizer import DocumentEncoder
+
+RUN_CHARACTERS, RUN_RECORDS = 500_000, 1000  # that a worker encodes and sends together; either is enough
+
+
+# Of a run of records what was counted, and of each document its ids, sentence ends and the checksum of its text.
+Encoded = tuple[Counter[str], list[tuple[np.ndarray, np.ndarray, int]]]
+
+
+Record = str | UserError
+
+
+@dataclass(frozen=True)
+class RunEncoder:
+    """Filters and encodes a run of records; sent to each worker process once."""
+
+    name: str  # of the corpus
+    encoder: DocumentEncoder
+    decontaminator: Decontaminator
+    max_unreadable: int
+
+    def __call__(self, records: list[Record]) -> Encoded:
+        documents = DocumentFilter(self.name, self.max_unreadable, self.decontaminator)
+        texts = [text for text in records if documents.accepts(text)]
+        rows = [(ids, ends, text_checksum(text)) for text, (ids, ends) in zip(texts, self.encoder(texts), strict=True)]
+        rows = [row for row in rows if len(row[0])]
+        # A normalizer may leave nothing of a text.
+        documents.counts["empty"] += len(texts) - len(rows)
+        documents.counts["documents"] = len(rows)
+        return documents.counts, rows
+
+
+class Encoders:
+    """Runs of records to tokens, several at a time, in their order.
+
+    Whoever is free takes the next run: documents are of very different lengths, and there may be few in a shard.
+
+    Args:
+        encode_run: what is done.
+        num_workers: processes to do it with; None: two threads of this one, so that while the tokenizer's own threads
+            work on one run the sentences of another are found.
+    """
+
+    def __init__(self, encode_run: RunEncoder, num_workers: int | None) -> None:
+        self.ahead = 2 * (num_workers or 1)
+        if num_workers is None:
+            self.encode, self.pool = encode_run, ThreadPoolExecutor(2)
+        else:
+            self.encode = encode_in_worker
+            self.pool = ProcessPoolExecutor(num_workers, initializer=start_encoder, initargs=(encode_run,))
+            self.pool.submit(os.getpid).result()  # has them forked now, before there are threads
+
+    def run(self, times: int, function: Callable[[int], None]) -> None:
+        """`function(0)`, `function(1)` and so on, all at once; what one of them raises ends the others too."""
+        with ThreadPoolExecutor(times) as threads:
+            futures = [threads.submit(function, number) for number in range(times)]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            finally:
+                self.pool.shutdown(cancel_futures=True)
+
+    def map(self, runs: Iterator[list[Record]]) -> Iterator[Encoded]:
+        """
+        Raises:
+            UserError: a worker process was killed.
+        """
+        pending: deque[Future] = deque()
+        try:
+            for run in runs:
+                pending.append(self.pool.submit(self.encode, run))
+                if len(pending) > self.ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a preprocessing worker was killed, as the system does when memory runs out; lower "
+                "`preprocessing_num_workers` and start again: finished shards are kept"
+            ) from error
+
+
+def runs_of(records: Iterable[tuple[int, Record]]) -> Iterator[list[Record]]:
+    """Records that follow each other, as many as have some hundred thousand characters."""
+    run, size = [], 0
+    for _, record in records:
+        run.append(record)
+        size += len(record) if isinstance(record, str) else 0
+        if size >= RUN_CHARACTERS or len(run) >= RUN_RECORDS:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run
+
+
+def start_encoder(encode_run: RunEncoder) -> None:
+    """Prepare a worker process; what it encodes with is kept there rather than sent with every run."""
+    global worker_encoder
+    worker_encoder = encode_run
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that it works for tells it
+    start_worker()
+
+
+def encode_in_worker(run: list[Record]) -> Encoded:
+    return worker_encoder(run)

@@ -1,0 +1,168 @@
+"""What is not trained on: empty and malformed documents, copies, and text of the test sets."""
+
+import glob
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from recipe.base.errors import UserError
+
+OVERLAP_WORDS, MIN_OVERLAP_WORDS = 13, 8  # words in a row that count as an overlap (GPT-3, appendix C)
+PIECE_CHARACTERS, PIECE_OVERLAP_CHARACTERS = 1_000_000, 2_000  # characters of a document looked at together, and twice
+MAX_PRINTED_DOCUMENTS = 5  # malformed documents that each filter prints
+FILTER_BITS = 24  # of the table that tells most text apart from the test sets without looking closer
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-cased words without punctuation, in one spelling where Unicode has several."""
+    return re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower())
+
+
+class Decontaminator:
+    """Finds documents that share 13 words in a row with a sentence of a test set (GPT-3, appendix C).
+
+    A sentence of 8 to 12 words counts if all of it occurs; shorter ones occur everywhere and do not count. Departures
+    from GPT-3: the whole document is dropped, not the surroundings of the overlap, and no overlap is forgiven for
+    occurring often.
+
+    Args:
+        patterns: files or globs; each line and each of its tab-separated fields is a sentence. Words are what stands
+            between spaces and punctuation: languages without spaces are not served.
+
+    Raises:
+        UserError: a pattern without a file, a file that is not UTF-8 text, or no sentence of 8 words in them.
+    """
+
+    def __init__(self, patterns: list[str]) -> None:
+        self.vocabulary: dict[str, int] = {}
+        self.overlaps: set[tuple[int, ...]] = set()
+        checksums = []
+        for pattern in patterns:
+            path = Path(pattern).expanduser()
+            found = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
+            files = [file for file in found if Path(file).is_file()]
+            if not files:
+                raise UserError(f"`decontaminate_against`: {pattern} is no file")
+            for file in files:
+                raw = Path(file).read_bytes()
+                checksums.append(hashlib.sha256(raw).hexdigest())
+                try:
+                    text = raw.decode("utf-8-sig")
+                except UnicodeDecodeError as error:
+                    problem = (
+                        f"{file} is not plain UTF-8 text (byte {error.start}); unpack it, or save it as .tsv or .txt"
+                    )
+                    raise UserError(f"`decontaminate_against`: {problem}") from None
+                for sentence in re.split(r"[\t\r\n]+", text):
+                    self.add(words_of(sentence))
+        if patterns and not self.overlaps:
+            raise UserError(
+                f"`decontaminate_against`: no sentence of {MIN_OVERLAP_WORDS} words or more in {', '.join(patterns)}"
+            )
+        self.fingerprint = checksums
+        beginnings = {overlap[:MIN_OVERLAP_WORDS] for overlap in self.overlaps}
+        self.table = np.zeros(2**FILTER_BITS if patterns else 0, bool)
+        if patterns:
+            self.table[self.hash(*np.array(sorted(beginnings), np.uint64).T)] = True
+
+    def add(self, words: list[str]) -> None:
+        ids = [self.vocabulary.setdefault(word, len(self.vocabulary) + 1) for word in words]
+        if len(ids) >= MIN_OVERLAP_WORDS:
+            length = min(len(ids), OVERLAP_WORDS)
+            self.overlaps.update(tuple(ids[at : at + length]) for at in range(len(ids) - length + 1))
+
+    @staticmethod
+    def hash(*columns: np.ndarray) -> np.ndarray:
+        """Where in the table a run of words is, of which each column holds one."""
+        state = np.zeros((), np.uint64)
+        with np.errstate(over="ignore"):
+            for column in columns:
+                state = (state + column) * np.uint64(0x9E3779B97F4A7C15)
+        return state >> np.uint64(64 - FILTER_BITS)
+
+    def is_contaminated(self, text: str) -> bool:
+        if not self.overlaps:
+            return False
+        return any(
+            self.has_overlap(text[start : start + PIECE_CHARACTERS])
+            for start in range(
+                0, max(1, len(text) - PIECE_OVERLAP_CHARACTERS), PIECE_CHARACTERS - PIECE_OVERLAP_CHARACTERS
+            )
+        )
+
+    def has_overlap(self, text: str) -> bool:
+        get = self.vocabulary.get
+        ids = np.array([get(word, 0) for word in words_of(text)], np.uint64)  # 0: in no test set
+        if len(ids) < MIN_OVERLAP_WORDS:
+            return False
+        windows = [ids[at : len(ids) - MIN_OVERLAP_WORDS + 1 + at] for at in range(MIN_OVERLAP_WORDS)]
+        return any(
+            tuple(ids[at : at + length].tolist()) in self.overlaps
+            for at in np.flatnonzero(self.table[self.hash(*windows)]).tolist()
+            for length in range(MIN_OVERLAP_WORDS, OVERLAP_WORDS + 1)
+        )
+
+
+class DocumentFilter:
+    """Lets through what can be trained on, and counts.
+
+    Args:
+        name: of the corpus.
+        max_unreadable: malformed documents that may be passed over.
+        decontaminator: of the test sets.
+
+    Attributes:
+        counts: `documents` let through, and `empty`, `unreadable`, `contaminated` ones.
+    """
+
+    def __init__(self, name: str, max_unreadable: int, decontaminator: Decontaminator) -> None:
+        self.name = name
+        self.max_unreadable = max_unreadable
+        self.decontaminator = decontaminator
+        self.counts: Counter[str] = Counter()
+
+    def accepts(self, text: str | UserError) -> bool:
+        """
+        Raises:
+            UserError: one malformed document too many.
+        """
+        if isinstance(text, UserError):
+            self.counts["unreadable"] += 1
+            if self.counts["unreadable"] <= MAX_PRINTED_DOCUMENTS:
+                print(f"passed over: {text}", flush=True)
+            check_unreadable(self.name, self.counts["unreadable"], self.max_unreadable, str(text))
+            return False
+        if not text or text.isspace():
+            self.counts["empty"] += 1
+            return False
+        if self.decontaminator.is_contaminated(text):
+            self.counts["contaminated"] += 1
+            return False
+        self.counts["documents"] += 1
+        return True
+
+
+def check_unreadable(name: str, count: int, limit: int, what: str) -> None:
+    if count > limit:
+        raise UserError(
+            f"corpus {name!r} has {count} unreadable documents, more than `max_unreadable_documents` ({limit}) allows: "
+            f"{what}; mend it, or raise the limit to pass over such documents"
+        )
+
+
+def text_checksum(text: str) -> int:
+    """64 bits: among 50 million documents two different ones meet with a chance of one in 15,000."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def find_copies(checksums: np.ndarray) -> np.ndarray:
+    """(documents,) bool: which have the checksum of an earlier one. Takes 24 bytes a document beside the input."""
+    order = np.argsort(checksums, kind="stable")
+    ordered = checksums[order]
+    is_copy = np.zeros(len(checksums), bool)
+    is_copy[order[1:][ordered[1:] == ordered[:-1]]] = True
+    return is_copy

@@ -1,0 +1,384 @@
+"""Train a vocabulary, save it as the fast tokenizer that `AutoTokenizer` finds, and encode documents.
+
+The special tokens of byte-level BPE stand where the released RoBERTa has them: `<s>`=0, `<pad>`=1, `</s>`=2, `<unk>`=3
+and `<mask>` last. (`ByteLevelBPETokenizer` given all five would put `<mask>` at 4.) WordPiece is BERT's and Unigram
+ALBERT's, with the normalizer, special tokens (0 to 4) and templates of their classes in transformers; neither keeps
+every byte of the text.
+"""
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import sentencex
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AlbertTokenizer,
+    AutoTokenizer,
+    BertTokenizerFast,
+    PreTrainedTokenizerFast,
+    RobertaTokenizerFast,
+)
+
+from recipe.base.errors import UserError
+
+LEADING_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
+BERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+ALBERT_TOKENS = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
+FAST_CLASSES = {models.BPE: RobertaTokenizerFast, models.WordPiece: BertTokenizerFast, models.Unigram: AlbertTokenizer}
+MASK_TOKEN = AddedToken("<mask>", lstrip=True, rstrip=False, normalized=False, special=True)
+
+
+def split_text(text: str, max_characters: int) -> Iterator[str]:
+    """Cut a long text at spaces between two letters, where byte-level BPE never joins: the pieces' tokens are the
+    text's tokens. A stretch of `max_characters` without such a space is cut at its end all the same,
+    which can change the tokens at the cut.
+    """
+    start = 0
+    while len(text) - start > max_characters:
+        end = start + max_characters
+        cut = text.rfind(" ", start + 1, end)
+        while cut > start and not (text[cut - 1].isalpha() and text[cut + 1].isalpha()):
+            cut = text.rfind(" ", start + 1, cut)
+        yield text[start : cut if cut > start else end]
+        start = cut if cut > start else end
+    yield text[start:]
+
+
+def split_batches(texts: Iterable[list[str]], max_characters: int) -> Iterator[list[str]]:
+    return ([piece for text in batch for piece in split_text(text, max_characters)] for batch in texts)
+
+
+def train_byte_level_bpe(
+    texts: Iterable[list[str]],
+    vocab_size: int,
+    min_frequency: int,
+    add_prefix_space: bool,
+    max_document_characters: int,
+) -> Tokenizer:
+    """Learn a byte-level BPE with RoBERTa's special tokens.
+
+    Args:
+        texts: batches of texts.
+        vocab_size: entries in all; fewer come out where the text has too few pairs to merge.
+        min_frequency: occurrences that a pair needs before it is merged.
+        add_prefix_space: treat the first word of a text as if a space stood before it.
+        max_document_characters: longer texts are cut, so that no worker of the trainer holds more.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,  # <mask> comes after the merges
+        min_frequency=min_frequency,
+        special_tokens=LEADING_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=True,
+    )
+    tokenizer.train_from_iterator(split_batches(texts, max_document_characters), trainer)
+    tokenizer.add_special_tokens([MASK_TOKEN])
+    tokenizer.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), trim_offsets=True, add_prefix_space=add_prefix_space
+    )
+    return tokenizer
+
+
+def train_wordpiece(
+    texts: Iterable[list[str]], vocab_size: int, min_frequency: int, do_lower_case: bool, max_document_characters: int
+) -> Tokenizer:
+    """Learn BERT's kind of vocabulary.
+
+    Args:
+        do_lower_case: uncased, and without accents.
+        others: see `train_byte_level_bpe`.
+    """
+    tokenizer = BertTokenizerFast(do_lower_case=do_lower_case).backend_tokenizer
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=BERT_TOKENS,
+        limit_alphabet=1000,  # as `BertWordPieceTokenizer` has it; rarer characters are unknown
+        show_progress=True,
+    )
+    tokenizer.train_from_iterator(split_batches(texts, max_document_characters), trainer)
+    return tokenizer
+
+
+def train_unigram(
+    texts: Iterable[list[str]], vocab_size: int, do_lower_case: bool, max_document_characters: int
+) -> Tokenizer:
+    """Learn ALBERT's kind of vocabulary; see `train_wordpiece`. SentencePiece's NFKC is NFKD here, without accents when
+    uncased.
+    """
+    tokenizer = AlbertTokenizer(do_lower_case=do_lower_case, keep_accents=not do_lower_case).backend_tokenizer
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=ALBERT_TOKENS, unk_token="<unk>", show_progress=True
+    )
+    tokenizer.train_from_iterator(split_batches(texts, max_document_characters), trainer)
+    return tokenizer
+
+
+def save_tokenizer(
+    tokenizer: Tokenizer,
+    output_dir: Path,
+    add_prefix_space: bool,
+    model_max_length: int,
+    do_lower_case: bool = False,
+) -> None:
+    """Write `tokenizer.json`, `tokenizer_config.json` and the files of the kind: `vocab.json` and `merges.txt`,
+    `vocab.txt`, or `unigram.json`.
+    """
+    model = json.loads(tokenizer.to_str())["model"]
+    if model["type"] == "BPE":
+        fast = RobertaTokenizerFast(
+            vocab=model["vocab"],
+            merges=[tuple(merge) for merge in model["merges"]],
+            mask_token=MASK_TOKEN,
+            add_prefix_space=add_prefix_space,
+            model_max_length=model_max_length,
+        )
+    elif model["type"] == "WordPiece":
+        fast = BertTokenizerFast(vocab=model["vocab"], do_lower_case=do_lower_case, model_max_length=model_max_length)
+    else:
+        fast = AlbertTokenizer(
+            vocab=[tuple(entry) for entry in model["vocab"]],
+            do_lower_case=do_lower_case,
+            keep_accents=not do_lower_case,
+            model_max_length=model_max_length,
+            model_input_names=BertTokenizerFast.model_input_names,  # segment ids too, which the class leaves out
+        )
+    fast.save_pretrained(output_dir)
+    tokenizer.model.save(str(output_dir))
+
+
+def check_saved_tokenizer(tokenizer: Tokenizer, output_dir: Path, texts: list[str], add_prefix_space: bool) -> None:
+    """Reload what was saved, both ways, and compare with the tokenizer that was trained.
+
+    Raises:
+        RuntimeError: ids, special tokens or settings differ; loading a byte-level tokenizer has turned silently
+            character-level upstream before (transformers#47706).
+    """
+    expected = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    fast_class = FAST_CLASSES[type(tokenizer.model)]
+    special = {"pad_token_id": 0, "unk_token_id": 1, "cls_token_id": 2, "sep_token_id": 3, "mask_token_id": 4}
+    if fast_class is RobertaTokenizerFast:
+        special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "unk_token_id": 3}
+        special |= {"cls_token_id": 0, "sep_token_id": 2, "mask_token_id": tokenizer.get_vocab_size() - 1}
+    for loader in (AutoTokenizer, fast_class):
+        loaded = loader.from_pretrained(output_dir)
+        if [loaded(text, verbose=False)["input_ids"] for text in texts] != expected:
+            raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) does not give the trained ids")
+        found = {name: getattr(loaded, name) for name in special}
+        if found != special or len(loaded) != tokenizer.get_vocab_size():
+            raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) moved the special tokens: {found}")
+        if fast_class is not RobertaTokenizerFast:
+            if not isinstance(loaded, fast_class):
+                raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) gives a {type(loaded).__name__}")
+            continue
+        if not loaded.added_tokens_decoder[loaded.mask_token_id].lstrip:
+            raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) lost `lstrip` of <mask>")
+        if loaded.add_prefix_space != add_prefix_space:
+            raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) lost `add_prefix_space`")
+
+
+COMMON_WORD_COUNT = 100  # occurrences from which a word must not be missing
+
+
+def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
+    """Check that the commonest words of the text, if they occur 100 times at least, became single tokens.
+
+    A count that overflows in the trainer loses them without a word (tokenizers#2058: "the" was missing). Only as many
+    words are asked for as the vocabulary surely has room for: one for each 100 entries beyond bytes and specials.
+
+    Raises:
+        RuntimeError: naming the words.
+    """
+    commonest = word_counts.most_common(min(100, (tokenizer.get_vocab_size() - 261) // 100))
+    wanted = [word for word, count in commonest if count >= COMMON_WORD_COUNT]
+    lost = [word for word in wanted if len(tokenizer.encode(" " + word, add_special_tokens=False).ids) != 1]
+    if lost:
+        raise RuntimeError(
+            f"the common words {lost} did not become single tokens, as when the trainer's counts overflow; lower "
+            "`max_train_bytes`"
+        )
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
+    """A fast tokenizer from a folder or the hub, with every special token that masked language modelling needs.
+
+    Text that spells a special token stays text: a document's `<mask>` never becomes the mask.
+
+    Raises:
+        UserError: there is none, or it is not fit for the purpose.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"`tokenizer_name` {name_or_path}: no tokenizer there, as a folder or on the hub; make one by "
+            f"train_tokenizer.py ({error})"
+        ) from None
+    if len(tokenizer) == len(tokenizer.all_special_ids):
+        # What transformers makes of a folder with a config and no vocabulary.
+        raise UserError(f"`tokenizer_name` {name_or_path}: no vocabulary there, only {len(tokenizer)} special tokens")
+    if not tokenizer.is_fast:
+        raise UserError(f"`tokenizer_name` {name_or_path}: not a fast tokenizer; save it with a tokenizer.json")
+    for name in ("cls_token", "sep_token", "pad_token", "mask_token"):
+        if getattr(tokenizer, name) is None:
+            raise UserError(f"`tokenizer_name` {name_or_path}: it has no `{name}`, which the blocks need")
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    backend.no_truncation()  # some tokenizers come with either switched on
+    backend.no_padding()
+    return tokenizer
+
+
+def tokenizer_checksum(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of everything that decides a text's ids."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
+    """UTF-8 bytes of each token of a byte-level tokenizer, by id; None for any other kind."""
+    pre_tokenizer = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if not any(part.get("type") == "ByteLevel" for part in parts):
+        return None
+    # In the byte-level alphabet a character stands for a byte. Special tokens never come out of text.
+    lengths = [0] * len(tokenizer)
+    for token, index in tokenizer.get_vocab().items():
+        lengths[index] = len(token)
+    return lengths
+
+
+ENCODED_CHARACTERS = 2_000_000  # encoded at once; an `Encoding` takes some 100 bytes a token
+
+
+class DocumentEncoder:
+    """Documents to token ids, and where their sentences end among them.
+
+    The ids are those of the whole document with no special token added. Sentences are found in the text and their ends
+    carried over to the tokens; the white space before a sentence goes with it, as in `ĠThen`. A token that reaches over
+    an end belongs to the earlier sentence. Picklable, for worker processes.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        sentence_splitter: `sentencex` or `newline`.
+        language: ISO 639-1 code for `sentencex`.
+        max_document_characters: longer documents are encoded in pieces (see `split_text`), for flat memory.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        sentence_splitter: str,
+        language: str,
+        max_document_characters: int = 1_000_000,
+    ) -> None:
+        self.backend = tokenizer.backend_tokenizer
+        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.int32)
+        lengths = token_byte_lengths(tokenizer)
+        # A normalizer changes the bytes, and their sum then says nothing about the text.
+        self.byte_lengths = None if lengths is None or self.backend.normalizer else np.array(lengths, np.int64)
+        self.sentence_splitter = sentence_splitter
+        self.language = language
+        self.max_document_characters = max_document_characters
+
+    @property
+    def fingerprint(self) -> tuple[str, ...]:
+        """All that the ids and sentence ends of a text depend on."""
+        return self.backend.to_str(), self.sentence_splitter, self.language, version("sentencex")
+
+    def __call__(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Encode documents, some at a time.
+
+        Yields:
+            of each document its ids, (tokens,) uint16 (int32 for vocabularies over 65,536), and the ends of its
+            sentences, (sentences,) int64 ascending, the last of which is the number of ids.
+        """
+        self.backend.encode_special_tokens = True  # does not survive pickling
+        self.backend.no_truncation()  # which a call of the tokenizer with `truncation` leaves switched on
+        encode = self.backend.encode_batch if self.byte_lengths is None else self.backend.encode_batch_fast
+        ids, ends, length = [], [np.empty(0, np.int64)], 0
+        for batch in self.batches(texts):
+            texts_of_batch = [piece for piece, _ in batch]
+            rows = self.rows(texts_of_batch, encode(texts_of_batch, add_special_tokens=False))
+            for (_, is_last), (piece_ids, piece_ends) in zip(batch, rows, strict=True):
+                ids.append(piece_ids)
+                # A piece's end is a cut, not the end of a sentence; the document's end is added below.
+                ends.append(piece_ends + length)
+                length += len(piece_ids)
+                if is_last:
+                    whole = piece_ids if len(ids) == 1 else np.concatenate(ids)
+                    yield whole, np.concatenate([*ends, [length]] if length else ends).astype(np.int64, copy=False)
+                    ids, ends, length = [], [np.empty(0, np.int64)], 0
+
+    def batches(self, texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+        """Pieces of documents, some million characters together, and whether each is its document's last."""
+        batch, size = [], 0
+        for text in texts:
+            pieces = list(split_text(text, self.max_document_characters))
+            for number, piece in enumerate(pieces, start=1):
+                batch.append((piece, number == len(pieces)))
+                size += len(piece)
+                if size >= ENCODED_CHARACTERS:
+                    yield batch
+                    batch, size = [], 0
+        if batch:
+            yield batch
+
+    def rows(self, texts: list[str], encodings: list[Encoding]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Ids of texts, and the ends of their sentences in tokens, ascending and distinct, without the texts' own ends.
+
+        All texts are worked on as one long one: what there is to do for each alone costs more than the rest.
+        """
+        lists = [encoding.ids for encoding in encodings]
+        counts = np.array([len(ids) for ids in lists])
+        firsts = np.cumsum(counts) - counts
+        ids = np.fromiter(itertools.chain.from_iterable(lists), self.dtype, counts.sum())
+        ends = [self.sentence_ends(text) for text in texts]
+        if self.byte_lengths is None:
+            lengths = np.array([len(text) for text in texts])
+            bases = np.cumsum(lengths) - lengths
+            offsets = (np.array([end for _, end in encoding.offsets], np.int64) for encoding in encodings)
+            token_ends = np.concatenate([own + base for own, base in zip(offsets, bases, strict=True)])
+        else:
+            token_ends = np.cumsum(self.byte_lengths[ids])
+            # Where a text starts, counted back from its end: `add_prefix_space` puts one byte in front that the text
+            # does not have.
+            last = np.concatenate([[0], token_ends])[firsts + counts]
+            bases = last - [len(text) if text.isascii() else len(text.encode()) for text in texts]
+            ends = [byte_positions(text, own) for text, own in zip(texts, ends, strict=True)]
+        text_of = np.repeat(np.arange(len(texts)), [len(own) for own in ends])
+        found = np.searchsorted(token_ends, np.concatenate(ends) + bases[text_of]) + 1
+        is_end = (np.diff(found, prepend=-1) > 0) & (found < (firsts + counts)[text_of])
+        found, text_of = (found - firsts[text_of])[is_end], text_of[is_end]
+        yield from zip(
+            np.split(ids, firsts[1:]), np.split(found, np.searchsorted(text_of, np.arange(1, len(texts)))), strict=True
+        )
+
+    def sentence_ends(self, text: str) -> np.ndarray:
+        """Ends of the sentences of a text, in characters, ascending; white space behind a sentence is not of it."""
+        sentences = text.split("\n") if self.sentence_splitter == "newline" else sentencex.segment(self.language, text)
+        ends, start = [], 0
+        for sentence in sentences:
+            # sentencex leaves out some paragraph breaks, so lengths alone do not tell where a sentence stands.
+            start = text.index(sentence, start)
+            if stripped := sentence.rstrip():
+                ends.append(start + len(stripped))
+            start += len(sentence)
+        return np.array(ends, np.int64)
+
+
+def byte_positions(text: str, character_positions: np.ndarray) -> np.ndarray:
+    """UTF-8 byte positions of ascending character positions."""
+    if text.isascii():
+        return character_positions
+    starts = [0, *character_positions.tolist()]
+    lengths = [len(text[a:b].encode()) for a, b in itertools.pairwise(starts)]
+    return np.cumsum(np.array(lengths, np.int64))

@@ -1,0 +1,315 @@
+"""One fine-tuning run on a GLUE task: a stock classifier, the paper's schedule, the best epoch.
+
+1. `encode_splits` tokenises a task once; all jobs of a process use it.
+2. `epoch_batches` orders an epoch: rows of like length share a batch, so that little of it is padding.
+3. `Finetuner.run` trains, evaluates after every epoch and keeps what the best epoch said.
+"""
+
+import hashlib
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from recipe.arguments import GlueArguments
+from recipe.base.errors import UserError, describe_error
+from recipe.finetune.tasks.glue import TASKS, GlueMetric, Task
+from recipe.modeling.optimizer import build_optimizer, build_scheduler
+
+POOL_BATCHES = 100  # batches whose rows are sorted by length together
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """A tokenised split.
+
+    Attributes:
+        rows: with the columns that the model takes, unpadded.
+        lengths: (rows,) tokens.
+        labels: (rows,) ids, or scores divided by the task's scale; None for a test split.
+    """
+
+    rows: Dataset
+    lengths: np.ndarray
+    labels: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        metrics: dev metrics of the best epoch.
+        best_epoch: from 1.
+        epochs: of each epoch the mean training loss and the dev metrics.
+        weights: of the best epoch, on the CPU; None unless asked for.
+    """
+
+    metrics: dict[str, float]
+    best_epoch: int
+    epochs: list[dict[str, float]]
+    weights: dict[str, torch.Tensor] | None
+
+
+def load_glue_tokenizer(name_or_path: str, max_seq_length: int) -> PreTrainedTokenizerBase:
+    """The model's own tokenizer.
+
+    Raises:
+        UserError: there is no model or no tokenizer, they do not match, or the model is too short.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"`model_name_or_path` {name_or_path}: no model there, as a folder or on the hub: {error}"
+        ) from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"`model_name_or_path` {name_or_path}: no tokenizer beside the model: {error}") from None
+    if len(tokenizer) > config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
+        raise UserError(
+            f"`model_name_or_path` {name_or_path}: its tokenizer is another model's: {len(tokenizer)} entries, pad "
+            f"token {tokenizer.pad_token_id}; the model has {config.vocab_size} and {config.pad_token_id}"
+        )
+    longest = config.max_position_embeddings
+    if config.model_type == "roberta":
+        longest -= config.pad_token_id + 1  # positions start behind the pad token's
+    if max_seq_length > longest:
+        raise UserError(f"`max_seq_length` is {max_seq_length}; the model reads {longest} tokens at the most")
+    return tokenizer
+
+
+def encode_splits(
+    splits: dict[str, Dataset], task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+) -> dict[str, EncodedSplit]:
+    """Tokenised splits; longer examples are cut, the longer sentence of a pair first."""
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        texts = [batch[name] for name in ("sentence1", "sentence2") if name in batch]
+        return tokenizer(*texts, truncation=True, max_length=max_seq_length)
+
+    encoded = {}
+    for name, split in splits.items():
+        rows = split.map(encode, batched=True, remove_columns=split.column_names)
+        lengths = np.array([len(ids) for ids in rows["input_ids"]])
+        labels = None
+        if "label" in split.column_names:
+            labels = np.array(split["label"][:], np.float32 if task.is_regression else np.int64)
+            labels = labels / np.float32(task.scale) if task.is_regression else labels
+        encoded[name] = EncodedSplit(rows, lengths, labels)
+    return encoded
+
+
+def load_classifier(name_or_path: str, task: Task) -> PreTrainedModel:
+    """The model with a new head for the task, under torch's current seed.
+
+    A head that the checkpoint brings (an MNLI model's) is left out by its name, whatever its shape.
+
+    Raises:
+        UserError: the checkpoint cannot be loaded, or lacks weights of the encoder.
+    """
+    labels = task.labels or (f"similarity / {task.scale:g}",)
+    config = AutoConfig.from_pretrained(
+        name_or_path,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+        problem_type="regression" if task.is_regression else "single_label_classification",
+    )
+    try:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            name_or_path,
+            config=config,
+            dtype="float32",
+            ignore_mismatched_sizes=True,  # of a head that is replaced below
+            output_loading_info=True,
+        )
+    except Exception as error:  # of one library or another
+        raise UserError(f"`model_name_or_path` {name_or_path} cannot be loaded: {describe_error(error)}") from error
+    prefix = f"{model.base_model_prefix}."
+    # A masked language model has no pooler; one whose shape is wrong is an error.
+    lacking = {name for name in loading["missing_keys"] if not name.startswith(f"{prefix}pooler")}
+    lacking |= {name for name, *_ in loading["mismatched_keys"]}
+    if lacking := sorted(name for name in lacking if name.startswith(prefix)):
+        raise UserError(
+            f"`model_name_or_path` {name_or_path} lacks weights of the encoder, or has them in another shape than its "
+            f"config says: {', '.join(lacking[:3])}"
+        )
+    if {name for name in model.state_dict() if not name.startswith(prefix)} - loading["missing_keys"]:
+        new = AutoModelForSequenceClassification.from_config(config)
+        for name, module in model.named_children():
+            if module is not model.base_model:
+                module.load_state_dict(new.get_submodule(name).state_dict())
+    return model
+
+
+def model_checksum(name_or_path: str, task: Task) -> str:
+    """SHA-256 of the encoder's weights.
+
+    Raises:
+        UserError: as `load_classifier`.
+    """
+    torch.manual_seed(0)  # for weights that the checkpoint does not have: a pooler's
+    checksum = hashlib.sha256()
+    for name, tensor in sorted(load_classifier(name_or_path, task).base_model.state_dict().items()):
+        checksum.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return checksum.hexdigest()
+
+
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """All rows once, in batches of rows of like length, in a random order: a function of (seed, epoch)."""
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), batch_size * POOL_BATCHES):
+        pool = order[start : start + batch_size * POOL_BATCHES]
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+class Finetuner:
+    """Trains and asks classifiers.
+
+    Args:
+        accelerator: whose device and precision are used.
+        args: of the script.
+        tokenizer: of the model.
+        is_shared: whether all processes work on the same model together; else each is on its own.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, args: GlueArguments, tokenizer: PreTrainedTokenizerBase, is_shared: bool
+    ) -> None:
+        self.accelerator = accelerator
+        self.device = accelerator.device
+        self.args = args
+        self.tokenizer = tokenizer
+        self.is_shared = is_shared
+        self.rank, self.world = (accelerator.process_index, accelerator.num_processes) if is_shared else (0, 1)
+
+    def run(
+        self,
+        name: str,
+        splits: dict[str, EncodedSplit],
+        model: PreTrainedModel,
+        learning_rate: float,
+        batch_size: int,
+        seed: int,
+        keeps_weights: bool,
+    ) -> Outcome:
+        """Train for `num_train_epochs` and evaluate after each.
+
+        Args:
+            name: of the task.
+            splits: of the task.
+            model: from `load_classifier` under the seed; trained in place.
+            keeps_weights: whether the outcome holds the best epoch's.
+
+        Raises:
+            FloatingPointError: the loss is not finite any more.
+        """
+        args, task, train = self.args, TASKS[name], splits["train"]
+        model.to(self.device)
+        module = self.accelerator.prepare_model(model) if self.is_shared else model
+        if self.rank:
+            torch.manual_seed(seed + (self.rank << 48))  # other rows, other dropout
+        betas = (args.adam_beta1, args.adam_beta2)
+        optimizer = build_optimizer(model, learning_rate, betas, args.adam_epsilon, args.weight_decay)
+        steps = args.num_train_epochs * math.ceil(len(train.lengths) / batch_size)
+        scheduler = build_scheduler(optimizer, math.ceil(args.warmup_ratio * steps), steps, 0)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.accelerator.mixed_precision == "fp16")
+        epochs: list[dict[str, float]] = []
+        best, weights = 0, None
+        for epoch in range(args.num_train_epochs):
+            module.train()
+            loss_sum = torch.zeros((), device=self.device)
+            for rows in epoch_batches(train.lengths, batch_size, seed, epoch):
+                loss_sum += self.backward(module, task, train, rows, scaler)
+                scaler.step(optimizer)
+                scaler.update()
+                scheduler.step()
+                optimizer.zero_grad()
+            loss = float(self.accelerator.reduce(loss_sum, "sum") if self.is_shared else loss_sum) / len(train.lengths)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the training loss of epoch {epoch + 1} is {loss}")
+            epochs.append({"loss": loss} | self.evaluate(name, splits, module))
+            if epoch == 0 or epochs[epoch][task.metrics[0]] > epochs[best][task.metrics[0]]:
+                best = epoch
+                if keeps_weights:
+                    weights = {key: tensor.to("cpu", copy=True) for key, tensor in model.state_dict().items()}
+        metrics = {key: value for key, value in epochs[best].items() if key != "loss"}
+        return Outcome(metrics, best + 1, epochs, weights)
+
+    def backward(
+        self, module: nn.Module, task: Task, split: EncodedSplit, rows: np.ndarray, scaler: torch.amp.GradScaler
+    ) -> torch.Tensor:
+        """Gradients of the mean loss over the rows of a batch, in as many micro-batches as they need.
+
+        Returns:
+            the sum of the loss over this process's share of the rows.
+        """
+        loss_function = nn.functional.mse_loss if task.is_regression else nn.functional.cross_entropy
+        own = rows[self.rank :: self.world]
+        # The last batch may have no row for this process, which has to take part all the same.
+        weight, own = (1.0, own) if len(own) else (0.0, rows[:1])
+        # What processes average over is multiplied in beforehand.
+        scale = weight * self.world / len(rows)
+        loss_sum = torch.zeros((), device=self.device)
+        parts = np.array_split(own, math.ceil(len(own) / self.args.per_device_train_batch_size))
+        for number, part in enumerate(parts):
+            is_last = number == len(parts) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(module):
+                labels = torch.from_numpy(split.labels[part]).to(self.device)
+                loss = loss_function(self.logits(module, split, part), labels, reduction="sum")
+                scaler.scale(loss * scale).backward()
+                loss_sum += loss.detach() * weight
+        return loss_sum
+
+    def logits(self, module: nn.Module, split: EncodedSplit, rows: np.ndarray) -> torch.Tensor:
+        """(rows, labels) float32, or (rows,) of a regression; rows are padded to the longest and to a multiple of 8."""
+        batch = self.tokenizer.pad(split.rows[rows], padding="longest", pad_to_multiple_of=8, return_tensors="pt")
+        with self.accelerator.autocast():
+            logits = module(**batch.to(self.device)).logits
+        return logits.float().squeeze(-1)
+
+    def evaluate(self, name: str, splits: dict[str, EncodedSplit], module: nn.Module) -> dict[str, float]:
+        """The metrics of all dev splits; those of MNLI's second end in `_mm`."""
+        task, metrics = TASKS[name], {}
+        for split_name, split in splits.items():
+            if not split_name.startswith("validation"):
+                continue
+            references = split.labels * task.scale if task.is_regression else split.labels
+            scores = GlueMetric(name).compute(predictions=self.predict(task, split, module), references=references)
+            ending = "_mm" if split_name.endswith("_mismatched") else ""
+            metrics |= {f"{score}{ending}": value for score, value in scores.items()}
+        return metrics
+
+    @torch.no_grad()
+    def predict(self, task: Task, split: EncodedSplit, module: nn.Module) -> np.ndarray:
+        """(rows,) label ids, or scores on the task's scale; the same on all processes that share the model."""
+        module.eval()
+        own = np.argsort(split.lengths, kind="stable")[self.rank :: self.world]
+        size = self.args.per_device_eval_batch_size
+        parts = [own[start : start + size] for start in range(0, len(own), size)]
+        logits = [self.logits(module, split, part) for part in parts]
+        answers = [part * task.scale if task.is_regression else part.argmax(-1) for part in logits]
+        found = [(own, torch.cat(answers).cpu().numpy() if answers else np.empty(0, np.int64))]
+        found = gather_object(found) if self.is_shared else found
+        rows = np.concatenate([rows for rows, _ in found])
+        assert np.array_equal(np.sort(rows), np.arange(len(split.lengths))), "every row is predicted once"
+        return np.concatenate([answers for _, answers in found])[np.argsort(rows)]

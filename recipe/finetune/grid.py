@@ -1,0 +1,194 @@
+"""The GLUE grid: which jobs there are, and how one of them is run and its best model kept."""
+
+import gc
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from recipe.arguments import GlueArguments
+from recipe.base.errors import UserError
+from recipe.base.files import write_atomically
+from recipe.base.progress import print_line, progress_bar
+from recipe.finetune.finetuning import EncodedSplit, Finetuner, Outcome, encode_splits, load_classifier
+from recipe.finetune.jobs import Job, Results
+from recipe.finetune.tasks.glue import TASKS, format_predictions
+
+
+def plan_jobs(args: GlueArguments, tasks: dict[str, dict[str, Dataset]]) -> list[Job]:
+    """All jobs of the grid, the longest (by the training set's bytes) first.
+
+    Args:
+        tasks: splits of each task to run.
+    """
+    jobs = []
+    for name in tasks:
+        task = TASKS[name]
+        inits = ["pretrained", "mnli"] if args.init_from_mnli and task.takes_mnli else ["pretrained"]
+        rates = args.learning_rates or [task.learning_rate]
+        batches = args.batch_sizes or [task.batch_size]
+        jobs += [Job(name, *setting) for setting in itertools.product(inits, rates, batches, args.seeds)]
+    num_bytes = {name: splits["train"].data.nbytes for name, splits in tasks.items()}
+    return sorted(jobs, key=lambda job: -num_bytes[job.task])
+
+
+class Grid:
+    """Runs jobs and keeps what they leave.
+
+    Args:
+        accelerator: of this process.
+        args: of the script.
+        tokenizer: of the model.
+        tasks: splits of each task to run.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        args: GlueArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        tasks: dict[str, dict[str, Dataset]],
+    ) -> None:
+        self.accelerator = accelerator
+        self.args = args
+        self.tokenizer = tokenizer
+        self.tasks = tasks
+        self.folder = Path(args.output_dir)
+        self.results = Results(self.folder)
+        self.encoded = cache(self.encode)
+
+    def encode(self, name: str) -> dict[str, EncodedSplit]:
+        return encode_splits(self.tasks[name], TASKS[name], self.tokenizer, self.args.max_seq_length)
+
+    def model_folder(self, task: str) -> Path:
+        return self.folder / "models" / task
+
+    def check_mnli(self, jobs: list[Job]) -> None:
+        """
+        Raises:
+            UserError: jobs start from an MNLI model that is not there and that no job will make.
+        """
+        done = self.results.read()
+        makes = any(job.task == "mnli" and done.get(job, {}).get("state") != "done" for job in jobs)
+        folder = self.model_folder("mnli")
+        if any(job.init == "mnli" for job in jobs) and not makes and not folder.is_dir():
+            raise UserError(
+                f"`init_from_mnli` needs an MNLI model: add mnli to `tasks`, or put one into {folder} (jobs that ended "
+                "before `init_from_mnli` was set have kept none)"
+            )
+
+    def run(self, jobs: list[Job]) -> None:
+        """Run all jobs that have no result yet, with whatever other processes are at it; back when all have one."""
+        bar = progress_bar("fine-tuning", len(jobs), "jobs", self.accelerator.is_main_process)
+        with bar:
+            for _ in self.run_in_turn(jobs):
+                bar.update(len(self.results.read()) - bar.n)
+
+    def run_in_turn(self, jobs: list[Job]) -> Iterator[Job]:
+        """Run this process's share; back after each job."""
+        is_alone = self.accelerator.num_processes == 1
+        shared = [job for job in jobs if job.task in self.args.data_parallel_tasks and not is_alone]
+        for job in shared:
+            if job not in self.results.read():
+                self.run_job(job, is_shared=True)
+                yield job
+            self.accelerator.wait_for_everyone()
+        for job in self.results.take([job for job in jobs if job not in shared], lambda job: self.may_start(job, jobs)):
+            self.run_job(job, is_shared=False)
+            yield job
+
+    def may_start(self, job: Job, jobs: list[Job]) -> bool:
+        """Whether the MNLI model that a job starts from is the best that there will be."""
+        ended = self.results.read()
+        return job.init != "mnli" or all(other in ended for other in jobs if other.task == "mnli")
+
+    def run_job(self, job: Job, is_shared: bool) -> None:
+        """One job, from the model's files to its line in results.jsonl; failed jobs get one too.
+
+        Raises:
+            RuntimeError: the device is broken, or has no room in a job that other processes have a part in.
+        """
+        finetuner = Finetuner(self.accelerator, self.args, self.tokenizer, is_shared)
+        started = time.perf_counter()
+        is_writer = not is_shared or self.accelerator.is_main_process
+        reason = None
+        try:
+            torch.manual_seed(job.seed)
+            model = load_classifier(self.source(job), TASKS[job.task])
+            setting = job.learning_rate, job.batch_size, job.seed
+            keeps_weights = is_writer and self.is_kept(job.task)
+            outcome = finetuner.run(job.task, self.encoded(job.task), model, *setting, keeps_weights)
+        except (FloatingPointError, RuntimeError, UserError) as error:  # torch.OutOfMemoryError is a RuntimeError
+            if is_shared and not isinstance(error, FloatingPointError):
+                raise  # the others are waiting for this process
+            reason = f"{type(error).__name__}: {error}"
+        if not is_writer:
+            return
+        if reason:  # and the error is gone, which held on to the model
+            gc.collect()
+            torch.zeros(1, device=self.accelerator.device).item()  # a broken device is of no use to the next job
+            self.results.add(job, state="failed", reason=reason)
+            print_line(f"{job}: failed: {reason.splitlines()[0]}")
+            return
+        if outcome.weights:
+            self.keep_best(job, outcome, model)
+        seconds = time.perf_counter() - started
+        self.results.add(
+            job,
+            state="done",
+            metrics=outcome.metrics,
+            best_epoch=outcome.best_epoch,
+            epochs=outcome.epochs,
+            seconds=round(seconds, 2),
+            processes=finetuner.world,
+        )
+        scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in outcome.metrics.items())
+        print_line(f"{job}: {scores} (epoch {outcome.best_epoch} of {len(outcome.epochs)}), {seconds:,.0f} s")
+
+    def source(self, job: Job) -> str:
+        if job.init == "pretrained":
+            return self.args.model_name_or_path
+        if not self.model_folder("mnli").is_dir():
+            raise UserError("there is no MNLI model to start from: all its jobs failed")
+        return str(self.model_folder("mnli"))
+
+    def keeps_model(self, task: str) -> bool:
+        return self.args.save_models or (task == "mnli" and self.args.init_from_mnli)
+
+    def is_kept(self, task: str) -> bool:
+        return self.keeps_model(task) or any(split.startswith("test") for split in self.tasks[task])
+
+    def keep_best(self, job: Job, outcome: Outcome, model: PreTrainedModel) -> None:
+        """Model and test predictions, if no other job of the task was better (of equals, the first in the order of
+        jobs)."""
+        task, note = TASKS[job.task], self.folder / "best" / f"{job.task}.json"
+        rank = [-outcome.metrics[task.metrics[0]], *asdict(job).values()]
+        with self.results.lock(f"best-{job.task}"):
+            if note.exists() and json.loads(note.read_text())["rank"] <= rank:
+                return
+            model.load_state_dict(outcome.weights)
+            if self.keeps_model(job.task):
+                folder = self.model_folder(job.task)
+                temporary = folder.with_name(f".{folder.name}")
+                shutil.rmtree(temporary, ignore_errors=True)
+                model.save_pretrained(temporary)
+                self.tokenizer.save_pretrained(temporary)
+                shutil.rmtree(folder, ignore_errors=True)
+                temporary.rename(folder)
+            alone = Finetuner(self.accelerator, self.args, self.tokenizer, is_shared=False)
+            for name, split in self.encoded(job.task).items():
+                if submission := task.splits[name].submission:
+                    path = self.folder / "predictions" / submission
+                    path.parent.mkdir(exist_ok=True)
+                    write_atomically(path, format_predictions(task, alone.predict(task, split, model)))
+            note.parent.mkdir(exist_ok=True)
+            write_atomically(note, json.dumps({"rank": rank, "job": asdict(job)}) + "\n")

@@ -1,0 +1,1 @@
+"""Tasks to fine-tune on: their data, labels, metrics and published results."""

@@ -1,0 +1,364 @@
+"""The model card of a run: every number in it stands in a file of the run, and what was not run is not in it.
+
+Read are config.yaml (arguments, versions, commit), status.json (the update), metrics.jsonl (losses, corpora, speed),
+the model's config and weights and, beside them, glue.json: results that finetune_glue.py got from just these weights.
+"""
+
+import json
+import math
+import re
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
+
+from recipe.arguments import CorpusArguments
+from recipe.base.errors import UserError, raising_damaged_file
+from recipe.base.files import write_atomically
+from recipe.base.formatting import format_count, format_duration
+from recipe.data.corpora import local_files
+from recipe.finetune.report import format_notes, format_rows, row_title
+from recipe.finetune.tasks.glue import HUB_ID
+from recipe.publish.hub import GLUE_FILE
+from recipe.run.directory import read_config, read_records, read_step
+
+RECIPE = "roberta-pretraining-recipe"  # tag of all cards
+NAMES = {"roberta": "RoBERTa", "bert": "BERT", "albert": "ALBERT"}
+OBJECTIVES = {
+    "masked_lm": "masked language modelling",
+    "next_sentence": "masked language modelling and next-sentence prediction",
+    "sentence_order": "masked language modelling and sentence order",
+}
+
+
+def count_weights(model: Path) -> int:
+    """Numbers in a folder's safetensors, tied ones once."""
+    total = 0
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
+
+
+def table(rows: list[list[Any]]) -> str:
+    """Markdown, the first row its head."""
+    head, *body = [" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in rows]
+    return "\n".join(f"| {line} |" for line in [head, " | ".join(["---"] * len(rows[0])), *body])
+
+
+def is_on_hub(corpus: dict[str, Any]) -> bool:
+    try:
+        return local_files(CorpusArguments(**corpus)) is None
+    except UserError:  # files that are not here any more
+        return False
+
+
+def source(corpus: dict[str, Any]) -> str:
+    """Where a corpus is from; of local files the name without the folders, which tell of the machine."""
+    if not is_on_hub(corpus):
+        return f"local: {Path(corpus['path']).name}"
+    details = [corpus[name] for name in ("config_name", "revision") if corpus[name]]
+    link = f"[{corpus['path']}](https://huggingface.co/datasets/{corpus['path']})"
+    return link + (f" ({', '.join(details)})" if details else "")
+
+
+class Run:
+    """What the files of a run say.
+
+    Args:
+        path: the run's folder.
+        model: a folder with the weights that the card is for.
+    """
+
+    def __init__(self, path: Path, model: Path) -> None:
+        self.path = path
+        self.config = read_config(path)
+        self.environment = self.config["environment"]
+        self.step = read_step(path)
+        records = [record for record in read_records(path / "metrics.jsonl") if record["step"] <= self.step]
+        self.training = [record for record in records if "tokens_per_second" in record]
+        self.evaluations = [record for record in records if record.get("eval_loss") is not None]
+        self.architecture = json.loads((model / "config.json").read_text())
+        self.parameters = count_weights(model)
+        glue_file = model / GLUE_FILE
+        self.glue = json.loads(glue_file.read_text()) if glue_file.exists() else None
+
+    @property
+    def name(self) -> str:
+        """Hub id or folder: what `from_pretrained` takes."""
+        return self.config["hub_model_id"] if self.config["push_to_hub"] else str(self.path / "model")
+
+    @property
+    def title(self) -> str:
+        return self.name.split("/")[-1] if self.config["push_to_hub"] else self.path.name
+
+    @property
+    def seconds(self) -> float:
+        """Of training up to the last line of the log, without evaluation and checkpoints."""
+        steps = [0, *(record["step"] for record in self.training)]
+        spans = zip(self.training, steps, strict=False)
+        return sum((record["step"] - before) * record["seconds_per_update"] for record, before in spans)
+
+    @property
+    def held_out(self) -> str:
+        if names := [corpus["name"] for corpus in self.config["eval_corpora"]]:
+            return f"{', '.join(names)}: text that is in none of the corpora's files"
+        return f"blocks of {', '.join(corpus['name'] for corpus in self.config['corpora'])} that are not trained on"
+
+
+def metadata(run: Run) -> ModelCardData:
+    config, results = run.config, []
+    if run.evaluations:
+        last = run.evaluations[-1]
+        names = ", ".join(corpus["name"] for corpus in config["eval_corpora"] or config["corpora"])
+        held_out = {"task_type": "fill-mask", "dataset_type": "held-out", "dataset_name": f"held-out text of {names}"}
+        results.append(EvalResult(**held_out, metric_type="loss", metric_value=round(last["eval_loss"], 4)))
+        if last["eval_perplexity"] is not None:
+            value = round(last["eval_perplexity"], 3)
+            results.append(EvalResult(**held_out, metric_type="perplexity", metric_value=value))
+    for row in run.glue["summary"]["tasks"] if run.glue else []:
+        if row["official"] and row["n"]:
+            results += [glue_result(row, metric, value) for metric, value in row["metrics"].items()]
+    return ModelCardData(
+        language=config["language"],
+        license=config["license"],
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        tags=[RECIPE, config["model_type"], "masked-lm", "pretraining"],
+        base_model=config["model_name_or_path"],
+        datasets=[corpus["path"] for corpus in config["corpora"] if is_on_hub(corpus)] or None,
+        model_name=run.title,
+        eval_results=results or None,
+    )
+
+
+def glue_result(row: dict[str, Any], metric: str, value: float) -> EvalResult:
+    """A dev result as an entry of `model-index`.
+
+    Args:
+        row: of the task, in summary.json.
+    """
+    is_mnli, is_mismatched = row["task"] == "mnli", metric.endswith("_mm")
+    split = f"validation_{'mis' if is_mismatched else ''}matched" if is_mnli else "validation"
+    return EvalResult(
+        task_type="text-classification",
+        dataset_type=HUB_ID,
+        dataset_name=f"GLUE {row_title(row)}",
+        dataset_config=row["task"],
+        dataset_split=split,
+        metric_type=metric.removesuffix("_mm"),
+        metric_value=round(value, 4),
+    )
+
+
+def introduction(run: Run) -> list[str]:
+    config, shape = run.config, run.architecture
+    origin = f"from {config['model_name_or_path']}" if config["model_name_or_path"] else "from scratch"
+    lines = [
+        f"# {run.title}",
+        f"{NAMES[config['model_type']]} with {shape['num_hidden_layers']} layers of width {shape['hidden_size']}, "
+        f"{shape['vocab_size']:,} vocabulary entries and {format_count(run.parameters)} parameters, pretrained "
+        f"{origin} by {OBJECTIVES[config['objective']]} after the recipe of [RoBERTa](https://arxiv.org/abs/1907.11692).",
+    ]
+    if run.step < config["max_steps"]:
+        lines.append(f"**Training is under way:** {run.step:,} of {config['max_steps']:,} updates are done.")
+    return lines
+
+
+def usage(run: Run) -> list[str]:
+    code = f'from transformers import pipeline\n\nfill_mask = pipeline("fill-mask", model="{run.name}")\n'
+    code += 'fill_mask(f"The capital of France is{fill_mask.tokenizer.mask_token}.")'
+    if run.config["model_type"] != "roberta":
+        code = code.replace("is{", "is {")
+    lines = ["## How to use it", f"```python\n{code}\n```"]
+    if run.config["push_to_hub"] and run.config["hub_strategy"] != "end":
+        lines.append(
+            f'Every checkpoint is a tag: `AutoModelForMaskedLM.from_pretrained("{run.name}", '
+            f'revision="step-{run.step:08d}")`.'
+        )
+    lines.append("For a task of your own, fine-tune it as any model of its type.")
+    return lines
+
+
+def evaluation(run: Run, has_plot: bool) -> list[str]:
+    lines = []
+    if run.evaluations:
+        last = run.evaluations[-1]
+        perplexity = last["eval_perplexity"]
+        lines.append(
+            f"Held-out loss {last['eval_loss']:.3f} nats a masked token"
+            + (f", perplexity {perplexity:,.2f}" if perplexity is not None else "")
+            + f", after {last['step']:,} updates; a unigram model has {last['unigram_loss']:.3f}. "
+            f"Held out are {run.held_out}; {run.config['eval_mlm_probability']:.0%} of the tokens are masked."
+        )
+    if has_plot:
+        lines.append("![Loss over tokens](loss.png)")
+    if run.glue:
+        settings = run.glue["config"]
+        lines += [
+            "### GLUE",
+            format_rows(run.glue["summary"]),
+            "\n".join(format_notes(run.glue["summary"])),
+            f"Fine-tuned for {settings['num_train_epochs']} epochs, {len(settings['seeds'])} seeds, on at most "
+            f"{settings['max_seq_length']} tokens.",
+        ]
+    return ["## Results", *lines] if lines else []
+
+
+def data(run: Run) -> list[str]:
+    config = run.config
+    seen = run.training[-1]["corpora"] if run.training else {}
+    rows = [["corpus", "source", "weight", "tokens seen", "passes"]]
+    for corpus in config["corpora"]:
+        counts = seen.get(corpus["name"])
+        share = "its size" if corpus["weight"] is None else f"{corpus['weight']:g}"
+        rows.append([corpus["name"], source(corpus), share, *(format_seen(counts) if counts else ["–", "–"])])
+    left_out = {
+        name: sum(counts.get(name, 0) for counts in seen.values())  # a stream counts no copies
+        for name in ("empty", "unreadable", "contaminated", "copies")
+    }
+    lines = ["## Training data", table(rows)]
+    if any(left_out.values()):
+        lines.append("Documents left out: " + ", ".join(f"{n:,} {name}" for name, n in left_out.items() if n) + ".")
+    return lines
+
+
+def format_seen(counts: dict[str, float]) -> list[str]:
+    return [f"{counts['tokens']:,}", f"{counts['passes']:.2f}"]
+
+
+def procedure(run: Run) -> list[str]:
+    config = run.config
+    clipping = f"clipped to a norm of {config['max_grad_norm']:g}" if config["max_grad_norm"] else "not clipped"
+    blocks = f"{config['packing']}, {config['max_seq_length']} tokens"
+    if config["seq_length_warmup_steps"]:
+        blocks += f"; of each the first quarter for {config['seq_length_warmup_steps']:,} updates"
+    rows = [
+        ["", ""],
+        ["objective", OBJECTIVES[config["objective"]]],
+        ["masks", f"{config['masking']}, {config['mlm_probability']:.0%} of the tokens"],
+        ["blocks", blocks],
+        ["batch", f"{config['train_batch_size']:,} blocks"],
+        ["updates", f"{run.step:,} of {config['max_steps']:,}"],
+        [
+            "learning rate",
+            f"{config['learning_rate']:g} after {config['warmup_steps']:,} updates of warmup, then linearly to zero",
+        ],
+        [
+            "AdamW",
+            f"betas {config['adam_beta1']:g} and {config['adam_beta2']:g}, epsilon {config['adam_epsilon']:g}, weight "
+            f"decay {config['weight_decay']:g}",
+        ],
+        ["gradients", clipping],
+        ["seed", config["seed"]],
+    ]
+    if run.training:
+        last = run.training[-1]
+        rows.append(["tokens seen", f"{last['tokens']:,}, padding ({last['padding_share']:.1%}) left out"])
+        if skipped := last["nonfinite_updates"] + last["overflows"]:
+            rows.append(["updates skipped", f"{skipped:,}, not finite"])
+    return ["## Training", table(rows)]
+
+
+def cost(run: Run) -> list[str]:
+    machine = run.environment
+    rows = [["", ""], ["devices", f"{machine['num_processes']} × {machine['device']}"]]
+    rows.append(["precision", machine["mixed_precision"] if machine["mixed_precision"] != "no" else "float32"])
+    if run.training:
+        rate = statistics.median(record["tokens_per_second"] for record in run.training)
+        rows.append(["throughput", f"{rate:,.0f} tokens/s, median"])
+        mfu = statistics.median(record["mfu"] for record in run.training)
+        rows.append(["MFU", f"{mfu:.0%} of what a large matrix product reaches there, median"])
+        rows.append(["peak memory", f"{run.training[-1]['peak_memory'] / 1e9:.1f} GB a process"])
+        device_hours = run.seconds / 3600 * machine["num_processes"]
+        rows.append(["training time", f"{format_duration(run.seconds)} (h:min:s), {device_hours:.3g} device-hours"])
+        if watts := machine.get("power_limit_watts"):
+            rows.append(
+                [
+                    "energy",
+                    f"at most {device_hours * watts / 1000:.3g} kWh (estimate: {watts:g} W, the limit of a board, × "
+                    "device-hours; without host and cooling)",
+                ]
+            )
+    return [
+        "## Hardware and cost",
+        table(rows),
+        "Devices and precision are of the last start; the time leaves out evaluation and checkpoints.",
+    ]
+
+
+def limits(run: Run) -> list[str]:
+    config = run.config
+    lines = [
+        f"- It has read text in one language ({config['language']}) and was trained on at most "
+        f"{config['max_seq_length']} tokens at a time.",
+        "- It fills masks and is meant to be fine-tuned; it is no model for writing text or answering questions.",
+        "- It repeats what its corpora say, prejudice about people and groups included, and knows nothing that is "
+        "later than they are. Nothing of that has been measured: try it on your task, and with the people concerned in "
+        "mind, before you rely on it.",
+    ]
+    if not config["decontaminate_against"]:
+        lines.append("- The corpora have not been cleared of the sentences of any test set.")
+    if not config["eval_corpora"] and run.evaluations:
+        lines.append(
+            "- Held-out blocks have neighbours from the same documents in training, so their loss flatters a little."
+        )
+    return ["## Limits and biases", "\n".join(lines)]
+
+
+def reproduction(run: Run, config_text: str) -> list[str]:
+    machine = run.environment
+    command = (
+        f"accelerate launch --num_processes {machine['num_processes']} --mixed_precision {machine['mixed_precision']} "
+        "pretrain.py --config config.yaml"
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    commit = machine["git_commit"] or "not known: the code was in no git checkout"
+    return [
+        "## How to reproduce it",
+        f"```bash\n{command}\n```",
+        "Corpora and tokenizer are named as on the machine that it ran on; the tokenizer lies beside these weights.",
+        f"Commit of the recipe: {commit}. Python {machine['python']}, {versions}.",
+        f"<details><summary>config.yaml</summary>\n\n```yaml\n{config_text.strip()}\n```\n\n</details>",
+    ]
+
+
+def build_card(path: Path, model: Path) -> str:
+    """The card of the weights in a folder.
+
+    Args:
+        path: the run's folder.
+        model: the folder, with config.json, safetensors and, if there are results, glue.json.
+
+    Raises:
+        UserError: one of the files that the card is made from is damaged.
+    """
+    files = f"a file of {path} or {model} that the model card is made from (config.yaml, metrics.jsonl, config.json, …)"
+    with raising_damaged_file(files, "mend it; nothing but the card needs all of them"):
+        run = Run(path, model)
+        sections = [
+            *introduction(run),
+            *usage(run),
+            *evaluation(run, (path / "loss.png").exists()),
+            *data(run),
+            *procedure(run),
+            *cost(run),
+            *limits(run),
+            *reproduction(run, (path / "config.yaml").read_text()),
+        ]
+        return as_card(metadata(run), sections)
+
+
+def as_card(head: ModelCardData, sections: list[str]) -> str:
+    text = str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def write_card(path: Path, model: Path) -> None:
+    """README.md and the plot that it shows, beside the weights."""
+    if (path / "loss.png").exists():
+        shutil.copyfile(path / "loss.png", model / "loss.png")
+    write_atomically(model / "README.md", build_card(path, model))

@@ -1,0 +1,128 @@
+"""What GLUE results are told of: the card of the pretrained model, and one for each classifier that was kept.
+
+Every number stands in a file of finetune_glue.py: config.yaml, summary.json, results.jsonl, best/<task>.json.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from recipe.base.files import read_yaml, write_atomically
+from recipe.finetune.jobs import Job, Results
+from recipe.finetune.tasks.glue import HUB_ID, TASKS
+from recipe.publish.card import RECIPE, Run, as_card, glue_result, table, write_card
+from recipe.publish.hub import GLUE_FILE, stage_card
+
+
+def add_glue_to_card(output_dir: Path) -> list[str]:
+    """Write the results beside the weights that they are of, if a run's, and cards for these and for the classifiers.
+
+    Args:
+        output_dir: of finetune_glue.py, finished.
+
+    Returns:
+        lines for the log.
+    """
+    config = read_yaml(output_dir / "config.yaml")
+    summary = json.loads((output_dir / "summary.json").read_text())
+    model = Path(config["model_name_or_path"])
+    run, lines = None, []
+    if model.name == "model" and (model.parent / "metrics.jsonl").is_file():
+        write_atomically(model / GLUE_FILE, json.dumps({"summary": summary, "config": config}, indent=1) + "\n")
+        write_card(model.parent, model)
+        lines += [f"model card: {model / 'README.md'}", *stage_card(model.parent)]
+        run = Run(model.parent, model)
+    for row in summary["tasks"]:
+        folder, note = output_dir / "models" / row["task"], output_dir / "best" / f"{row['task']}.json"
+        job = Job(**json.loads(note.read_text())["job"]) if folder.is_dir() and note.is_file() else None
+        if job is not None and job.init == row["init"]:
+            result = Results(output_dir).read()[job]
+            write_atomically(folder / "README.md", build_classifier_card(folder, config, row, job, result, run))
+            lines.append(f"model card: {folder / 'README.md'}")
+    return lines
+
+
+def build_classifier_card(
+    folder: Path, config: dict[str, Any], row: dict[str, Any], job: Job, result: dict[str, Any], run: Run | None
+) -> str:
+    """The card of a fine-tuned model.
+
+    Args:
+        folder: of the model.
+        config: of finetune_glue.py.
+        row: of the task, in summary.json.
+        job: that the model is of.
+        result: of the job.
+        run: that the pretrained model is of, if it is known.
+    """
+    machine, task = config["environment"], TASKS[job.task]
+    base = run.name if run else config["model_name_or_path"]
+    is_on_hub = run.config["push_to_hub"] if run else not Path(base).exists()
+    title = f"{run.title if run else Path(base).name}-{job.task}"
+    results = [glue_result(row, metric, value) for metric, value in result["metrics"].items()]
+    head = ModelCardData(
+        language="en",
+        license=run.config["license"] if run else None,
+        library_name="transformers",
+        pipeline_tag="text-classification",
+        tags=[RECIPE, "glue", job.task],
+        base_model=base if is_on_hub else None,
+        datasets=[HUB_ID] if row["official"] else None,
+        model_name=title,
+        eval_results=results if row["official"] else None,
+    )
+    code = f'from transformers import pipeline\n\nclassify = pipeline("text-classification", model="{folder}")'
+    answers = f"labels {', '.join(task.labels)}" if task.labels else f"a similarity, divided by {task.scale:g}"
+    versions = ", ".join(f"{library} {version}" for library, version in machine["versions"].items())
+    remarks = ["This model was chosen by its dev result, which flatters it: the median is the fairer figure."]
+    if not row["official"]:
+        remarks.append("The data is not the official one: not to be compared with published results.")
+    sections = [
+        f"# {title}",
+        f"A classifier for {task.title} of [GLUE](https://gluebenchmark.com), fine-tuned from {base} by the protocol "
+        "of [RoBERTa](https://arxiv.org/abs/1907.11692).",
+        "## How to use it",
+        f"```python\n{code}\n```",
+        f"It answers with {answers}.",
+        "## Results on the dev set",
+        table(result_rows(row, result, config["compare_with"])),
+        " ".join(remarks),
+        "## Fine-tuning",
+        table(setting_rows(config, job, result, base)),
+        "## Limits and biases",
+        "It knows the one task, as its annotators saw it, and inherits what the pretrained model has from its corpora; "
+        "neither has been measured on other text.",
+        "## How to reproduce it",
+        f"`finetune_glue.py` with the settings above. Commit of the recipe: {machine['git_commit'] or 'not known'}. "
+        f"Python {machine['python']}, {versions}.",
+    ]
+    return as_card(head, sections)
+
+
+def result_rows(row: dict[str, Any], result: dict[str, Any], compare_with: str) -> list[list[str]]:
+    """Of each metric in percent: this model, the median and, of the first, the majority and what is published."""
+    rows = [["metric", "this model", f"median (n = {row['n']})", "majority", f"roberta.{compare_with}"]]
+    for metric, value in result["metrics"].items():
+        cells = [metric, f"{100 * value:.1f}", f"{100 * row['metrics'][metric]:.1f}", "–", "–"]
+        if metric == row["metric"]:
+            cells[3] = f"{100 * row['majority']:.1f}"
+            cells[4] = "–" if row["published"] is None else f"{row['published']:.1f}"
+        rows.append(cells)
+    return rows
+
+
+def setting_rows(config: dict[str, Any], job: Job, result: dict[str, Any], base: str) -> list[list[Any]]:
+    """How the model was made."""
+    betas = f"{config['adam_beta1']:g} and {config['adam_beta2']:g}"
+    return [
+        ["", ""],
+        ["started from", base + (", by way of its best MNLI model" if job.init == "mnli" else "")],
+        ["learning rate", f"{job.learning_rate:g} after {config['warmup_ratio']:.0%} of warmup, then linearly to zero"],
+        ["batch", f"{job.batch_size} examples of at most {config['max_seq_length']} tokens"],
+        ["epochs", f"{config['num_train_epochs']}, of which number {result['best_epoch']} was the best"],
+        ["AdamW", f"betas {betas}, epsilon {config['adam_epsilon']:g}, weight decay {config['weight_decay']:g}"],
+        ["seed", job.seed],
+        ["time", f"{result['seconds']:,.0f} s on {result['processes']} × {config['environment']['device']}"],
+    ]

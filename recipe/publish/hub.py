@@ -1,0 +1,439 @@
+"""Checkpoints to the model hub while training, and back.
+
+1. `Publisher.publish` lays what the hub is to have of a checkpoint into `RUN_DIR/hub/step-00010000`: model, tokenizer,
+   card, metrics. Large files are hard links, so this takes milliseconds and, as long as the checkpoint lives, no disk.
+2. It starts the command that a user types later for what is left, which pushes what waits, the oldest first: a commit
+   on `main` and a tag for each. A folder is removed once the hub has it.
+
+The command runs as a process of its own, at low priority, because the library's requests have no time limit and a
+thread that hangs keeps its process from ending: this way no fault of the hub reaches training, nor does a crash of
+training lose a push.
+
+python -m recipe.publish.hub runs/roberta-base
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+from filelock import FileLock
+from huggingface_hub import HfApi, constants, get_token, set_client_factory, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+from tqdm import tqdm
+
+from recipe.arguments import PretrainArguments, identity_of
+from recipe.arguments.checks import check_repo_id
+from recipe.base.errors import UserError, did_you_mean, raising_damaged_file, report_user_errors
+from recipe.base.files import read_yaml
+from recipe.run.directory import STATE_FILES, checkpoint_path, read_config, read_step
+
+SCHEME = "hub://"
+GLUE_FILE = "glue.json"  # results of just these weights
+REQUEST_SECONDS = 60  # that a connection may stand still
+PATIENCE_SECONDS = 120  # that a push is tried again before it has to wait for the next checkpoint
+LAST_PUSH_SECONDS = 3600  # that the end of a run waits for
+TRANSIENT = (408, 409, 412, 423, 429)  # and all from 500 on
+
+Result = TypeVar("Result")
+
+
+def limit_requests() -> None:
+    """Have requests of `huggingface_hub` in this process end when nothing moves any more."""
+    set_client_factory(lambda: httpx.Client(follow_redirects=True, timeout=REQUEST_SECONDS))
+
+
+def refusal(error: BaseException | None) -> HfHubHTTPError | None:
+    """The answer behind an error by which the hub says that it will not, as against that it cannot now."""
+    while error is not None:
+        if isinstance(error, HfHubHTTPError):
+            status = error.response.status_code
+            return error if status < 500 and status not in TRANSIENT else None
+        error = error.__cause__
+    return None
+
+
+def reason(error: BaseException) -> str:
+    """An error in a line."""
+    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def retrying(action: Callable[[], Result], what: str) -> Result:
+    """The action's result, tried again after 2, 4, 8, … seconds for PATIENCE_SECONDS if the hub or the line fails."""
+    started, wait = time.monotonic(), 2.0
+    while True:
+        try:
+            return action()
+        except UserError:
+            raise
+        except Exception as error:
+            if refusal(error) or time.monotonic() + wait > started + PATIENCE_SECONDS:
+                raise
+            print(f"{what}: {reason(error)}; trying again in {wait:.0f} s", flush=True)
+        time.sleep(wait)
+        wait *= 2
+
+
+def check_access(
+    repo_id: str, private: bool | None, identity: dict[str, Any], is_fresh: bool, dry_run: bool
+) -> tuple[str, list[str]]:
+    """Find out before training whether checkpoints can be pushed, and create the repository.
+
+    Args:
+        repo_id: with or without a namespace.
+        private: of a new repository.
+        identity: the fields that define the run's experiment.
+        is_fresh: whether the run begins now, and its repository must be empty.
+        dry_run: create nothing.
+
+    Returns:
+        the repository's full id, and a warning if the hub cannot be reached: pushes are tried all the same.
+
+    Raises:
+        UserError: no token, one that is not valid or may not write there, or a repository with another model.
+    """
+    check_repo_id("hub_model_id", repo_id)
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("`push_to_hub` is true and HF_HUB_OFFLINE is set; unset it, or leave `push_to_hub` false")
+    if get_token() is None:
+        raise UserError("`push_to_hub` needs a token of the hub: run `hf auth login`, or set HF_TOKEN")
+    limit_requests()
+    api, doing = HfApi(), "the token"
+    try:
+        user = api.whoami()
+        if (role := user.get("auth", {}).get("accessToken", {}).get("role")) == "read":
+            raise UserError(
+                f"`push_to_hub` needs a token that may write, and the one of {user['name']} has the role {role}; make "
+                "another at https://huggingface.co/settings/tokens"
+            )
+        repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+        doing = f"`hub_model_id` {repo_id}"
+        if dry_run and not api.repo_exists(repo_id):
+            return repo_id, []
+        if not dry_run:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+        check_writing(api, repo_id)
+        check_contents(api, repo_id, identity, is_fresh)
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        if refused := refusal(error):
+            raise UserError(
+                f"`push_to_hub`: the hub refuses {doing} ({reason(refused)}); give a valid token that may write there, "
+                "or a `hub_model_id` in a namespace of yours"
+            ) from None
+        return repo_id, [f"warning: the hub cannot be reached ({reason(error)}); pushes are tried all the same"]
+    return repo_id, []
+
+
+def check_push(args: PretrainArguments, is_fresh: bool) -> tuple[str | None, list[str]]:
+    """The repository that a run is to push to, and lines for the log; see `check_access`."""
+    if not args.push_to_hub:
+        return args.hub_model_id, []
+    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    return check_access(repo_id, args.hub_private_repo, identity_of(args), is_fresh, args.dry_run)
+
+
+def check_writing(api: HfApi, repo_id: str) -> None:
+    """Ask for a branch that is there already: refused without the right to write, and otherwise changes nothing."""
+    try:
+        api.create_branch(repo_id, branch="main")
+    except HfHubHTTPError as error:
+        if error.response.status_code != 409:
+            raise
+
+
+def check_contents(api: HfApi, repo_id: str, identity: dict[str, Any], is_fresh: bool) -> None:
+    """
+    Raises:
+        UserError: the repository holds something else than earlier checkpoints of the run.
+    """
+    files = set(api.list_repo_files(repo_id)) - {".gitattributes", "README.md"}
+    if not files:
+        return
+    if is_fresh:
+        raise UserError(
+            f"`hub_model_id` {repo_id} already holds files; choose another or, to go on from its checkpoints, give "
+            f"--resume_from_checkpoint {SCHEME}{repo_id}"
+        )
+    theirs = {}
+    if "config.yaml" in files:
+        theirs = read_yaml(Path(api.hf_hub_download(repo_id, "config.yaml")))
+    if different := [name for name, value in identity.items() if theirs.get(name) != value]:
+        raise UserError(
+            f"`hub_model_id` {repo_id} holds another experiment, with other values of {', '.join(different)}; choose "
+            "another"
+        )
+
+
+def list_waiting(run: Path) -> list[Path]:
+    """Folders that are yet to be pushed, the oldest first."""
+    return sorted(path for path in (run / "hub").glob("step-*") if path.is_dir())
+
+
+def describe_waiting(run: Path) -> list[str]:
+    """For the log: what is not on the hub, and how it gets there."""
+    if not (names := [path.name for path in list_waiting(run)]):
+        return []
+    return [f"not on the hub yet: {', '.join(names)}, in {run / 'hub'}; push with: python -m recipe.publish.hub {run}"]
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name of a file or, where the file system has no such thing, a copy."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def push(api: HfApi, config: dict[str, Any], folder: Path) -> str:
+    """A commit on `main` that holds the folder's files and, of a checkpoint, a tag with its name.
+
+    Returns:
+        the repository's id.
+    """
+    repo_id = api.create_repo(config["hub_model_id"], private=config["hub_private_repo"], exist_ok=True).repo_id
+    is_checkpoint = re.fullmatch(r"step-\d+", folder.name)
+    # What a model does not have of these is of the update before.
+    stale = [name for name in (*STATE_FILES, GLUE_FILE) if not (folder / name).exists()] if is_checkpoint else None
+    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=folder.name, delete_patterns=stale)
+    if is_checkpoint:
+        with suppress(RevisionNotFoundError):  # there is one if the run went back, or if the hub's answer was lost
+            api.delete_tag(repo_id, tag=folder.name)
+        api.create_tag(repo_id, tag=folder.name, revision=commit.oid)
+    return repo_id
+
+
+def push_waiting(run: Path) -> None:
+    """Push what waits; one process at a time.
+
+    Raises:
+        UserError: the folder holds no run.
+        Exception: whatever the last try of a push ended with; what is not pushed waits on.
+    """
+    config_file = run / "config.yaml"
+    if not config_file.is_file():
+        raise UserError(f"RUN_DIR {run} holds no run: it has no config.yaml; name the `output_dir` of pretrain.py")
+    config = read_config(run)
+    if not list_waiting(run):
+        print(f"nothing in {run} waits to be pushed")
+        return
+    limit_requests()
+    api = HfApi()
+    with FileLock(run / "hub" / ".lock"):
+        while waiting := list_waiting(run):
+            folder = waiting[0]
+            repo_id = retrying(partial(push, api, config, folder), f"pushing {folder.name}")
+            shutil.rmtree(folder)
+            print(f"pushed {folder.name} to {repo_id}", flush=True)
+
+
+def stage_card(run: Path) -> list[str]:
+    """Have a new card of the finished model wait, if the run is on the hub.
+
+    Returns:
+        for the log: what waits.
+    """
+    if not read_config(run)["push_to_hub"]:
+        return []
+    step = read_step(run)
+    folder = run / "hub" / f"step-{step:08d}-card"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("README.md", GLUE_FILE):
+        shutil.copyfile(run / "model" / name, folder / name)
+    return describe_waiting(run)
+
+
+def search_path() -> str:
+    """PYTHONPATH under which another Python finds this package, installed or not, from any working folder."""
+    root = str(Path(__file__).parents[2])
+    return os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+class Publisher:
+    """Pushes a run's checkpoints in the background; without `push_to_hub` and beside the main process it does nothing.
+
+    Args:
+        args: of the run, `hub_model_id` with the repository's id.
+        is_main: whether this is the main process.
+        save_tokenizer: saves the run's tokenizer into a folder.
+        build_card: the model card from the run's folder and a folder with the model.
+    """
+
+    def __init__(
+        self,
+        args: PretrainArguments,
+        is_main: bool,
+        save_tokenizer: Callable[[Path], object],
+        build_card: Callable[[Path, Path], str],
+    ) -> None:
+        self.args = args
+        self.is_active = args.push_to_hub and is_main
+        self.save_tokenizer = save_tokenizer
+        self.build_card = build_card
+        self.run = Path(args.output_dir)
+        self.folder = self.run / "hub"
+        self.log_file = self.folder / "log.txt"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.logged = self.log_file.stat().st_size if self.log_file.exists() else 0  # bytes that were shown
+
+    def publish(self, checkpoint: Path, is_last: bool) -> None:
+        """Have a checkpoint pushed, if the strategy says so; whatever fails is a warning."""
+        if not self.is_active or (self.args.hub_strategy == "end" and not is_last):
+            return
+        try:
+            self.stage(checkpoint)
+            self.push()
+        except Exception as error:  # no push is worth a run
+            tqdm.write(f"warning: {checkpoint.name} is not pushed to the hub: {reason(error)}")
+
+    def stage(self, checkpoint: Path) -> None:
+        """Lay out what is to be pushed. Of what waits, the oldest but for what is being pushed makes room when more
+        than `save_total_limit` would wait."""
+        temporary, final = self.folder / f".{checkpoint.name}", self.folder / checkpoint.name
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        self.save_tokenizer(temporary)
+        for file in checkpoint.iterdir():
+            if self.args.hub_strategy == "checkpoint" or file.name not in STATE_FILES:
+                link(file, temporary / file.name)
+        for name in ("config.yaml", "metrics.jsonl", "loss.png"):  # these go on changing
+            if (self.run / name).exists():
+                shutil.copyfile(self.run / name, temporary / name)
+        (temporary / "README.md").write_text(self.build_card(self.run, temporary))
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        for surplus in list_waiting(self.run)[1 : -self.args.save_total_limit]:
+            shutil.rmtree(surplus)
+            tqdm.write(f"hub: {surplus.name} could not be pushed in time and makes room for later ones")
+
+    def push(self) -> None:
+        """Have what waits pushed, by the process that is at it or by a new one."""
+        self.show_log()
+        if self.process is not None and self.process.poll() is None:
+            return
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "recipe.publish.hub", str(self.run.resolve())],
+                env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": search_path()},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # a signal to the training processes is none to this one
+            )
+
+    def show_log(self) -> None:
+        """What the pushing processes have said since the last time."""
+        if self.log_file.exists():
+            with self.log_file.open("rb") as log:
+                self.logged = log.seek(self.logged)
+                for line in (new := log.read()).decode(errors="replace").splitlines():
+                    tqdm.write(f"hub: {line}")
+                self.logged += len(new)
+
+    def waiting(self) -> list[str]:
+        """Lines for the log of a run that stops before its end."""
+        return describe_waiting(self.run) if self.is_active else []
+
+    def finish(self) -> list[str]:
+        """Wait for what is being pushed.
+
+        Returns:
+            lines for the log: where the model is, and what is not there.
+        """
+        if not self.is_active:
+            return []
+        if self.process is not None:
+            if self.process.poll() is None:
+                tqdm.write(f"hub: pushing {', '.join(path.name for path in list_waiting(self.run))}")
+            try:
+                self.process.wait(LAST_PUSH_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self.show_log()
+        return [f"hub: {constants.ENDPOINT}/{self.args.hub_model_id}", *describe_waiting(self.run)]
+
+
+def fetch_checkpoint(args: PretrainArguments) -> str | None:
+    """Download the checkpoint that `resume_from_checkpoint` names on the hub, with the metrics that lead up to it, into
+    the folder of a run that begins with it.
+
+    Returns:
+        `resume_from_checkpoint` or, if that was on the hub, the path of the copy; whether it is whole is yet to be
+        verified. None if it is only looked for, since the run does not begin now.
+
+    Raises:
+        UserError: there is no such repository, revision or training state, or the hub cannot be reached.
+    """
+    uri, run = args.resume_from_checkpoint, Path(args.output_dir)
+    if uri is None or not uri.startswith(SCHEME):
+        return uri
+    repo_id, _, revision = uri.removeprefix(SCHEME).partition("@")
+    check_repo_id("resume_from_checkpoint", repo_id)
+    limit_requests()
+    api, revision = HfApi(), revision or "main"
+    temporary = run / "checkpoints" / ".from-hub"
+    begins = not (args.dry_run or args.prepare_only)
+    wanted = re.compile("|".join(["config.json", r"model[\w.-]*", *STATE_FILES, "metrics.jsonl"]))  # none in a folder
+
+    def download() -> None:
+        files = api.list_repo_files(repo_id, revision=revision)
+        if lacking := [name for name in STATE_FILES if name not in files]:
+            raise UserError(
+                f"`resume_from_checkpoint` {uri} has no {', '.join(lacking)}: it was pushed without `hub_strategy: "
+                "checkpoint`, as a model alone; go on from that by `model_name_or_path`"
+            )
+        if begins:
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                local_dir=temporary,
+                allow_patterns=[name for name in files if wanted.fullmatch(name)],
+            )
+
+    try:
+        retrying(download, f"downloading {uri}")
+    except RevisionNotFoundError:
+        tags = sorted(tag.name for tag in api.list_repo_refs(repo_id).tags)
+        near = did_you_mean(revision, tags)
+        raise UserError(f"`resume_from_checkpoint` {uri}: {repo_id} has {', '.join(tags) or 'no tags'}{near}") from None
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise UserError(f"`resume_from_checkpoint` {uri} cannot be downloaded: {reason(error)}") from None
+    if not begins:
+        return None
+    shutil.rmtree(temporary / ".cache", ignore_errors=True)  # the library's notes on the download
+    with raising_damaged_file(f"state.json of {uri}", "choose another checkpoint"):
+        folder = checkpoint_path(run / "checkpoints", json.loads((temporary / "state.json").read_text())["step"])
+    if (temporary / "metrics.jsonl").exists():
+        (temporary / "metrics.jsonl").replace(run / "metrics.jsonl")
+    return str(temporary.rename(folder))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Push what a run could not push to the hub.")
+    parser.add_argument("run_dir", type=Path, help="the `output_dir` of pretrain.py")
+    run = parser.parse_args().run_dir
+    os.nice(10)  # training comes first
+    try:
+        push_waiting(run)
+    except UserError:
+        raise
+    except Exception as error:
+        names = ", ".join(path.name for path in list_waiting(run))
+        print(f"warning: not pushed: {names}: {reason(error)}", flush=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main()

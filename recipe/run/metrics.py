@@ -1,0 +1,271 @@
+"""Sums between two lines of the log, throughput, and the line itself."""
+
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipe.base.errors import raising_damaged_file
+from recipe.base.formatting import format_count, format_duration, number
+from recipe.base.hashing import hash64
+
+
+@dataclass
+class TrainState:
+    """How far a run is; everything of it is in the checkpoint, so that a resume writes the same metrics.
+
+    `window` holds, of what the objective measures, sums since the last line of the log and what to divide them by.
+    """
+
+    step: int = 0
+    nonfinite_updates: int = 0  # skipped in all
+    overflows: int = 0  # updates that fp16's gradient scaler skipped
+    skipped_in_a_row: int = 0
+    loss_spikes: int = 0
+    recent_losses: list[float] = field(default_factory=list)  # by which a spike is told
+    updates_left_out: int = 0  # after spikes: so many updates' data
+    window: dict[str, list[float]] = field(default_factory=dict)
+    corpora: list[list[int]] = field(default_factory=list)  # of each corpus: blocks, tokens, documents seen
+    data_digest: int = 0  # of which blocks were seen and what was masked in them, in the order of updates
+
+    @classmethod
+    def restore(cls, values: dict[str, Any], num_corpora: int, checkpoint: Path) -> "TrainState":
+        """
+        Args:
+            values: `asdict` of one, from the checkpoint.
+
+        Raises:
+            UserError: they are not.
+        """
+
+        def is_count(value: Any) -> bool:
+            return type(value) is int and 0 <= value < 2**64
+
+        with raising_damaged_file(checkpoint / "state.json", f"remove {checkpoint} to go on from the one before it"):
+            names = {f.name for f in fields(cls)}
+            if wrong := sorted(names ^ values.keys()):
+                raise ValueError(f"`train_state` lacks or has {', '.join(wrong)}")
+            wrong = [f.name for f in fields(cls) if f.type is int and not is_count(values[f.name])]
+            if wrong or not all(map(is_count, itertools.chain.from_iterable(values["corpora"]))):
+                raise ValueError(f"a count of `train_state` is no whole number: {', '.join(wrong) or 'corpora'}")
+            if [len(counts) for counts in values["corpora"]] != [3] * num_corpora:
+                raise ValueError(f"`corpora` of `train_state` are not {num_corpora} with three counts each")
+            if not all(math.isfinite(total) and is_count(count) for total, count in values["window"].values()):
+                raise ValueError("`window` of `train_state` is not of sums and counts")
+            if not all(map(math.isfinite, values["recent_losses"])):
+                raise ValueError("`recent_losses` of `train_state` are not")
+        return cls(**values)
+
+    @property
+    def blocks(self) -> int:
+        """Seen in all."""
+        return sum(blocks for blocks, _, _ in self.corpora)
+
+    @property
+    def tokens(self) -> int:
+        """Seen in all, without padding."""
+        return sum(tokens for _, tokens, _ in self.corpora)
+
+    def count(
+        self, measured: dict[str, tuple[float, int]], corpora: np.ndarray, digest: int, skipped: str | None
+    ) -> None:
+        """Take in one update; what was skipped is counted and its measures left out.
+
+        Args:
+            measured: of each of the objective's measures the sum and what to divide it by.
+            corpora: (corpora, 3) blocks, tokens and documents of the update.
+            digest: of its blocks and masks.
+        """
+        self.step += 1
+        self.corpora = (np.array(self.corpora or np.zeros_like(corpora)) + corpora).tolist()
+        self.data_digest = int(hash64(self.data_digest, digest))
+        self.nonfinite_updates += skipped == "nonfinite"
+        self.overflows += skipped == "overflow"
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        for name, values in measured.items():
+            window = self.window.setdefault(name, [0.0, 0])
+            if skipped is None:
+                self.window[name] = [total + value for total, value in zip(window, values, strict=True)]
+
+    def record_loss(self, loss: float, ratio: float) -> float | None:
+        """Take in the loss of an update, in nats.
+
+        Returns:
+            how many times the median of the up to 100 before it is, if that is more than `ratio` and there were 20.
+        """
+        before = self.recent_losses
+        self.recent_losses = [*before, loss][-100:]
+        if len(before) < 20 or loss <= ratio * statistics.median(before):
+            return None
+        self.loss_spikes += 1
+        return loss / statistics.median(before)
+
+    def go_back(self, saved: "TrainState") -> int:
+        """Be what a checkpoint holds, and count the data of the updates since as left out.
+
+        Returns:
+            how many updates' data after that checkpoint is.
+        """
+        left_out = self.step + self.updates_left_out - saved.step - saved.updates_left_out
+        kept = {"updates_left_out": saved.updates_left_out + left_out, "loss_spikes": self.loss_spikes}
+        vars(self).update(vars(saved) | kept)
+        return left_out
+
+    def padding_share(self, positions: int) -> float:
+        """Of all positions so far."""
+        return 1 - self.tokens / positions
+
+    def take_means(self) -> dict[str, float | None]:
+        """Means since the last time, losses in nats; None if every update was skipped."""
+        means = {name: total / count if count else None for name, (total, count) in self.window.items()}
+        self.window = {}
+        return means
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of training since it was made."""
+
+    started: float = field(default_factory=time.perf_counter)
+    steps: int = 0
+    tokens: int = 0
+    waited: float = 0.0
+
+    def count(self, tokens: int) -> None:
+        self.steps += 1
+        self.tokens += tokens
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time that training stands still for data."""
+        asked = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - asked
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not training."""
+        stopped = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - stopped
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
+
+
+def train_record(
+    state: TrainState,
+    watch: Stopwatch,
+    learning_rate: float,
+    grad_norm: float,
+    positions: int,
+    corpora: dict[str, dict[str, float]],
+    flops_share: float,
+    peak_memory: int,
+) -> dict[str, Any]:
+    """A training line of metrics.jsonl; it ends the window of `state`.
+
+    Args:
+        flops_share: what one token a second is of what the devices can reach; makes a rate an MFU.
+        peak_memory: bytes.
+        corpora: of each corpus what has been seen, `blocks` and `passes` among it.
+    """
+    epoch = sum(seen["passes"] * seen["blocks"] for seen in corpora.values()) / state.blocks
+    seconds = watch.seconds
+    return {
+        "step": state.step,
+        **state.take_means(),
+        "learning_rate": learning_rate,
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # JSON has no NaN
+        "tokens": state.tokens,
+        "epoch": round(epoch, 4),
+        "nonfinite_updates": state.nonfinite_updates,
+        "overflows": state.overflows,
+        "loss_spikes": state.loss_spikes,
+        "updates_left_out": state.updates_left_out,
+        "tokens_per_second": round(watch.tokens / seconds, 1),
+        "mfu": round(watch.tokens / seconds * flops_share, 4),
+        "peak_memory": peak_memory,
+        "data_wait_share": round(watch.waited / seconds, 4),
+        "seconds_per_update": round(seconds / watch.steps, 4),
+        "padding_share": round(state.padding_share(positions), 4),
+        "data_digest": f"{state.data_digest:016x}",
+        "corpora": corpora,
+    }
+
+
+def eval_record(state: TrainState, means: dict[str, float], unigram_loss: float) -> dict[str, Any]:
+    """An evaluation line of metrics.jsonl.
+
+    Args:
+        means: of what the objective measures; `loss` among it.
+    """
+    return {
+        "step": state.step,
+        "tokens": state.tokens,
+        **{f"eval_{name}": mean if math.isfinite(mean) else None for name, mean in means.items()},
+        "eval_perplexity": math.exp(means["loss"]) if means["loss"] < 700 else None,
+        "unigram_loss": unigram_loss,
+    }
+
+
+def format_accuracies(record: dict[str, Any]) -> list[str]:
+    """What a pair objective measures beside the loss."""
+    return [
+        f"{name.removeprefix('eval_').replace('_', ' ')} {number(value, '.3f')}"
+        for name, value in record.items()
+        if name.endswith("_accuracy")
+    ]
+
+
+def format_train_line(record: dict[str, Any], max_steps: int) -> str:
+    """One aligned line of the log."""
+    left = (max_steps - record["step"]) * record["seconds_per_update"]
+    skipped = [f"{record[name]} {name}" for name in ("nonfinite_updates", "overflows", "loss_spikes") if record[name]]
+    return "  ".join(
+        [
+            f"step {record['step']:>{len(str(max_steps))}}/{max_steps}",
+            f"loss {number(record['loss'], '6.3f')}",
+            *format_accuracies(record),
+            f"lr {record['learning_rate']:.2e}",
+            f"grad norm {number(record['grad_norm'], '6.2f')}",
+            f"{format_count(record['tokens']):>5} tokens",
+            f"{format_count(record['tokens_per_second']):>5} tokens/s",
+            f"mfu {record['mfu']:4.0%}",
+            f"data wait {record['data_wait_share']:4.0%}",
+            f"memory {record['peak_memory'] / 1e9:.1f} GB",
+            f"left {format_duration(left)}",
+            *skipped,
+        ]
+    )
+
+
+def format_data_line(state: TrainState, corpora: dict[str, dict[str, float]], positions: int, max_steps: int) -> str:
+    """What has been seen of each corpus; see `train_record`."""
+    seen = [
+        f"{name} {format_count(corpus['tokens'])} tokens, {format_count(corpus['documents'])} documents, "
+        f"{corpus['passes']:.2f} passes"
+        for name, corpus in corpora.items()
+    ]
+    step = f"step {state.step:>{len(str(max_steps))}}/{max_steps}"
+    return f"{step}  seen: {'; '.join(seen)}; padding {state.padding_share(positions):.1%}"
+
+
+def format_eval_line(record: dict[str, Any], max_steps: int) -> str:
+    return "  ".join(
+        [
+            f"step {record['step']:>{len(str(max_steps))}}/{max_steps}",
+            f"held-out loss {number(record['eval_loss'], '.3f')}",
+            f"perplexity {number(record['eval_perplexity'], '.2f')}",
+            f"(unigram model: loss {record['unigram_loss']:.3f})",
+            *format_accuracies(record),
+        ]
+    )

@@ -1,0 +1,254 @@
+"""The figures of a run, or of several beside each other.
+
+python -m recipe.run.plots runs/roberta-base [runs/another …]
+"""
+
+import argparse
+import itertools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+from recipe.base.errors import UserError, raising_damaged_file, report_user_errors
+from recipe.run.directory import RunDirectory, read_config
+
+# Colours that colour-blind readers tell apart (Okabe and Ito); lines and markers tell the runs apart in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+DRAWN = ("loss", "eval_loss", "unigram_loss", "learning_rate", "grad_norm", "tokens_per_second")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+SMOOTHED = 50  # a smoothed line is the mean over a so-manieth of the log's lines
+BEGINNING = 0.02  # of the tokens, in which the loss falls from higher than the figure shows
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What there is to draw of a run.
+
+    `metrics`: the lines of metrics.jsonl. `expected_loss`: held-out loss that the config says to expect, in nats.
+    `vocabulary`: a checksum of the tokenizer.
+    """
+
+    name: str
+    metrics: list[dict[str, Any]]
+    expected_loss: float | None = None
+    vocabulary: str = ""
+
+    def series(self, field: str) -> tuple[np.ndarray, np.ndarray]:
+        """(lines,) tokens and (lines,) values, where there are any."""
+        lines = [line for line in self.metrics if line.get(field) is not None]
+        return np.array([line["tokens"] for line in lines], float), np.array([line[field] for line in lines], float)
+
+
+def read_curves(path: Path) -> Curves:
+    """
+    Raises:
+        UserError: that is no folder of a pretraining run, or its files are damaged.
+    """
+    run = RunDirectory(path, is_main=False, pids=[])
+    if not run.config_file.is_file() or not run.metrics_file.is_file():
+        missing = run.metrics_file if run.config_file.is_file() else run.config_file
+        raise UserError(f"{path} is no pretraining run, it has no {missing.name}; name the `output_dir` of one")
+    with raising_damaged_file(run.config_file, "mend it"):
+        config = read_config(path)
+        checksum, expected = config.get("environment", {}).get("tokenizer_checksum"), config["expected_loss"]
+        expected = None if expected is None else float(expected)
+    if checksum is None:
+        raise UserError(f"{run.config_file} is not of a pretraining run of this version of the recipe")
+    curves = Curves(str(path), run.read_metrics(), expected, checksum)
+    with raising_damaged_file(run.metrics_file, "take out the lines that are wrong"):
+        for field in DRAWN:
+            for values in curves.series(field):
+                if values.ndim > 1 or not np.isfinite(values).all():
+                    raise ValueError(f"`tokens` or `{field}` is no number somewhere")
+    return curves
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """(n,) -> (n,), each the mean over itself and those before it, a `SMOOTHED`th of all."""
+    width = max(1, len(values) // SMOOTHED)
+    sums = np.cumsum(np.concatenate([np.zeros(1), values]))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def perplexity_of(nats: float) -> str:
+    if nats > 20:  # a run that diverged
+        return f"e^{nats:.0f}"
+    return f"{math.exp(nats):,.{0 if nats > 4 else 1}f}"
+
+
+def plot_runs(runs: list[Curves], path: Path) -> None:
+    """Loss and perplexity, learning rate, gradient norm and tokens a second over the tokens seen.
+
+    A single run is drawn with its unsmoothed training loss, what a unigram model has and what to expect.
+
+    Args:
+        runs: one or more; those without a training loss are left out, and without any there is no figure.
+        path: PNG file to write.
+
+    Raises:
+        UserError: their losses cannot be compared, since their tokens are not the same.
+    """
+    for run in runs[1:]:
+        if run.vocabulary != runs[0].vocabulary:
+            raise UserError(
+                f"{runs[0].name} and {run.name} have different vocabularies, and a loss is of one vocabulary's tokens; "
+                "plot them apart"
+            )
+    runs = [run for run in runs if len(run.series("loss")[0])]
+    if not runs:
+        return
+    figure = Figure(figsize=(9, 7.5), layout="constrained")
+    panels = figure.subplot_mosaic(
+        [["loss"] * 3, ["learning_rate", "grad_norm", "tokens_per_second"]], height_ratios=[2.2, 1]
+    )
+    is_alone = len(runs) == 1
+    styles = zip(runs, itertools.cycle(COLOURS), itertools.cycle(LINES), itertools.cycle(MARKERS), strict=False)
+    for run, colour, line, marker in styles:
+        style = {"color": colour, "linestyle": line}
+        panels["learning_rate"].plot(*run.series("learning_rate"), **style)
+        for field in ("grad_norm", "tokens_per_second"):
+            draw_smoothed(panels[field], *run.series(field), style, is_alone)
+        if is_alone:
+            draw_only_loss(panels["loss"], run, style)
+        else:
+            draw_compared_loss(panels["loss"], run, style, marker)
+    panels["learning_rate"].set(ylabel="learning rate")
+    panels["grad_norm"].set(ylabel="gradient norm", yscale="log")
+    norms = panels["grad_norm"].yaxis
+    norms.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    norms.set_major_formatter("{x:g}")
+    norms.set_minor_formatter(NullFormatter())
+    panels["tokens_per_second"].set(ylabel="tokens/s", ylim=(0, None))
+    panels["tokens_per_second"].yaxis.set_major_formatter(EngFormatter(sep=""))
+    panels["loss"].set(ylabel="masked-LM loss (nats a token)", title=runs[0].name if is_alone else None)
+    panels["loss"].legend()
+    for axes in panels.values():
+        axes.set(xlabel="tokens", xlim=(0, None))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.grid(alpha=0.3)
+    crop_beginning(panels["loss"], runs)
+    add_perplexity(panels["loss"])
+    figure.savefig(path, dpi=120)
+
+
+def draw_smoothed(
+    axes: Axes, tokens: np.ndarray, values: np.ndarray, style: dict[str, Any], is_alone: bool, label: str | None = None
+) -> None:
+    """A smoothed line; of a single run on the faint line that it smooths."""
+    if is_alone:
+        axes.plot(tokens, values, color=style["color"], alpha=0.25, linewidth=0.8)
+    axes.plot(tokens, smooth(values), **style, label=label)
+
+
+def draw_only_loss(axes: Axes, run: Curves, style: dict[str, Any]) -> None:
+    """With what a unigram model has and what to expect."""
+    tokens, losses = run.series("loss")
+    draw_smoothed(axes, tokens, losses, style, True, f"training, mean over {max(1, len(losses) // SMOOTHED)} log lines")
+    held_out_tokens, held_out = run.series("eval_loss")
+    if len(held_out):
+        label = f"held out: {held_out[-1]:.3f}, perplexity {perplexity_of(held_out[-1])}"
+        axes.plot(held_out_tokens, held_out, color=COLOURS[1], linestyle="--", marker="o", markersize=4, label=label)
+        unigram = run.series("unigram_loss")[1][-1]
+        axes.axhline(unigram, color="0.4", linestyle=":", label=f"unigram model: {unigram:.3f}")
+    if run.expected_loss is not None:
+        label = f"expected at the end: {run.expected_loss:.3f}"
+        axes.axhline(run.expected_loss, color=COLOURS[2], linestyle="-.", label=label)
+
+
+def draw_compared_loss(axes: Axes, run: Curves, style: dict[str, Any], marker: str) -> None:
+    """Training as a line, held out as markers."""
+    tokens, held_out = run.series("eval_loss")
+    label = run.name
+    if len(held_out):
+        label += f": held out {held_out[-1]:.3f}, perplexity {perplexity_of(held_out[-1])}"
+    draw_smoothed(axes, *run.series("loss"), style, False)
+    axes.plot(tokens, held_out, color=style["color"], linestyle="none", marker=marker, markerfacecolor="white")
+    axes.plot([], [], **style, marker=marker, markerfacecolor="white", label=label)  # both, for the legend
+
+
+def crop_beginning(axes: Axes, runs: list[Curves]) -> None:
+    """Leave out of the figure what the loss falls through at the very beginning."""
+    end = max(run.series("loss")[0][-1] for run in runs)
+    lines = [(np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)) for line in axes.get_lines()]
+    # A line across the figure has two ends, from 0 to 1.
+    highest = max((y[(x > BEGINNING * end) | (x <= 1)].max(initial=-math.inf) for x, y in lines), default=-math.inf)
+    low, high = axes.get_ylim()
+    if low < highest < high:
+        axes.set_ylim(low, highest + 0.05 * (highest - low))
+
+
+def add_perplexity(axes: Axes) -> None:
+    """On the right."""
+    perplexity = axes.secondary_yaxis("right")
+    low, high = axes.get_ylim()
+    ticks = [nats for nats in axes.get_yticks() if low <= nats <= high]
+    perplexity.set_yticks(ticks, labels=[perplexity_of(nats) for nats in ticks])
+    perplexity.set_ylabel("perplexity")
+
+
+def plot_glue(rows: list[dict[str, Any]], names: list[str], published: str, title: str, path: Path) -> None:
+    """Median and range of each task beside the majority's and the published result.
+
+    Args:
+        rows: the tasks of summary.json.
+        names: of the rows.
+        published: what the published results are called.
+        title: of the figure.
+        path: PNG file to write.
+    """
+    figure = Figure(figsize=(8, 1.6 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    done = [(place, row) for place, row in enumerate(rows) if row["n"]]
+    spread = [row["standard_deviation"] or 0.0 for _, row in done]
+    axes.barh(range(len(rows)), [100 * row["majority"] for row in rows], color="lightgray", label="majority")
+    axes.errorbar(
+        [100 * row["median"] for _, row in done],
+        [place for place, _ in done],
+        xerr=[100 * value for value in spread],
+        fmt="o",
+        color=COLOURS[0],
+        capsize=4,
+        label="median over seeds, with their standard deviation",
+    )
+    given = [(place, row["published"]) for place, row in enumerate(rows) if row["published"] is not None]
+    if given:
+        axes.plot([value for _, value in given], [place for place, _ in given], "D", color=COLOURS[1], label=published)
+    for place, row in enumerate(rows):
+        text = f"{100 * row['median']:.1f}" if row["n"] else "failed"
+        axes.annotate(text, (100 * row.get("median", 0), place), (0, 7), textcoords="offset points", ha="center")
+    axes.set_yticks(range(len(rows)), labels=names)
+    axes.invert_yaxis()
+    axes.set(xlabel="dev result (percent)", title=title)
+    axes.set_xlim(min(0, *(100 * row.get("median", 0) - 5 for row in rows)), 100)
+    axes.grid(alpha=0.3, axis="x")
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="`output_dir` of a pretraining run")
+    parser.add_argument("--output", type=Path, help="PNG; default: loss.png of a single run, comparison.png of several")
+    args = parser.parse_args()
+    alone = args.run_dirs[0] / "loss.png" if len(args.run_dirs) == 1 else Path("comparison.png")
+    path = args.output or alone
+    runs = [read_curves(folder) for folder in args.run_dirs]
+    for run in runs:
+        if not len(run.series("loss")[0]):
+            raise UserError(f"{run.name} has no training loss in its metrics.jsonl yet; leave it out")
+    plot_runs(runs, path)
+    print(path)
+
+
+if __name__ == "__main__":
+    with report_user_errors():
+        main()

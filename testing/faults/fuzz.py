@@ -1,0 +1,613 @@
+"""Random damage to everything that the recipe reads: it has to end in success or in an error of ours, and soon.
+
+python -m testing.faults.fuzz [--cases 10000] [--seed 0] [--targets config corpus]
+python -m testing.faults.fuzz --only checkpoint:17     # that case alone, with its traceback
+
+1. A target writes what the recipe reads, whole, into an empty folder, with one to three random changes (`mutate` of
+   values, `mutate_bytes` of files), and reads it by the functions that the scripts call.
+2. What comes out is ok, refused (a `UserError`) or found: another exception, 30 s without an end, or something half
+   written. A case is a function of (seed, target, number) and can be repeated alone.
+"""
+
+from testing.helpers import ROOT, SAMPLE, SMALL_MODEL, make_text, reset_accelerate  # first: sets the environment  # noqa: I001
+
+import argparse
+import contextlib
+import copy
+import csv
+import datetime
+import faulthandler
+import gzip
+import importlib
+import io
+import json
+import lzma
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from recipe.run import checkpoint as ckpt
+from recipe.publish import hub
+from recipe.publish.card import write_card
+from recipe.arguments import CorpusArguments, GlueArguments, PretrainArguments, TokenizerArguments
+from recipe.base.errors import UserError
+from recipe.data.corpora import (
+    SUFFIXES,
+    TABLES,
+    Part,
+    check_corpus,
+    corpus_bytes,
+    open_source,
+    packing_of,
+    sample_texts,
+)
+from recipe.finetune.finetuning import encode_splits
+from recipe.finetune.report import describe_data
+from recipe.finetune.tasks.glue import TASKS, Task, load_task
+from recipe.data.hygiene import Decontaminator
+from recipe.run.metrics import TrainState
+from recipe.modeling.model import build_config, build_model
+from recipe.modeling.objectives import MaskedLMObjective
+from recipe.modeling.optimizer import build_optimizer, build_scheduler
+from recipe.data.packing import BlockFormat
+from recipe.run.plots import plot_runs, read_curves
+from recipe.run.directory import MANIFEST, list_checkpoints
+from recipe.run.directory import RunDirectory
+from recipe.data.packed_corpus import PackedCorpus
+from recipe.data.token_store import TokenStore
+from recipe.data.tokenizer import DocumentEncoder, load_tokenizer, save_tokenizer, train_byte_level_bpe
+
+SECONDS = 30  # that a case may take
+DEEP = 20_000  # brackets in each other
+ODD_BYTES = [
+    b"\0",
+    b"\xff",
+    b"\xed\xa0\xbd",
+    b"\xef\xbb\xbf",
+    b"\r\n",
+    b"\n\n",
+    b"\t",
+    b'"',
+    b"'",
+    b"{",
+    b": ",
+    b"- ",
+    b"#",
+]
+ODD_BYTES += [b"[" * DEEP, b"9" * 5000, b"1e999", b"NaN", b"null", b"&a [*a]", b"!!python/object/apply:os.getpid []"]
+ODD_BYTES += ["\u2028".encode(), "\u202e\u0301".encode(), b"\x1b[31m", b"x" * 3_000_000]
+ODD = [None, True, False, 0, 1, -1, 2, 0.5, -0.0, 10**6, 2**31, 2**63, 10**30, float("inf"), float("nan"), 1e-300]
+ODD += [
+    "",
+    " ",
+    "\0",
+    "none",
+    "null",
+    "latest",
+    "hub://a/b",
+    "../../x",
+    "/no/such/x",
+    "~",
+    "*",
+    "[",
+    "a/b/c",
+    "é\u0301\u202e\U0001f600",
+]
+ODD += ["x" * 5000, "\ud800", "1e-4", "true", [], {}, [[]], [None], {"a": 1}, {"": None}, [1, 2], ["a", "a"], {1: 2}]
+ODD += [datetime.date(2020, 1, 1)]
+
+
+class HangError(BaseException):
+    """A case takes too long. (No `Exception`, which some code catches for good reasons.)"""
+
+
+def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
+    """One to three changes: cut off, emptied, bits flipped, a part left out, doubled or overwritten, odd bytes put in,
+    another encoding."""
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        start = rng.randrange(len(data) + 1)
+        end = min(len(data), start + rng.choice([1, 1, 4, 40, 4000]))
+        change = rng.randrange(9)
+        if change == 0:
+            data = data[:start]
+        elif change == 1:
+            data = data[:start] + data[end:]
+        elif change == 2:
+            data = data[:end] + data[start:]
+        elif change == 3:
+            data = data[:start] + rng.randbytes(end - start) + data[end:]
+        elif change == 4:
+            data = data[:start] + rng.choice(ODD_BYTES) + data[start:]
+        elif change == 5 and rng.random() < 0.3:
+            data = data.decode("utf-8", "replace").encode(rng.choice(["utf-16", "utf-16-le", "utf-8-sig", "utf-32"]))
+        elif change == 6 and rng.random() < 0.1:
+            data = b""
+        elif data:
+            flipped = bytearray(data)
+            flipped[min(start, len(data) - 1)] ^= 1 << rng.randrange(8)
+            data = bytes(flipped)
+    return data
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(dictionary or list, key or index) of everything inside a value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield value, key
+        yield from places(inner)
+
+
+def mutate(value: Any, rng: random.Random, odd: list[Any] = ODD) -> Any:
+    """A copy with one change somewhere inside: removed, replaced, renamed, wrapped, exchanged or bent."""
+    value = copy.deepcopy(value)
+    found = list(places(value))
+    if not found or rng.random() < 0.03:
+        return rng.choice(odd)
+    holder, key = rng.choice(found)
+    change = rng.randrange(12)
+    if change == 0:
+        del holder[key]
+    elif change == 1 and isinstance(holder, dict):
+        holder[rng.choice([f"{key}s", f"{key}"[:-1], "", "\0", 3, "../x"])] = holder.pop(key)
+    elif change == 2:
+        holder[key] = rng.choice([[holder[key]], {"a": holder[key]}, [holder[key]] * 2])
+    elif change == 3:
+        other, place = rng.choice(found)
+        holder[key] = copy.deepcopy(other.get(place) if isinstance(other, dict) else other[place])
+    elif change == 4 and isinstance(holder[key], str):
+        holder[key] = mutate_bytes(holder[key].encode(), rng).decode(errors="replace")
+    elif change == 4 and isinstance(holder[key], int | float):
+        number = holder[key]
+        holder[key] = rng.choice([-number, number + 1, number - 1, number * 10**9, number / 7, str(number)])
+    else:  # most often by something of its own kind: what is of another is soon refused
+        like = [other for other in odd if type(other) is type(holder[key])] if change < 10 else odd
+        holder[key] = copy.deepcopy(rng.choice(like or odd))
+    return value
+
+
+@dataclass
+class Material:
+    """What is damaged, whole.
+
+    Args:
+        root: folder with a `tokenizer`, and the `run` of pretrain.py that used it.
+    """
+
+    root: Path
+
+    def __post_init__(self) -> None:
+        rng = random.Random(0)
+        self.texts = [make_text(rng, rng.randint(1, 20)) for _ in range(60)]
+        self.corpus = self.root / "text.jsonl"
+        self.corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in self.texts))
+        trained = train_byte_level_bpe([self.texts], 400, 2, add_prefix_space=False, max_document_characters=10_000)
+        save_tokenizer(trained, self.root / "tokenizer", add_prefix_space=False, model_max_length=64)
+        self.tokenizer = load_tokenizer(str(self.root / "tokenizer"))
+        self.encoder = DocumentEncoder(self.tokenizer, "sentencex", "en")
+        self.run = self.root / "run"
+        values = {
+            "output_dir": self.run,
+            "tokenizer_name": self.root / "tokenizer",
+            "corpora": json.dumps([{"name": "sample", "path": str(self.corpus)}]),
+            "model_config": json.dumps(SMALL_MODEL),
+            "token_store_dir": self.root / "stores",
+            "max_seq_length": 32,
+            "eval_blocks": 4,
+            "dataloader_num_workers": 0,
+            "max_steps": 4,
+        }
+        sizes = ("train_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size")
+        values |= dict.fromkeys(sizes, 4) | dict.fromkeys(
+            ("warmup_steps", "logging_steps", "eval_steps", "save_steps"), 2
+        )
+        run_script("pretrain", [f"--{name}={value}" for name, value in values.items()])
+        self.model_config = build_config(SMALL_MODEL, None, self.tokenizer, 32)
+
+
+@dataclass
+class Case:
+    """`folder`: empty, and the working directory. `material`: not to be changed."""
+
+    rng: random.Random
+    folder: Path
+    material: Material
+
+    def damage(self, file: Path) -> None:
+        """Damage a file, most often its bytes."""
+        kind = self.rng.random()
+        if kind < 0.05:
+            file.unlink()
+        elif kind < 0.08:
+            file.unlink()
+            file.mkdir()
+        else:
+            file.write_bytes(mutate_bytes(file.read_bytes(), self.rng))
+
+
+def run_script(name: str, arguments: list[str]) -> None:
+    """A script's `main` in this process."""
+    reset_accelerate()
+    with mock.patch.object(sys, "argv", [f"{name}.py", *arguments]):
+        importlib.import_module(name).main()
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+KINDS = {
+    "tokenizer": ("train_tokenizer", TokenizerArguments),
+    "pretrain": ("pretrain", PretrainArguments),
+    "glue": ("finetune_glue", GlueArguments),
+}
+
+
+def fuzz_config(case: Case) -> None:
+    """YAML and flags of a script, through all that it checks before it begins to work."""
+    rng, root = case.rng, case.material.root
+    kind, (script, cls) = rng.choice(list(KINDS.items()))
+    values = yaml.safe_load(rng.choice(sorted((ROOT / "recipe" / "configs" / kind).rglob("*.yaml"))).read_text())
+    # What it names is there, but for the corpora and names that are odd now.
+    local = {"corpora": [{"name": name, "path": str(case.material.corpus)} for name in "ab"], "output_dir": "out"}
+    local |= {"tokenizer_name": str(root / "tokenizer"), "model_name_or_path": str(root / "run" / "model")}
+    local |= {"glue_dir": str(SAMPLE / "glue"), "tasks": ["cola"], "max_seq_length": 16, "token_store_dir": "stores"}
+    local |= {"model_config": SMALL_MODEL, "eval_corpora": [], "decontaminate_against": []}
+    wanted = {f.name for f in fields(cls)} - ({"model_name_or_path"} if kind == "pretrain" else set())
+    values |= {name: value for name, value in local.items() if name in wanted}
+    for _ in range(rng.choice([0, 1, 1, 1, 1, 2])):
+        values = mutate(values, rng)
+    text = yaml.dump(values, allow_unicode=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+    Path("config.yaml").write_bytes(mutate_bytes(text, rng) if rng.random() < 0.15 else text)
+    flags = []
+    for _ in range(rng.choice([0, 0, 0, 0, 0, 1, 2])):
+        name = rng.choice([f.name for f in fields(cls)])
+        value = mutate(values.get(name), rng) if isinstance(values, dict) else rng.choice(ODD)
+        flags.append(f"--{name}={json.dumps(value, default=str) if rng.random() < 0.5 else value}")
+    flags = [
+        mutate_bytes(flag.encode("utf-8", "surrogatepass"), rng).decode(errors="surrogateescape")
+        if rng.random() < 0.2
+        else flag
+        for flag in flags
+    ]
+    flags = [flag.replace("\0", "")[:100_000] for flag in flags]  # as the system has it
+    before = contents(case.folder)
+    run_script(script, ["--config", "config.yaml", *flags, "--dry_run=true"])
+    assert contents(case.folder) == before, "a dry run has written something"
+
+
+def fuzz_corpus(case: Case) -> None:
+    """A local file of any format, through the readers and, now and then, into a token store."""
+    rng = case.rng
+    suffix = rng.choice([*SUFFIXES, *TABLES * 4])
+    path = Path(f"text{suffix}")
+    records: Any = [{"text": text, "id": number} for number, text in enumerate(rng.sample(case.material.texts, 12))]
+    if rng.random() < 0.5:
+        for _ in range(3):
+            records = mutate(records, rng)
+            records = records if isinstance(records, list) else [records]
+    if suffix.endswith(TABLES):
+        write_table(path, records, rng)
+    else:
+        text = "\n".join(json.dumps(record, default=str, skipkeys=True) for record in records).encode()
+        compress(path, mutate_bytes(text, rng) if rng.random() < 0.4 else text)
+    if rng.random() < 0.5:
+        case.damage(path)
+    fields_of = {"sample_by": rng.choice(["document", "paragraph"]), "text_column": rng.choice(["text"] * 9 + ["id"])}
+    corpus = CorpusArguments(name="c", path=rng.choice([str(path), "."]), **fields_of)
+    check_corpus(corpus, rng.choice([0, 100]))
+    assert corpus_bytes(corpus) >= 0
+    source = open_source(corpus)
+    for shard in range(source.num_shards):
+        for _, text in source.read(shard, rng.choice([0, 0, 5]), rng.choice([Part(), Part(1, 3)])):
+            if not isinstance(text, UserError):
+                text.encode()
+    list(sample_texts([corpus], 5000))
+    if rng.random() < 0.15:
+        store = TokenStore(corpus, case.material.encoder, Decontaminator([]), Path("stores"))
+        try:
+            store.build(0, None, rng.choice([0, 100]))
+            packed = PackedCorpus(store, BlockFormat("full_sentences", 32, 0, 2, pair_special_tokens=4, seed=1))
+            packed.build(0)
+            assert all(len(packed.block(number).input_ids) for number in range(len(packed)))
+        finally:
+            assert not list(Path("stores").rglob(".*")), "half-written files stay"
+
+
+def write_table(path: Path, records: Any, rng: random.Random) -> None:
+    """A Parquet or Arrow file with the texts as strings or, now and then, as something else."""
+    values = [record.get("text") if isinstance(record, dict) else record for record in records]
+    kind = rng.choice([pa.string(), pa.string(), pa.string(), pa.large_string(), pa.string_view(), pa.binary(), None])
+    texts = [value.encode(errors="replace").decode() if isinstance(value, str) else None for value in values]
+    try:
+        column = pa.array(values if kind is None else texts, kind)
+    except (pa.ArrowException, UnicodeError, OverflowError, AttributeError):
+        column = pa.array(texts)
+    if kind is pa.binary():
+        column = pa.array([mutate_bytes((text or "").encode(), rng) for text in texts], pa.binary())
+        if rng.random() < 0.5:  # as writers that do not look do
+            column = pa.StringArray.from_buffers(len(column), *column.buffers()[1:])
+    table = pa.table({rng.choice(["text"] * 9 + ["x"]): column, "id": range(len(values))})
+    if path.suffix == ".parquet":
+        codec = rng.choice(["snappy", "zstd", "none"])
+        pq.write_table(table, path, row_group_size=rng.choice([2, 100]), compression=codec)
+    else:
+        with rng.choice([pa.ipc.new_stream, pa.ipc.new_file])(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=rng.choice([2, 100]))
+
+
+def compress(path: Path, data: bytes) -> None:
+    packing = packing_of(path.name)
+    if packing == ".zst":
+        with pa.CompressedOutputStream(str(path), "zstd") as stream:
+            stream.write(data)
+    else:
+        path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress, "": bytes}[packing](data))
+
+
+def fuzz_glue(case: Case) -> None:
+    """The TSVs of a task."""
+    rng = case.rng
+    name, task = rng.choice(list(TASKS.items()))
+    for split in task.splits:
+        write_tsv(task, split, rng)
+    file = rng.choice(sorted(Path().rglob("*.tsv")))
+    if rng.random() < 0.5:
+        rows = list(csv.reader(io.StringIO(file.read_text()), delimiter="\t", quoting=csv.QUOTE_NONE))
+        rows = mutate(
+            rows, rng, [*filter(lambda value: isinstance(value, str), ODD), "-1", "5.1", "nan", "inf", "2", []]
+        )
+        rows = [row if isinstance(row, list) else [row] for row in rows] if isinstance(rows, list) else []
+        lines = ["\t".join(map(str, row)) for row in rows]
+        file.write_text(rng.choice(["\n", "\n", "\r\n", "\r"]).join(lines), errors="surrogatepass")
+    else:
+        case.damage(file)
+    splits, _ = load_task(name, ".")
+    describe_data(name, splits)
+    if rng.random() < 0.04:
+        encode_splits(splits, task, case.material.tokenizer, 16)
+
+
+def write_tsv(task: Task, split: str, rng: random.Random) -> None:
+    place, is_test = task.splits[split], split.startswith("test")
+    columns = list(place.header) or ["index", *task.tsv_columns[: len(task.columns) if is_test else None]]
+    rows = [] if place.header else [columns]
+    for _ in range(5):
+        label = rng.choice(task.tsv_labels or ("0.0", "2.5", "5.0"))
+        is_label = {"label", task.tsv_columns[-1]} - {*task.tsv_columns[: len(task.columns)]}
+        rows.append([label if column in is_label else make_text(rng, 1) for column in columns])
+    file = Path(rng.choice(place.files))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(map("\t".join, rows)) + "\n")
+
+
+ODD_TENSORS = [torch.zeros(0), torch.ones(3, dtype=torch.int8), torch.full((2, 2), float("nan")), torch.zeros(1, 2**20)]
+
+
+def fuzz_checkpoint(case: Case) -> None:
+    """The newest of two checkpoints, with checksums that fit the damage or not, as far as pretrain.py goes with it."""
+    rng, folder = case.rng, case.folder / "checkpoints"
+    shutil.copytree(case.material.run / "checkpoints", folder)
+    older, newest = list_checkpoints(folder)
+    saved = json.loads((newest / "state.json").read_text())
+    whole = contents(newest)
+    file = rng.choice(sorted(newest.iterdir()))
+    if rng.random() < 0.5 and file.suffix == ".json":
+        values = json.loads(file.read_text())
+        for _ in range(rng.choice([1, 1, 2])):
+            values = mutate(values, rng)
+        file.write_text(json.dumps(values, default=str, skipkeys=True), errors="surrogatepass")
+    elif rng.random() < 0.7 and file.name == "optimizer.pt":
+        tensors = torch.load(file, weights_only=True)
+        torch.save(mutate(tensors, rng, [*ODD[:-1], *ODD_TENSORS]), file)
+    elif rng.random() < 0.7 and file.name == "model.safetensors":
+        tensors = mutate(load_file(file), rng, ODD_TENSORS)
+        tensors = tensors if isinstance(tensors, dict) else {"x": tensors}
+        save_file({str(name): value for name, value in tensors.items() if isinstance(value, torch.Tensor)}, file)
+    else:
+        case.damage(file)
+    is_changed, fits = contents(newest) != whole, rng.random() < 0.6
+    if fits and file.is_file() and file.name != MANIFEST:
+        manifest = json.loads((newest / MANIFEST).read_text())
+        manifest[file.name] = {"bytes": file.stat().st_size, "sha256": ckpt.checksum(file)}
+        (newest / MANIFEST).write_text(json.dumps(manifest))
+    before = contents(folder)
+    try:
+        path, state, _ = ckpt.open_checkpoint(folder, "latest", saved["identity"], saved["arguments"])
+        if is_changed and not fits and file.name != MANIFEST:
+            assert path == older, f"the damaged {path} is used"
+        go_on(path, state, case.material)
+    finally:
+        assert contents(folder) == before, "reading has changed something"
+
+
+def go_on(path: Path, saved: dict[str, Any], material: Material) -> None:
+    """What pretrain.py does with an open checkpoint, and an update."""
+    ckpt.check_identity(saved["identity"], saved["identity"], path)
+    state = TrainState.restore(saved["train_state"], 1, path)
+    objective = MaskedLMObjective(build_model(material.model_config, None), 0.15)
+    optimizer = build_optimizer(objective, 1e-4, (0.9, 0.98), 1e-6, 0.01)
+    ckpt.load_training_state(path, objective, optimizer, None)
+    scheduler = build_scheduler(optimizer, 2, 4, state.step)
+    for parameter in objective.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    scheduler.step()
+    state.count({"loss": (1.0, 1)}, torch.ones(len(state.corpora), 3).long().numpy(), 1, None)
+    assert state.blocks >= 0
+    assert state.tokens >= 0
+    state.take_means()
+
+
+def fuzz_run(case: Case) -> None:
+    """The files of a run, through what shows it, publishes it and goes on with it."""
+    rng, run = case.rng, case.folder / "run"
+    shutil.copytree(case.material.run, run, ignore=shutil.ignore_patterns("checkpoints", "loss.png"))
+    file = run / rng.choice(["config.yaml", "status.json", "metrics.jsonl", "model/config.json"])
+    if rng.random() < 0.4:
+        case.damage(file)
+    elif file.suffix == ".yaml":
+        file.write_text(yaml.dump(mutate(yaml.safe_load(file.read_text()), rng)), errors="surrogatepass")
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(mutate(json.loads(file.read_text()), rng), default=str, skipkeys=True))
+    else:
+        records = mutate([json.loads(line) for line in file.read_text().splitlines()], rng)
+        records = records if isinstance(records, list) else [records]
+        file.write_text("".join(json.dumps(record, default=str, skipkeys=True) + "\n" for record in records))
+    (run / "hub" / "step-00000004").mkdir(parents=True)
+    card = run / "model" / "README.md"
+    before = card.read_bytes()
+    act = rng.randrange(4)
+    if act == 0:
+        curves = read_curves(run)
+        if rng.random() < 0.3:
+            plot_runs([curves], run / "loss.png")
+    elif act == 1:
+        try:
+            write_card(run, run / "model")
+        except UserError:
+            assert card.read_bytes() == before, "a card half written"
+            raise
+    elif act == 2:
+        with mock.patch.object(hub, "push", lambda api, config, folder: config["hub_model_id"]):
+            hub.push_waiting(run)
+        hub.stage_card(run)
+    else:
+        directory, lines = RunDirectory(run, True, []), run / "metrics.jsonl"
+        before = lines.read_bytes() if lines.is_file() else None
+        try:
+            directory.cut_metrics(2)
+        except UserError:
+            assert lines.is_dir() or lines.read_bytes() == before, "metrics half written"
+            raise
+
+
+TARGETS: dict[str, Callable[[Case], None]] = {
+    "config": fuzz_config,
+    "corpus": fuzz_corpus,
+    "glue": fuzz_glue,
+    "checkpoint": fuzz_checkpoint,
+    "run": fuzz_run,
+}
+
+
+def run_case(seed: int, target: str, number: int, material: Material, folder: Path) -> BaseException | None:
+    """One case, in an empty `folder`; what it ended with."""
+    folder.mkdir()
+    home = Path.cwd()
+    os.chdir(folder)
+    signal.alarm(SECONDS)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            TARGETS[target](Case(random.Random(f"{seed}:{target}:{number}"), folder, material))
+    except SystemExit as end:  # of --help
+        return end if end.code else None
+    except (Exception, HangError) as error:
+        return error
+    finally:
+        signal.alarm(0)
+        os.chdir(home)
+        shutil.rmtree(folder)
+    return None
+
+
+def stop_case(*_: Any) -> None:
+    raise HangError(f"no end after {SECONDS} s")
+
+
+@contextlib.contextmanager
+def prepared() -> Iterator[Callable[[int, str, int], BaseException | None]]:
+    """A function that runs the case of a seed, a target and a number."""
+    earlier = signal.signal(signal.SIGALRM, stop_case)
+    patches = [
+        mock.patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true", "TQDM_DISABLE": "1"}),
+        mock.patch("recipe.data.corpora.RETRY_SECONDS", ()),
+        mock.patch("recipe.publish.hub.PATIENCE_SECONDS", 0),
+        mock.patch("recipe.plan.matmul_flops", return_value=1e12),  # is a measurement
+    ]
+    with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory(prefix="fuzz-") as root:
+        for patch in patches:
+            stack.enter_context(patch)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            material = Material(Path(root))
+        try:
+            yield lambda seed, target, number: run_case(seed, target, number, material, Path(root) / "case")
+        finally:
+            signal.signal(signal.SIGALRM, earlier)
+            reset_accelerate()
+
+
+def fuzz(cases: int, seed: int, targets: list[str]) -> int:
+    """Run so many cases, shared among the targets, and print a table and what was found.
+
+    Returns:
+        how many were found.
+    """
+    outcomes: dict[str, Counter[str]] = {target: Counter() for target in targets}
+    findings = []
+    with prepared() as run:
+        for index in range(cases):
+            target, number = targets[index % len(targets)], index // len(targets)
+            # Whoever crashes the process is the last one here, on a terminal; a log has every 500th, and the same seed
+            # crashes again.
+            if sys.stderr.isatty() or number % 500 == 0:
+                print(f"\r{target}:{number} ", end="", file=sys.stderr, flush=True)
+            started = time.perf_counter()
+            error = run(seed, target, number)
+            outcomes[target]["seconds"] += time.perf_counter() - started
+            is_ours = error is None or isinstance(error, UserError)
+            outcomes[target]["ok" if error is None else "refused" if is_ours else "found"] += 1
+            if not is_ours:
+                frame = traceback.extract_tb(error.__traceback__)[-1]
+                where = f"{Path(frame.filename).name}:{frame.lineno}"
+                message = " ".join(str(error).split())[:200]
+                findings.append(f"--seed {seed} --only {target}:{number}  {type(error).__name__} at {where}: {message}")
+    print(f"\n{'target':<12}{'cases':>8}{'ok':>8}{'refused':>9}{'found':>7}{'seconds':>9}")
+    for target, counts in outcomes.items():
+        count = sum(counts[kind] for kind in ("ok", "refused", "found"))
+        line = f"{target:<12}{count:>8}{counts['ok']:>8}{counts['refused']:>9}{counts['found']:>7}"
+        print(f"{line}{counts['seconds']:>9.0f}")
+    print("\n".join(findings))
+    return len(findings)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=10_000, help="in all, shared among the targets")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--only", metavar="TARGET:NUMBER", help="this case alone, with its traceback")
+    args = parser.parse_args()
+    faulthandler.enable()  # a crash of the interpreter shows where
+    if args.only is None:
+        sys.exit(fuzz(args.cases, args.seed, args.targets) > 0)
+    target, _, number = args.only.partition(":")
+    with prepared() as run:
+        error = run(args.seed, target, int(number))
+    if error is None:
+        print("ok")
+    elif isinstance(error, UserError):
+        print(f"refused: {error}")
+    else:
+        traceback.print_exception(error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

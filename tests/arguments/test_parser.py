@@ -1,0 +1,185 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recipe.arguments import GlueArguments, PretrainArguments, TokenizerArguments, identity_of, parse_config
+from recipe.arguments.checks import divisors
+from recipe.base.errors import UserError
+from recipe.base.files import read_yaml, to_yaml
+from testing.helpers import ROOT
+
+BASE = {
+    "output_dir": "runs/x",
+    "tokenizer_name": "runs/tokenizer",
+    "corpora": [{"name": "a", "path": "a.jsonl"}, {"name": "b", "path": "b.jsonl"}],
+    "learning_rate": 0.0006,
+    "model_config": {"num_hidden_layers": 3},
+}
+
+
+@pytest.fixture
+def config_file(tmp_path: Path):
+    def write(**changes: object) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(BASE | changes))
+        return path
+
+    return write
+
+
+def parse(*arguments: object) -> PretrainArguments:
+    return parse_config(PretrainArguments, "test", [str(argument) for argument in arguments])
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(config_file):
+    args = parse("--config", config_file(), "--learning_rate", "4e-4", "--model_config.hidden_size", 64)
+    assert args.learning_rate == 4e-4
+    assert args.model_config == {"num_hidden_layers": 3, "hidden_size": 64}
+    assert args.train_batch_size == 8192
+    assert [corpus.name for corpus in args.corpora] == ["a", "b"]
+
+
+def test_switch_may_stand_alone(config_file):
+    assert parse("--dry_run", "--config", config_file()).dry_run
+    assert not parse("--config", config_file(), "--dry_run", "false").dry_run
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "expected"),
+    [
+        ({"lerning_rate": 1}, [], ["lerning_rate", "config.yaml", "did you mean `learning_rate`?"]),
+        ({}, ["--lerning_rate=1"], ["lerning_rate", "on the command line", "did you mean `learning_rate`?"]),
+        ({"corpora": [{"name": "a", "pth": "b"}]}, [], ["pth", "`corpora`", "did you mean `path`?"]),
+        ({"learning_rate": "fast"}, [], ["learning_rate", "fast", "config.yaml"]),
+        ({}, ["--max_steps=1.5"], ["max_steps", "1.5", "on the command line"]),
+        ({"sentence_splitter": "period"}, [], ["sentence_splitter", "period", "sentencex", "config.yaml"]),
+        ({}, ["--sentence_splitter=period"], ["sentence_splitter", "period", "on the command line"]),
+        ({"corpora": []}, [], ["corpora", "at least one"]),
+        ({"corpora": [{"name": "a", "path": "x"}] * 2}, [], ["two corpora named 'a'"]),
+        ({"corpora": [{"name": "a", "path": "x", "weight": -1}]}, [], ["weight", "'a'", "-1"]),
+        (
+            {"corpora": [{"name": "a", "path": "x", "weight": 1}, {"name": "b", "path": "y"}]},
+            [],
+            ["b has no `weight`", "all or none"],
+        ),
+        ({"train_batch_size": 0}, [], ["train_batch_size", "0", "1 or more"]),
+        ({"warmup_steps": 11, "max_steps": 10}, [], ["warmup_steps", "11", "max_steps", "10"]),
+        ({"seq_length_warmup_steps": -1}, [], ["seq_length_warmup_steps", "-1", "0 or more"]),
+        (
+            {"seq_length_warmup_steps": 5, "packing": "doc_sentences"},
+            [],
+            ["seq_length_warmup_steps", "doc_sentences", "full_sentences or contiguous"],
+        ),
+        ({"mlm_probability": 1.5}, [], ["mlm_probability", "1.5"]),
+        ({"tokenizer_name": None}, [], ["tokenizer_name", "missing"]),
+        ({"model_name_or_path": "m"}, [], ["tokenizer_name", "model_name_or_path", "both"]),
+        ({"max_grad_norm": None}, [], ["max_grad_norm", "null"]),
+        ({"language": None}, [], ["language", "null"]),
+        ({"output_dir": ""}, [], ["output_dir", "empty"]),
+        ({"output_dir": "a\0b"}, [], ["`output_dir` is 'a\\x00b'", "no path"]),
+        ({"token_store_dir": "x" * 300}, [], ["`token_store_dir` is 'xxx", "no path"]),
+        ({"resume_from_checkpoint": "x" * 300}, [], ["`resume_from_checkpoint` is 'xxx", "no path"]),
+        ({"decontaminate_against": ["a\0b"]}, [], ["`decontaminate_against` is 'a\\x00b'", "no path"]),
+        ({"corpora": [{"name": "a", "path": "x/" * 3000}]}, [], ["`path` is 'x/x/", "no path"]),
+        ({"learning_rate": float("inf")}, [], ["`learning_rate` is inf", "below"]),
+        ({"max_steps": 10**30}, [], ["`max_steps` is 1000000000000000000000000000000", "below"]),
+        (
+            {"streaming": True, "train_batch_size": 10**14 + 1, "num_lanes": 64},
+            [],
+            ["`num_lanes` (64)", "the nearest number that does is"],
+        ),
+    ],
+)
+def test_bad_input_is_named(config_file, changes, arguments, expected):
+    with pytest.raises(UserError) as caught:
+        parse("--config", config_file(**changes), *arguments)
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_missing_field_and_file_are_named(tmp_path):
+    with pytest.raises(UserError, match="output_dir"):
+        parse("--tokenizer_name=x")
+    with pytest.raises(UserError, match=r"no\.yaml: there is no such file"):
+        parse("--config", tmp_path / "no.yaml")
+
+
+def test_broken_yaml_names_file_and_line(tmp_path):
+    (tmp_path / "broken.yaml").write_text("output_dir: x\nmodel_config: {a: 1\n")
+    with pytest.raises(UserError, match=r"(?s)broken\.yaml.*line"):
+        parse("--config", tmp_path / "broken.yaml")
+
+
+def test_yaml_that_is_not_utf8_is_named(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"output_dir: caf\xe9\n")
+    with pytest.raises(UserError, match=r"latin\.yaml.*UTF-8"):
+        parse("--config", tmp_path / "latin.yaml")
+
+
+def test_yaml_of_a_run_is_names_and_values(tmp_path):
+    path = tmp_path / "config.yaml"
+    for text in ("- a", "", "3: a", "a: b: c", "!!python/object/apply:os.getpid []", "[" * 5000):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"config\.yaml is damaged or missing"):
+            read_yaml(path)
+    path.write_text("a: 1")
+    assert read_yaml(path) == {"a": 1}
+
+
+@pytest.mark.parametrize("number", [1, 2, 12, 97, 100, 2**20, 10**12])
+def test_divisors_are_all_there_are(number):
+    found = divisors(number)
+    assert found == sorted(set(found))
+    assert all(number % n == 0 for n in found)
+    if number < 10**6:
+        assert len(found) == sum(number % n == 0 for n in range(1, number + 1))
+
+
+def test_accumulation_is_derived(config_file):
+    args = parse("--config", config_file(), "--per_device_train_batch_size=32")
+    assert args.gradient_accumulation_steps(8) == 32
+    assert args.gradient_accumulation_steps(64) == 4
+    with pytest.raises(UserError, match=r"8192.*32.*3 processes"):
+        args.gradient_accumulation_steps(3)
+
+
+def test_indivisible_micro_batch_gets_a_suggestion(config_file):
+    args = parse("--config", config_file(train_batch_size=96, per_device_train_batch_size=20))
+    with pytest.raises(UserError, match="nearest smaller `per_device_train_batch_size` is 16"):
+        args.gradient_accumulation_steps(2)
+
+
+def test_identity_holds_the_experiment_and_nothing_else(config_file):
+    args = parse("--config", config_file())
+    identity = identity_of(args)
+    assert {"corpora", "tokenizer_name", "model_config", "train_batch_size", "mlm_probability", "seed"} <= set(identity)
+    assert not {"learning_rate", "weight_decay", "max_grad_norm"} & set(identity)
+    assert not {"max_steps", "per_device_train_batch_size", "logging_steps", "output_dir"} & set(identity)
+
+
+def test_config_of_a_run_can_be_given_again(config_file, tmp_path):
+    args = parse("--config", config_file())
+    path = tmp_path / "again.yaml"
+    path.write_text(to_yaml(dataclasses.asdict(args) | {"environment": {"num_processes": 1}}))
+    assert parse("--config", path) == args
+
+
+CONFIGS = ROOT / "recipe" / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_shipped_config_is_complete_and_opens_with_its_command(path: Path):
+    kind = path.relative_to(CONFIGS).parts[0]
+    cls = {"tokenizer": TokenizerArguments, "pretrain": PretrainArguments, "glue": GlueArguments}[kind]
+    given = yaml.safe_load(path.read_text())
+    transient = {"resume_from_checkpoint", "dry_run", "prepare_only", "num_gpus", "gpu", "price_per_gpu_hour"}
+    assert set(given) | transient == {field.name for field in dataclasses.fields(cls)} | transient
+    parse_config(cls, "test", ["--config", str(path)])
+    head = path.read_text().split("\n\n")[0]
+    assert str(path.relative_to(ROOT)) in head
+    assert "Hardware:" in head
+    if cls is PretrainArguments:
+        assert "Batch:" in head
+        assert "Expected held-out loss:" in head

@@ -1,0 +1,252 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from recipe.arguments import CorpusArguments, PretrainArguments
+from recipe.base.errors import UserError
+from recipe.data.batches import Counts, Data
+from recipe.data.cached import CachedData
+from recipe.data.streamed import StreamedData
+from testing.helpers import never, write_jsonl
+
+
+@pytest.fixture
+def make_data(corpus_file: Path, tokenizer, tokenizer_dir: Path):
+    def make(**changes: object) -> Data:
+        settings = {
+            "output_dir": "unused",
+            "tokenizer_name": str(tokenizer_dir),
+            "corpora": [CorpusArguments(name="sample", path=str(corpus_file))],
+            "max_seq_length": 32,
+            "eval_blocks": 10,
+            "train_batch_size": 8,
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 4,
+        }
+        args = PretrainArguments(**(settings | changes))
+        data = (StreamedData if args.streaming else CachedData)(args, tokenizer)
+        data.prepare(0)
+        return data
+
+    return make
+
+
+def rows_of_update(data: Data, update: int, num_processes: int) -> tuple[list, list[int]]:
+    """All rows of an update, in an order that processes do not change, and its counts."""
+    shares = [
+        next(data.train_updates(process, num_processes, update, update + 1, {}, never))
+        for process in range(num_processes)
+    ]
+    rows = [torch.cat([b["input_ids"], b["labels"]], 1) for share in shares for b in share.micro_batches]
+    return sorted(torch.cat(rows).tolist()), sum(share.counts.array for share in shares).tolist()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("num_processes", "micro_batch"), [(1, 4), (2, 4), (2, 1), (4, 2)])
+def test_update_is_the_same_for_any_processes_workers_and_micro_batch(
+    make_data, num_processes, micro_batch, num_workers
+):
+    reference = rows_of_update(make_data(dataloader_num_workers=0), 5, 1)
+    data = make_data(per_device_train_batch_size=micro_batch, dataloader_num_workers=num_workers)
+    assert rows_of_update(data, 5, num_processes) == reference
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_blocks_are_cut_in_the_length_warmup_and_whole_after_it(make_data, streaming):
+    mode = {"streaming": True, "num_lanes": 4, "shuffle_buffer_size": 8} if streaming else {}
+    changes = mode | {"packing": "contiguous", "dataloader_num_workers": 0}
+    plain, data = (make_data(**changes, seq_length_warmup_steps=steps) for steps in (0, 2))
+    whole, cut = (list(d.train_updates(0, 1, 0, 4, {}, never)) for d in (plain, data))
+    assert [share.micro_batches[0]["input_ids"].shape[1] for share in cut] == [8, 8, 32, 32]
+    assert [share.counts.tokens for share in cut] == [8 * 8, 8 * 8, 8 * 32, 8 * 32]
+    for one, other in zip(whole, cut, strict=True):
+        texts = [
+            torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
+            for share in (one, other)
+            for batch in share.micro_batches
+        ]
+        length = texts[1].shape[1] - 1
+        assert torch.equal(texts[0][:, :length], texts[1][:, :length])
+    assert [a.counts.array.tolist() for a in whole[2:]] == [b.counts.array.tolist() for b in cut[2:]]
+    # As many blocks as ever, so that a resume in the middle finds its place.
+    if not streaming:
+        [resumed] = data.train_updates(0, 1, 1, 2, {}, never)
+        assert resumed.counts.array.tolist() == cut[1].counts.array.tolist()
+
+
+def test_iteration_goes_on_from_any_update(make_data):
+    data = make_data(per_device_train_batch_size=4, dataloader_num_workers=0)
+    whole = list(data.train_updates(0, 1, 0, 6, {}, never))
+    resumed = list(data.train_updates(0, 1, 4, 6, {}, never))
+    for one, two in zip(whole[4:], resumed, strict=True):
+        assert one.counts.array.tolist() == two.counts.array.tolist()
+        for a, b in zip(one.micro_batches, two.micro_batches, strict=True):
+            assert torch.equal(a["input_ids"], b["input_ids"])
+
+
+def test_counts_are_those_of_the_rows(make_data, texts):
+    data = make_data(train_batch_size=1, per_device_train_batch_size=1, dataloader_num_workers=0, eval_blocks=0)
+    blocks = int(data.num_train[0])
+    one_pass = sum(share.counts.array for share in data.train_updates(0, 1, 0, blocks, {}, never))
+    counts = Counts(1, one_pass)
+    assert counts.corpora.tolist() == [[blocks, counts.corpora[0, 1], len(texts)]]
+    assert counts.corpora[0, 1] >= data.packed[0].counts["tokens"] + 2 * blocks
+    seen = data.corpora_record(counts.corpora.tolist(), counts.streams)["sample"]
+    assert seen == {"blocks": blocks, "tokens": counts.corpora[0, 1], "documents": len(texts), "passes": 1.0} | {
+        "empty": 0,
+        "unreadable": 0,
+        "contaminated": 0,
+        "copies": 0,
+    }
+
+
+PLAIN = {"input_ids", "labels", "position_ids", "attention_mask"}
+PAIR = PLAIN | {"token_type_ids", "pair_label"}
+
+
+@pytest.mark.parametrize(
+    ("packing", "streaming", "names"),
+    [
+        ("full_sentences", False, PLAIN),
+        ("full_sentences", True, PLAIN),
+        ("doc_sentences", False, {"input_ids", "labels", "position_ids", "document_ids"}),
+        ("doc_sentences", True, {"input_ids", "labels", "position_ids", "document_ids"}),
+        ("contiguous", False, {"input_ids", "labels", "position_ids"}),
+        ("contiguous", True, {"input_ids", "labels", "position_ids"}),
+        ("segment_pair", False, PAIR),
+        ("sentence_pair", False, PAIR),
+        ("sentence_order", False, PAIR),
+        ("sentence_order", True, PAIR),
+    ],
+)
+def test_every_packing_gives_its_batches(make_data, packing, streaming, names, tokenizer):
+    changes = {"streaming": True, "num_lanes": 4, "shuffle_buffer_size": 8} if streaming else {}
+    data = make_data(packing=packing, train_batch_size=8, **changes)
+    (batch,) = next(data.train_updates(0, 1, 0, 1, {}, never)).micro_batches
+    assert set(batch) == names
+    ids = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
+    assert (ids[:, 0] == tokenizer.cls_token_id).all()
+
+
+def test_copies_are_left_out_of_all_corpora(make_data, tmp_path: Path, texts):
+    corpora = [
+        CorpusArguments(name=name, path=str(write_jsonl(tmp_path / f"{name}.jsonl", chosen)))
+        for name, chosen in (("a", texts[:60]), ("b", [*texts[50:], texts[60]]))
+    ]
+    plain, clean = make_data(corpora=corpora), make_data(corpora=corpora, deduplicate=True)
+    assert [packed.counts["copies"] for packed in plain.packed] == [0, 0]
+    assert [packed.counts["copies"] for packed in clean.packed] == [0, 11]
+    assert sum(packed.counts["documents"] for packed in clean.packed) == len(texts)
+    assert "left out: 11 copies" in clean.describe()[1]
+    assert clean.corpora_record([[1, 1, 1]] * 2, np.zeros((2, 4)))["b"]["copies"] == 11
+
+
+def test_test_sentences_are_left_out_and_counted(make_data, tmp_path: Path, texts):
+    sentence = max(texts, key=len).split(". ")[0]
+    (tmp_path / "dev.tsv").write_text(
+        f"sentence\tlabel\n{sentence} and so on it went\t1\n{' '.join(texts[5].split()[:14])}\t0\n"
+    )
+    data = make_data(decontaminate_against=[str(tmp_path / "*.tsv")])
+    assert data.packed[0].left_out["contaminated"] >= 1
+    assert "contaminated" in data.describe()[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
+def test_update_of_many_micro_batches_keeps_no_file_open(make_data):
+    data = make_data(train_batch_size=512, per_device_train_batch_size=1)
+    before = len(os.listdir("/proc/self/fd"))
+    share = next(data.train_updates(0, 1, 0, 1, {}, never))
+    assert len(share.micro_batches) == 512
+    assert len(os.listdir("/proc/self/fd")) < before + 50
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_every_held_out_block_is_evaluated_once(make_data, num_processes):
+    data = make_data()
+    rows, counts = [], []
+    for process in range(num_processes):
+        batches, _ = next(data.eval_batches(process, num_processes).iterate(0, 1, 0))
+        counts.append(len(batches))
+        for batch in batches:
+            # Restored, a row is its block.
+            ids = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
+            rows += [tuple(row.tolist()) for row in ids if (row != 1).sum() > 2]
+    assert len(set(counts)) == 1
+    held = [tuple(data.packed[0].block(int(n)).input_ids.tolist()) for n in data.eval_blocks]
+    assert sorted(row[: len(block)] for row, block in zip(sorted(rows), sorted(held), strict=True)) == sorted(held)
+
+
+def test_eval_corpora_are_used_whole_for_evaluation_alone(make_data, tmp_path: Path, texts):
+    path = write_jsonl(tmp_path / "eval.jsonl", texts[:10])
+    data = make_data(eval_corpora=[CorpusArguments(name="other", path=str(path))], eval_blocks=10_000)
+    assert data.order.num_held_out.tolist() == [0]
+    assert len(data.eval_blocks) == len(data.packed[1])
+    assert (data.locate_eval(np.arange(len(data.eval_blocks)))[0] == -1).all()  # the last corpus
+
+
+def test_held_out_masks_are_the_same_for_other_training_text_and_masks(make_data, tmp_path: Path, texts, corpus_file):
+    path = write_jsonl(tmp_path / "eval.jsonl", texts[:10])
+    held_out = {"eval_corpora": [CorpusArguments(name="other", path=str(path))]}
+    more = [CorpusArguments(name=name, path=str(corpus_file)) for name in ("a", "b")]
+    batches = [
+        next(made.eval_batches(0, 1).iterate(0, 1, num_workers=0))[0]
+        for made in (
+            make_data(**held_out),
+            make_data(**held_out, corpora=more),
+            make_data(**held_out, masking="static"),
+        )
+    ]
+    for others in zip(*batches, strict=True):
+        for name in ("input_ids", "labels"):
+            assert torch.equal(others[0][name], others[1][name])
+            assert torch.equal(others[0][name], others[2][name])
+
+
+def test_unigram_loss_is_that_of_the_counts(make_data):
+    data = make_data()
+    counts = np.ones(len(data.collator.tokenizer))
+    for n in range(int(data.num_train.sum())):
+        corpus, _, block = (int(array[0]) for array in data.order.locate(np.array([n])))
+        np.add.at(counts, data.packed[corpus].block(block).input_ids, 1)
+    counts[data.collator.tokenizer.all_special_ids] = 0
+    labels = np.concatenate([b["labels"].numpy().ravel() for b in next(data.eval_batches(0, 1).iterate(0, 1, 0))[0]])
+    expected = -np.log((counts / counts.sum())[labels[labels != -100]]).mean()
+    assert data.unigram_loss() == pytest.approx(expected)
+
+
+def test_too_small_and_too_eager_are_named(make_data, tmp_path: Path):
+    small = write_jsonl(tmp_path / "small.jsonl", ["It was."])
+    with pytest.raises(
+        UserError, match=r"'small' has \d+ tokens, too few for a single block of `max_seq_length` \(32\)"
+    ):
+        make_data(corpora=[CorpusArguments(name="small", path=str(small))])
+    with pytest.raises(UserError, match=r"`eval_blocks` \(100000\) takes 100000 blocks of corpus 'sample'"):
+        make_data(eval_blocks=100_000)
+
+
+def test_weights_of_the_config_are_kept(make_data, tmp_path: Path, texts):
+    corpora = [
+        CorpusArguments(name=name, path=str(write_jsonl(tmp_path / f"{name}.jsonl", texts)), weight=weight)
+        for name, weight in (("a", 3), ("b", 1))
+    ]
+    corpora_of = make_data(corpora=corpora).order.locate(np.arange(10_000))[0]
+    assert (corpora_of == 0).mean() == pytest.approx(0.75, abs=0.001)
+
+
+def test_description_counts_documents_and_tokens(make_data, texts):
+    line = make_data().describe()[0]
+    assert f"{len(texts):,} documents" in line
+    assert json.dumps(make_data().identity())
+
+
+def test_evaluation_masks_as_ever_whatever_the_training_masks(make_data):
+    data, plain = make_data(mlm_probability=0.4, dataloader_num_workers=0), make_data(dataloader_num_workers=0)
+    held_out, expected = (next(d.eval_batches(0, 1).iterate(0, 1, num_workers=0))[0] for d in (data, plain))
+    assert [batch["labels"].tolist() for batch in held_out] == [batch["labels"].tolist() for batch in expected]
+    [share] = data.train_updates(0, 1, 0, 1, {}, never)
+    assert share.counts["masked"] > 0.3 * share.counts.tokens
+    assert data.args.masked_share == 0.4

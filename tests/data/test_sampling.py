@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recipe.data.sampling import BlockOrder, apportion, interleave, permute
+
+
+@given(st.integers(1, 3000), st.integers(0, 2**40))
+@settings(max_examples=100, deadline=None)
+def test_permute_is_a_permutation(size, key):
+    assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
+
+
+def test_permute_mixes_and_depends_on_its_key():
+    first, second = permute(np.arange(100_000), 100_000, 1), permute(np.arange(100_000), 100_000, 2)
+    assert abs(np.corrcoef(np.arange(100_000), first)[0, 1]) < 0.02
+    assert (first == second).mean() < 0.001
+    assert (np.diff(first) == 1).mean() < 0.001
+
+
+def test_permute_takes_positions_one_by_one():
+    whole = permute(np.arange(500), 500, 9)
+    assert [int(permute(np.array([i]), 500, 9)[0]) for i in range(500)] == whole.tolist()
+
+
+def test_permute_reaches_sizes_beyond_memory():
+    size = 5 * 10**12
+    found = permute(np.array([0, 1, size - 1]), size, 3)
+    assert ((found >= 0) & (found < size)).all()
+
+
+@given(st.integers(0, 10_000), st.lists(st.floats(0.01, 100), min_size=1, max_size=8))
+def test_apportion_gives_everything_within_one(total, weights):
+    shares = apportion(total, weights)
+    assert sum(shares) == total
+    for share, weight in zip(shares, weights, strict=True):
+        assert abs(share - total * weight / sum(weights)) < 1 + 1e-6
+
+
+def test_interleave_spreads_evenly():
+    pattern = interleave([2, 4])
+    assert sorted(pattern.tolist()) == [0, 0, 1, 1, 1, 1]
+    assert [set(pattern[:3].tolist()), set(pattern[3:].tolist())] == [{0, 1}, {0, 1}]
+
+
+@pytest.mark.parametrize("weights", [[5, 11, 76, 38, 31], [1, 1, 1], [0.001, 1, 3], [7.77, 2.1, 0.13, 90]])
+def test_given_weights_hold_over_any_10000_blocks(weights):
+    order = BlockOrder([70_000] * len(weights), [0] * len(weights), weights, seed=1)
+    corpora, _, _ = order.locate(np.arange(1_000_000, 1_200_000))
+    for corpus, weight in enumerate(weights):
+        inside = np.convolve(corpora == corpus, np.ones(10_000, np.int64), mode="valid") / 10_000
+        wanted = weight / sum(weights)
+        assert inside.min() > wanted - 0.001
+        assert inside.max() < wanted + 0.001
+
+
+def test_default_weights_visit_every_block_once_a_pass():
+    order = BlockOrder([300, 1000, 77], [10, 20, 7], None, seed=5)
+    for epoch in range(3):
+        positions = np.arange(epoch * 1340, (epoch + 1) * 1340)
+        corpora, visits, blocks = order.locate(positions)
+        assert (visits == epoch).all()
+        assert len(set(zip(corpora.tolist(), blocks.tolist(), strict=True))) == 1340
+
+
+def test_held_out_blocks_are_never_trained_on():
+    order = BlockOrder([300, 1000], [30, 100], [1, 1], seed=5)
+    corpora, held = order.held_out()
+    held_out = set(zip(corpora.tolist(), held.tolist(), strict=True))
+    assert len(held_out) == 130
+    where = order.locate(np.arange(10_000))
+    assert not held_out & set(zip(where[0].tolist(), where[2].tolist(), strict=True))
+
+
+def test_passes_differ_and_seeds_differ():
+    order, other = BlockOrder([500], [0], None, 1), BlockOrder([500], [0], None, 2)
+    blocks = order.locate(np.arange(1000))[2]
+    assert (blocks[:500] != blocks[500:]).any()
+    assert (blocks[:500] != other.locate(np.arange(500))[2]).any()
+
+
+def test_small_corpus_keeps_a_place_beside_a_huge_one():
+    order = BlockOrder([10, 50_000_000], [0, 0], None, seed=1)
+    corpora, _, _ = order.locate(np.arange(2**16))
+    assert (corpora == 0).sum() >= 1

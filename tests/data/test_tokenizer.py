@@ -1,0 +1,265 @@
+import itertools
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AlbertTokenizer,
+    AutoTokenizer,
+    BertTokenizerFast,
+    PreTrainedTokenizerFast,
+    RobertaTokenizerFast,
+)
+
+from recipe.base.errors import UserError
+from recipe.data.tokenizer import (
+    DocumentEncoder,
+    check_common_words,
+    check_saved_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    split_text,
+    train_byte_level_bpe,
+    train_unigram,
+    train_wordpiece,
+)
+from testing.helpers import ROOT, SAMPLE
+
+SPECIALS = "text with <s> and </s>, <pad>, <unk> and <mask> in it. Another <mask>"
+any_text = st.text(min_size=1, max_size=300)
+sentences = st.lists(
+    st.sampled_from(
+        ["He went. ", "Née à Paris!\n\n", "  Then — so  he said: “No.” ", "Dr. Who?\n", "😀😀. ", "<mask> </s> "]
+    ),
+    min_size=1,
+    max_size=30,
+).map("".join)
+
+
+def test_special_tokens_stand_where_roberta_has_them(tokenizer_dir: Path):
+    for loader in (AutoTokenizer, RobertaTokenizerFast):
+        loaded = loader.from_pretrained(tokenizer_dir)
+        assert loaded.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]) == [0, 1, 2, 3, 399]
+        assert len(loaded) == 400
+        assert loaded.added_tokens_decoder[399].lstrip
+        assert loaded("a <mask>.")["input_ids"][0] == 0
+        assert loaded("a <mask>.")["input_ids"][-1] == 2
+        assert 399 in loaded("a <mask>.")["input_ids"]
+    assert {"tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"} <= set(os.listdir(tokenizer_dir))
+    from_files = RobertaTokenizerFast(vocab=str(tokenizer_dir / "vocab.json"), merges=str(tokenizer_dir / "merges.txt"))
+    assert from_files("He was there.")["input_ids"] == loaded("He was there.")["input_ids"]
+
+
+@given(any_text)
+@settings(max_examples=200, deadline=None)
+def test_no_text_is_unknown_and_decoding_gives_it_back(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+@pytest.mark.parametrize("add_prefix_space", [False, True])
+def test_add_prefix_space_survives_the_round_trip(texts, tmp_path: Path, add_prefix_space: bool):
+    trained = train_byte_level_bpe([texts], 350, 2, add_prefix_space, max_document_characters=10_000)
+    save_tokenizer(trained, tmp_path, add_prefix_space, model_max_length=64)
+    check_saved_tokenizer(trained, tmp_path, texts[:20], add_prefix_space)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    first = loaded.convert_ids_to_tokens(loaded("the", add_special_tokens=False)["input_ids"])[0]
+    assert first.startswith("Ġ") == add_prefix_space
+
+
+def test_check_after_saving_sees_a_different_tokenizer(texts, tokenizer_dir: Path):
+    other = train_byte_level_bpe([texts[:10]], 300, 2, add_prefix_space=False, max_document_characters=10_000)
+    with pytest.raises(RuntimeError, match="does not give the trained ids"):
+        check_saved_tokenizer(other, tokenizer_dir, texts[:20], add_prefix_space=False)
+
+
+def test_lost_common_word_is_noticed(tokenizer: PreTrainedTokenizerFast):
+    check_common_words(tokenizer.backend_tokenizer, Counter({"the": 1000, "zyzzyva": 10}))
+    with pytest.raises(RuntimeError, match="zyzzyva"):
+        check_common_words(tokenizer.backend_tokenizer, Counter({"zyzzyva": 1000}))
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "3"])
+def test_vocabulary_is_the_same_for_any_thread_count(tmp_path: Path, threads: str):
+    corpora = json.dumps([{"name": "tales", "path": str(SAMPLE / "tales.jsonl.gz")}])
+    command = [sys.executable, "train_tokenizer.py", f"--output_dir={tmp_path}", f"--corpora={corpora}"]
+    environment = os.environ | {"RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"}
+    subprocess.run([*command, "--vocab_size=1000", "--max_train_bytes=300000"], cwd=ROOT, env=environment, check=True)
+    vocab = json.loads((tmp_path / "vocab.json").read_text())
+    once_more = train_byte_level_bpe(
+        [[text for _, batch, _ in sample() for text in batch]], 1000, 2, False, max_document_characters=1_000_000
+    )
+    assert {token: id for token, id in once_more.get_vocab().items() if token != "<mask>"} == vocab
+
+
+def sample():
+    from recipe.arguments import CorpusArguments
+    from recipe.data.corpora import sample_texts
+
+    return sample_texts([CorpusArguments(name="tales", path=str(SAMPLE / "tales.jsonl.gz"))], 300_000)
+
+
+def test_tokenizer_script_refuses_an_existing_one(tokenizer_dir: Path, corpus_file: Path):
+    corpora = json.dumps([{"name": "a", "path": str(corpus_file)}])
+    command = [sys.executable, "train_tokenizer.py", f"--output_dir={tokenizer_dir}", f"--corpora={corpora}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: `output_dir`")
+    assert "already holds a tokenizer" in result.stderr
+
+
+@given(st.text(alphabet="ab. \n1é", min_size=1, max_size=400), st.integers(5, 60))
+@settings(max_examples=200, deadline=None)
+def test_pieces_of_a_text_have_its_ids(tokenizer, text, limit):
+    pieces = list(split_text(text, limit))
+    assert "".join(pieces) == text
+    assert all(len(piece) <= limit for piece in pieces)
+    # Cut at a space between letters wherever there is one in reach; ids then cannot differ.
+    if all(p[-1].isalpha() and q[:1] == " " and q[1:2].isalpha() for p, q in itertools.pairwise(pieces)):
+        whole = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        parts = [tokenizer.backend_tokenizer.encode(p, add_special_tokens=False).ids for p in pieces]
+        assert [id for ids in parts for id in ids] == whole
+
+
+def test_special_tokens_in_the_text_stay_text(tokenizer: PreTrainedTokenizerFast):
+    encoder = pickle.loads(pickle.dumps(DocumentEncoder(tokenizer, "sentencex", "en")))
+    ids = next(encoder([SPECIALS]))[0].tolist()
+    assert not set(ids) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == SPECIALS
+
+
+@given(st.lists(sentences, min_size=1, max_size=5), st.sampled_from(["sentencex", "newline"]))
+@settings(max_examples=100, deadline=None)
+def test_rows_are_the_documents_own_ids(tokenizer, documents, splitter):
+    rows = list(DocumentEncoder(tokenizer, splitter, "en")(documents))
+    assert len(rows) == len(documents)
+    for (ids, ends), document in zip(rows, documents, strict=True):
+        assert ids.tolist() == tokenizer.backend_tokenizer.encode(document, add_special_tokens=False).ids
+        assert (np.diff(ends) > 0).all()
+        assert ends[0] > 0
+        assert ends[-1] == len(ids)
+
+
+def rows_of(encoder: DocumentEncoder, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+    return [(ids.tolist(), ends.tolist()) for ids, ends in encoder(texts)]
+
+
+def test_space_before_a_sentence_goes_with_it(tokenizer: PreTrainedTokenizerFast):
+    text = "He was. Then — née — she was! “The end.”\n\nIt is."
+    ids, ends = next(DocumentEncoder(tokenizer, "sentencex", "en")([text]))
+    found = [tokenizer.decode(ids[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    assert found == ["He was.", " Then — née — she was!", " “The end.”", "\n\nIt is."]
+
+
+def test_newline_splitter_ends_sentences_at_line_ends(tokenizer: PreTrainedTokenizerFast):
+    _, ends = next(DocumentEncoder(tokenizer, "newline", "en")(["One. Two.\nThree."]))
+    assert len(ends) == 2
+
+
+def test_byte_lengths_and_offsets_find_the_same_sentence_ends(tokenizer, texts):
+    by_bytes = DocumentEncoder(tokenizer, "sentencex", "en")
+    by_offsets = DocumentEncoder(tokenizer, "sentencex", "en")
+    by_offsets.byte_lengths = None
+    documents = [*texts, "Née à Paris. 😀 Then! " * 5]
+    assert rows_of(by_bytes, documents) == rows_of(by_offsets, documents)
+
+
+def test_prefix_space_does_not_move_sentence_ends(texts):
+    tokenizers = [
+        RobertaTokenizerFast(
+            **{
+                name: value if name == "vocab" else [tuple(m) for m in value]
+                for name, value in json.loads(
+                    train_byte_level_bpe([texts], 350, 2, prefix, max_document_characters=10_000).to_str()
+                )["model"].items()
+                if name in ("vocab", "merges")
+            },
+            add_prefix_space=prefix,
+        )
+        for prefix in (True,)
+    ]
+    encoder = DocumentEncoder(tokenizers[0], "sentencex", "en")
+    by_offsets = DocumentEncoder(tokenizers[0], "sentencex", "en")
+    by_offsets.byte_lengths = None
+    assert rows_of(encoder, texts) == rows_of(by_offsets, texts)
+
+
+@pytest.mark.parametrize("do_lower_case", [True, False])
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_vocabularies_of_bert_and_albert_survive_the_round_trip(texts, tmp_path: Path, kind: str, do_lower_case: bool):
+    texts = [text.replace("was", "né") for text in texts]
+    if kind == "wordpiece":
+        trained = train_wordpiece([texts], 300, 2, do_lower_case, max_document_characters=10_000)
+    else:
+        trained = train_unigram([texts], 200, do_lower_case, max_document_characters=10_000)
+    save_tokenizer(trained, tmp_path, False, model_max_length=64, do_lower_case=do_lower_case)
+    check_saved_tokenizer(trained, tmp_path, texts[:20], False)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(loaded, BertTokenizerFast if kind == "wordpiece" else AlbertTokenizer)
+    pair = loaded("He né.", "They had!")
+    expected = "[CLS]hene.[SEP]theyhad![SEP]" if do_lower_case else "[CLS]Hené.[SEP]Theyhad![SEP]"
+    assert loaded.decode(pair["input_ids"]).replace(" ", "") == expected
+    assert pair["token_type_ids"][-1] == 1
+    assert loaded.convert_tokens_to_ids(["[CLS]", "[SEP]", "[MASK]"]) == [2, 3, 4]
+    other = train_wordpiece if kind == "wordpiece" else train_unigram
+    smaller = other([texts[:9]], *([250, 2] if kind == "wordpiece" else [150]), do_lower_case, 10_000)
+    with pytest.raises(RuntimeError, match="does not give the trained ids"):
+        check_saved_tokenizer(smaller, tmp_path, texts[:20], False)
+
+
+@pytest.mark.parametrize("kind", ["bert", "albert"])
+def test_other_tokenizers_get_their_ends_from_offsets(tokenizer_dirs, kind: str):
+    fast = load_tokenizer(str(tokenizer_dirs[kind]))
+    ids, ends = next(DocumentEncoder(fast, "sentencex", "en")(["He was. Then she was!"]))
+    tokens = fast.convert_ids_to_tokens(ids)
+    assert tokens[ends[0] - 1] == "."
+    assert ends[1] == len(tokens)
+
+
+@pytest.mark.parametrize("limit", [50, 333])
+def test_long_documents_are_encoded_in_pieces_with_the_same_rows(tokenizer, texts, limit: int):
+    whole = DocumentEncoder(tokenizer, "newline", "en")
+    pieces = DocumentEncoder(tokenizer, "newline", "en", max_document_characters=limit)
+    documents = ["\n".join(texts[:20])]
+    assert rows_of(whole, documents) == rows_of(pieces, documents)
+
+
+def test_documents_are_the_same_in_batches_of_any_size(tokenizer, texts, monkeypatch):
+    encoder = DocumentEncoder(tokenizer, "sentencex", "en", max_document_characters=100)
+    whole = rows_of(encoder, texts)
+    monkeypatch.setattr("recipe.data.tokenizer.ENCODED_CHARACTERS", 150)
+    assert rows_of(encoder, texts) == whole
+
+
+def test_ids_of_large_vocabularies_are_int32(tokenizer: PreTrainedTokenizerFast):
+    encoder = DocumentEncoder(tokenizer, "sentencex", "en")
+    assert next(encoder(["a"]))[0].dtype == np.uint16
+    encoder.dtype = np.dtype(np.int32)
+    assert next(encoder(["a"]))[0].dtype == np.int32
+
+
+def test_missing_tokenizer_is_named(tmp_path: Path, tokenizer_dir: Path):
+    shutil.copy(tokenizer_dir / "tokenizer_config.json", tmp_path)
+    with pytest.raises(UserError, match="no vocabulary there"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(UserError, match="tokenizer_name"):
+        load_tokenizer(str(tmp_path / "nothing"))
+
+
+def test_documents_are_whole_whatever_the_tokenizer_was_used_for_before(tokenizer_dir: Path, texts: list[str]):
+    """Found by the fuzz, seed 0, corpus:305 after glue:305."""
+    tokenizer = load_tokenizer(str(tokenizer_dir))
+    encoder = DocumentEncoder(tokenizer, "sentencex", "en")
+    whole = [ids.tolist() for ids, _ in encoder(texts)]
+    tokenizer(texts[0], truncation=True, max_length=5)
+    assert [ids.tolist() for ids, _ in encoder(texts)] == whole

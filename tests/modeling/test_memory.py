@@ -1,0 +1,77 @@
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import AlbertConfig, RobertaConfig
+
+from recipe.modeling.memory import LINEAR_FROM_ROWS, USABLE, BytesInUse, compute_memory
+from recipe.modeling.model import ROBERTA_DEFAULTS, build_model
+from recipe.modeling.objectives import MaskedLMObjective, SentenceOrderObjective
+
+SIZES = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
+CONFIG = RobertaConfig(**ROBERTA_DEFAULTS, **SIZES, vocab_size=5000)
+
+
+def make_objective(gradient_checkpointing: bool = False, config: RobertaConfig = CONFIG) -> MaskedLMObjective:
+    return MaskedLMObjective(build_model(config, None), 0.15, gradient_checkpointing)
+
+
+def compute(rows: int = 8, gradient_checkpointing: bool = False, precision: str = "bf16", on_gpu: bool = True):
+    return compute_memory(lambda: make_objective(gradient_checkpointing), rows, 128, precision, on_gpu=on_gpu)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_bytes_in_use_are_those_of_torchs_own_tracker(gradient_checkpointing):
+    def step(objective: nn.Module) -> None:
+        ids = torch.zeros(8, 128, dtype=torch.long)
+        with torch.autocast("cpu", torch.bfloat16):
+            sums, _ = objective(ids, ids, ids)
+        sums.sum().backward()
+
+    with FakeTensorMode():
+        objective, again = make_objective(gradient_checkpointing), make_objective(gradient_checkpointing)
+        with BytesInUse(objective.parameters()) as used:
+            step(objective)
+        tracker = MemTracker()
+        tracker.track_external(again)
+        with tracker:
+            step(again)
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    weights = sum(parameter.nbytes for parameter in again.parameters())
+    assert used.peak == pytest.approx(peak["Total"] - weights, rel=0.02)
+
+
+def test_memory_is_the_sum_of_its_parts_and_grows_with_the_rows():
+    memory, more = compute(rows=64), compute(rows=128)
+    parameters = sum(parameter.numel() for parameter in make_objective().parameters())
+    assert memory.parameters == parameters
+    assert memory.weights + memory.gradients + memory.optimizer == 16 * parameters
+    assert memory.logits == 64 * 20 * 5000 * 12
+    assert more.total - memory.total == pytest.approx(64 * memory.row, rel=0.01)
+
+
+def test_largest_micro_batch_is_the_largest_that_fits():
+    gigabytes = 4e9
+    largest = compute().largest_micro_batch(gigabytes)
+    assert largest > LINEAR_FROM_ROWS
+    assert compute(rows=largest).total <= USABLE * gigabytes < compute(rows=largest + 1).total
+    assert compute().largest_micro_batch(1e6) == 0
+
+
+def test_what_saves_memory_is_seen_to():
+    plain = compute(rows=64)
+    assert compute(rows=64, gradient_checkpointing=True).activations < 0.5 * plain.activations
+    assert compute(rows=64, precision="no").activations > 1.2 * plain.activations
+    # On a CPU dropout keeps more, and attention keeps its probabilities.
+    assert compute(rows=64, on_gpu=False).activations > 1.2 * plain.activations
+
+
+def test_pairs_and_shared_layers_are_computed_too():
+    config = AlbertConfig(**SIZES, vocab_size=5000, embedding_size=64)
+    memory = compute_memory(
+        lambda: SentenceOrderObjective(build_model(config, None, predicts_pairs=True), 0.15), 8, 128, "bf16", True
+    )
+    parameters = sum(parameter.numel() for parameter in build_model(config, None, predicts_pairs=True).parameters())
+    assert memory.parameters == parameters
+    assert memory.activations > 0

@@ -1,0 +1,177 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from recipe.base.errors import UserError
+from recipe.modeling.model import build_config, build_model, count_parameters
+from recipe.publish.card import build_card, count_weights, write_card
+from testing.helpers import SMALL_MODEL, read_lines
+
+ROW = {
+    "task": "cola",
+    "init": "pretrained",
+    "metric": "matthews_correlation",
+    "n": 5,
+    "failed": 0,
+    "official": True,
+    "majority": 0.0,
+    "device_seconds": 10.0,
+    "published": 63.6,
+    "learning_rate": 1e-5,
+    "batch_size": 16,
+    "median": 0.6123,
+    "best": 0.62,
+    "standard_deviation": 0.01,
+    "metrics": {"matthews_correlation": 0.6123},
+    "difference": -2.37,
+}
+
+
+@pytest.fixture
+def run(run_pretrain, flags, tmp_path: Path) -> Path:
+    run_pretrain(flags)
+    return tmp_path / "run"
+
+
+def add_glue(run: Path, **changes: object) -> None:
+    summary = {"compare_with": "base", "tasks": [ROW | changes], "average": None, "average_without_wnli": None}
+    config = {"num_train_epochs": 10, "seeds": [1, 2, 3, 4, 5], "max_seq_length": 512}
+    (run / "model" / "glue.json").write_text(json.dumps({"summary": summary, "config": config}))
+
+
+def change(run: Path, **values: object) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["environment"] |= values.pop("environment", {})
+    (run / "config.yaml").write_text(yaml.safe_dump(config | values))
+
+
+def test_figures_are_those_of_the_files(run, tokenizer):
+    text = (run / "model" / "README.md").read_text()
+    records = read_lines(run / "metrics.jsonl")
+    held_out = [record for record in records if "eval_loss" in record][-1]
+    train = [record for record in records if "tokens_per_second" in record]
+    assert f"Held-out loss {held_out['eval_loss']:.3f} nats" in text
+    assert f"perplexity {held_out['eval_perplexity']:,.2f}, after 6 updates" in text
+    seen = train[-1]["corpora"]["sample"]
+    assert f"| sample | local: text.jsonl | its size | {seen['tokens']:,} | {seen['passes']:.2f} |" in text
+    assert "| updates | 6 of 6 |" in text
+    assert f"{sorted(record['tokens_per_second'] for record in train)[1]:,.0f} tokens/s, median" in text
+    hours = sum(2 * record["seconds_per_update"] for record in train) / 3600
+    assert f"{hours:.3g} device-hours" in text
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert f"Commit of the recipe: {config['environment']['git_commit']}" in text
+    parameters = count_parameters(build_model(build_config(SMALL_MODEL, None, tokenizer, 32), None))
+    assert count_weights(run / "model") == parameters
+    assert f"{parameters / 1000:.3g}K parameters" in text
+    assert (run / "model" / "loss.png").read_bytes() == (run / "loss.png").read_bytes()
+
+
+def test_metadata_pass_the_validation_of_the_hub_library(run):
+    add_glue(run)
+    change(run, push_to_hub=True, hub_model_id="ann/small")
+    text = build_card(run, run / "model")
+    data = ModelCard(text).data  # parses `model-index`, and raises where it is not one
+    results = {(result.dataset_type, result.metric_type): result.metric_value for result in data.eval_results}
+    held_out = [record for record in read_lines(run / "metrics.jsonl") if "eval_loss" in record][-1]
+    assert results == {
+        ("held-out", "loss"): round(held_out["eval_loss"], 4),
+        ("held-out", "perplexity"): round(held_out["eval_perplexity"], 3),
+        ("nyu-mll/glue", "matthews_correlation"): 0.6123,
+    }
+    assert (data.model_name, data.language, data.license) == ("small", "en", "apache-2.0")
+    assert 'pipeline("fill-mask", model="ann/small")' in text
+    assert re.search(r"\| CoLA .*\| *61\.2 \|.*\| *63\.6 \| *-2\.4 \|", text)
+
+
+def test_what_was_not_run_is_not_there(run):
+    text = (run / "model" / "README.md").read_text()
+    for missing in ("GLUE", "kWh", "under way", "Documents left out", "updates skipped", "None", "nan"):
+        assert missing not in text.split("<details>")[0], missing
+    records = [record for record in read_lines(run / "metrics.jsonl") if "eval_loss" not in record]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = build_card(run, run / "model")
+    assert "Held-out loss" not in text
+    assert "model-index" not in text
+    (run / "metrics.jsonl").unlink()
+    (run / "loss.png").unlink()
+    text = build_card(run, run / "model")
+    assert "tokens/s" not in text
+    assert "loss.png" not in text
+
+
+def test_results_on_other_data_are_no_glue_results(run):
+    add_glue(run, official=False, published=None, difference=None)
+    text = build_card(run, run / "model")
+    assert "nyu-mll/glue" not in text.split("---")[1]
+    assert "Not the official data" in text
+
+
+def test_card_of_a_checkpoint_says_how_far_it_is(run):
+    (run / "status.json").write_text(json.dumps({"step": 4}))
+    text = build_card(run, run / "checkpoints" / "step-00000003")
+    assert "**Training is under way:** 4 of 6 updates are done." in text
+    assert "after 3 updates" in text
+
+
+def test_run_of_older_code_has_a_card(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for name in ("license", "push_to_hub", "masking"):
+        del config[name]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "license: apache-2.0" in build_card(run, run / "model")
+
+
+@pytest.mark.parametrize("values", [{"corpora": [{"path": 3}]}, {"learning_rate": {}}, {"model_type": "odd"}])
+def test_damaged_config_is_an_error_and_the_card_stays(run, values):
+    before = (run / "model" / "README.md").read_bytes()
+    change(run, **values)
+    with pytest.raises(UserError, match="that the model card is made from"):
+        write_card(run, run / "model")
+    assert (run / "model" / "README.md").read_bytes() == before
+
+
+def test_corpora_of_the_hub_are_linked_and_named_in_the_metadata(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    corpus = config["corpora"][0] | {"path": "wikimedia/wikipedia", "config_name": "20231101.en", "weight": 2.0}
+    change(run, corpora=[corpus])
+    text = build_card(run, run / "model")
+    assert ModelCard(text).data.datasets == ["wikimedia/wikipedia"]
+    assert "[wikimedia/wikipedia](https://huggingface.co/datasets/wikimedia/wikipedia) (20231101.en) | 2 |" in text
+
+
+def test_energy_is_an_estimate_from_the_boards_limit(run):
+    change(run, environment={"device": "NVIDIA H200", "num_processes": 8, "power_limit_watts": 700.0})
+    text = build_card(run, run / "model")
+    seconds = sum(2 * r["seconds_per_update"] for r in read_lines(run / "metrics.jsonl") if "seconds_per_update" in r)
+    assert f"at most {8 * seconds / 3600 * 0.7:.3g} kWh (estimate: 700 W" in text
+    assert "8 × NVIDIA H200" in text
+
+
+def test_glue_results_reach_the_cards(run, run_glue, tmp_path, capsys):
+    from testing.glue_data import write_rte
+
+    write_rte(tmp_path / "glue")
+    flags = {"output_dir": tmp_path / "out", "model_name_or_path": run / "model", "glue_dir": tmp_path / "glue"}
+    flags |= {"tasks": "[rte]", "seeds": "[1,2]", "num_train_epochs": 1, "max_seq_length": 32, "save_models": "true"}
+    change(run, push_to_hub=True, hub_model_id="ann/small")
+    run_glue(flags)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    text = (run / "model" / "README.md").read_text()
+    assert f"| {100 * summary['tasks'][0]['median']:.1f} |" in re.sub(" +", " ", text)
+    waiting = run / "hub" / "step-00000006-card"
+    assert (waiting / "README.md").read_text() == text
+    assert f"push with: python -m recipe.publish.hub {run}" in capsys.readouterr().out
+    card = ModelCard.load(tmp_path / "out" / "models" / "rte" / "README.md")
+    assert card.data.base_model == "ann/small"
+    assert card.data.model_name == "small-rte"
+    assert card.data.eval_results is None  # not the official data
+    assert "labels entailment, not_entailment" in card.text
+    best = json.loads((tmp_path / "out" / "best" / "rte.json").read_text())
+    assert f"| accuracy | {-100 * best['rank'][0]:.1f} |" in card.text
+    assert f"| seed | {best['job']['seed']} |" in card.text
+    shutil.rmtree(tmp_path / "out")

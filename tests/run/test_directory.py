@@ -1,0 +1,83 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from recipe.base.errors import UserError
+from recipe.run.directory import RunDirectory, read_step
+
+
+@pytest.mark.parametrize("line", ['{"step": 1', "[]", "{}", '{"step": "1"}', '{"step": true}', "[" * 20_000, "\ud800"])
+def test_line_of_metrics_that_is_no_record_is_named(tmp_path: Path, line: str):
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(f'{{"step": 0}}\n{line}\n{{"step": 2}}\n', errors="surrogatepass")
+    before = metrics.read_bytes()
+    with pytest.raises(UserError, match=r"metrics\.jsonl is damaged or missing"):
+        RunDirectory(tmp_path, True, []).cut_metrics(1)
+    assert metrics.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"step": "../x"}', '{"step": -1}', '{"step": 1.5}'])
+def test_status_without_a_step_is_named(tmp_path: Path, text: str):
+    (tmp_path / "status.json").write_text(text)
+    with pytest.raises(UserError, match=r"status\.json is damaged or missing"):
+        read_step(tmp_path)
+
+
+def test_metrics_are_cut_back_and_a_torn_line_forgotten(tmp_path: Path):
+    run = RunDirectory(tmp_path, is_main=True, pids=[1])
+    for step in (1, 2, 2, 3):
+        run.append_metrics({"step": step})
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [line["step"] for line in run.read_metrics()] == [1, 2, 2, 3]
+    run.cut_metrics(2)
+    run.append_metrics({"step": 3})
+    assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [1, 2, 2, 3]
+
+
+def test_metrics_wait_while_they_cannot_be_written(tmp_path: Path, capsys):
+    run = RunDirectory(tmp_path / "gone", is_main=True, pids=[1])
+    run.append_metrics({"step": 1})
+    assert "metrics.jsonl waits for room" in capsys.readouterr().err
+    run.path.mkdir()
+    run.append_metrics({"step": 2})
+    assert [line["step"] for line in run.read_metrics()] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["status.json", "metrics.jsonl", "checkpoints", "model"])
+def test_folder_with_a_run_is_refused(tmp_path: Path, name: str):
+    run = RunDirectory(tmp_path, is_main=True, pids=[])
+    run.check(None)
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=r"already holds a run.*--resume_from_checkpoint latest"):
+        run.check(None)
+    with pytest.raises(UserError, match="already holds a run"):
+        run.check("another/run/checkpoints/step-00000001")
+    run.check("latest")
+    run.check(str(tmp_path / "checkpoints" / "step-00000001"))
+
+
+def test_folder_that_cannot_be_one_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"`output_dir` .* is a file"):
+            RunDirectory(path, is_main=True, pids=[]).check(None)
+
+
+def test_only_the_main_process_writes(tmp_path: Path):
+    run = RunDirectory(tmp_path / "run", is_main=False, pids=[])
+    run.write_config({"a": 1}, {})
+    run.write_status("running", 0)
+    run.append_metrics({"step": 1})
+    assert not (tmp_path / "run").exists()
+
+
+def test_status_names_state_reason_and_processes(tmp_path: Path):
+    RunDirectory(tmp_path, is_main=True, pids=[11, 12]).write_status("preempted", 7, "SIGTERM")
+    assert json.loads((tmp_path / "status.json").read_text()) == {
+        "state": "preempted",
+        "step": 7,
+        "reason": "SIGTERM",
+        "pids": [11, 12],
+    }

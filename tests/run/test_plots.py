@@ -1,0 +1,150 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+import yaml
+from matplotlib.figure import Figure
+
+from recipe.base.errors import UserError
+from recipe.run.plots import SMOOTHED, Curves, plot_runs, read_curves, smooth
+from testing.helpers import ROOT
+
+METRICS = [
+    {"step": 1, "tokens": 1000, "loss": 9.0, "learning_rate": 1e-4, "grad_norm": 2.0, "tokens_per_second": 10.0},
+    {"step": 2, "tokens": 2000, "loss": None, "learning_rate": 2e-4, "grad_norm": None, "tokens_per_second": 12.0},
+    {"step": 2, "tokens": 2000, "eval_loss": 7.5, "eval_perplexity": 1808.0, "unigram_loss": 7.0},
+    {"step": 3, "tokens": 3000, "loss": 6.5, "learning_rate": 3e-4, "grad_norm": 1.0, "tokens_per_second": 11.0},
+]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """What is saved."""
+    saved = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
+    return saved
+
+
+def write_run(folder: Path, metrics: list[dict], vocabulary: str = "a") -> Path:
+    folder.mkdir()
+    config = {"expected_loss": None, "environment": {"tokenizer_checksum": vocabulary}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "file"),
+    [
+        ({"loss": "nine"}, "metrics"),
+        ({"loss": [1.0]}, "metrics"),
+        ({"loss": float("inf")}, "metrics"),
+        ({"tokens": None}, "metrics"),
+        ({"step": None}, "metrics"),
+        (None, "config"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, change: dict | None, file: str):
+    run = write_run(tmp_path / "run", [METRICS[0] | (change or {}), *METRICS[1:]])
+    if change is None:
+        (run / "config.yaml").write_text("environment: [a]")
+    with pytest.raises(UserError, match=rf"{file}\.(yaml|jsonl) is damaged or missing"):
+        read_curves(run)
+
+
+def labels(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+
+
+def test_figure_of_a_run_shows_all_there_is(tmp_path: Path, figures):
+    plot_runs([Curves("a run", METRICS, 6.0)], tmp_path / "loss.png")
+    loss, rate, norm, speed = figures[0].axes
+    lines = {line.get_label(): line for line in loss.get_lines()}
+    assert list(lines["training, mean over 1 log lines"].get_ydata()) == [9.0, 6.5]
+    assert "held out: 7.500, perplexity 1,808" in lines
+    assert "expected at the end: 6.000" in lines
+    assert "unigram model: 7.000" in lines
+    assert list(rate.get_lines()[0].get_ydata()) == [1e-4, 2e-4, 3e-4]
+    assert list(norm.get_lines()[0].get_xdata()) == [1000, 3000]
+    assert speed.get_ylim()[0] == 0
+    for axes in figures[0].axes:
+        assert axes.get_xlabel() == "tokens"
+        assert axes.get_ylabel()
+    assert matplotlib.image.imread(tmp_path / "loss.png").shape[:2] == (900, 1080)
+
+
+def test_several_runs_differ_in_colour_and_in_line(tmp_path: Path, figures):
+    plot_runs([Curves(name, METRICS) for name in "abc"], tmp_path / "comparison.png")
+    for axes in figures[0].axes:
+        drawn = [line for line in axes.get_lines() if line.get_linestyle() != "None" and len(line.get_xdata())]
+        assert len(drawn) == 3
+        assert len({line.get_linestyle() for line in drawn}) == len({line.get_color() for line in drawn}) == 3
+    assert labels(figures[0])[0] == "a: held out 7.500, perplexity 1,808"
+
+
+def test_smoothed_line_is_the_mean_over_the_lines_before():
+    values = np.arange(200.0)
+    width = 200 // SMOOTHED
+    assert smooth(values)[0] == 0
+    assert smooth(values)[-1] == pytest.approx(values[-width:].mean())
+    assert list(smooth(values[:10])) == list(values[:10])
+
+
+def test_beginning_does_not_flatten_the_rest(tmp_path: Path, figures):
+    steps = range(1, 1001)
+    metrics = [{"step": n, "tokens": 100 * n, "loss": 2 + 8 * math.exp(-n / 3)} for n in steps]
+    plot_runs([Curves("a run", metrics)], tmp_path / "loss.png")
+    assert figures[0].axes[0].get_ylim()[1] < 4
+
+
+def test_diverged_run_is_drawn(tmp_path: Path):
+    diverged = [{"step": 1, "tokens": 10, "loss": 1e5}, {"step": 1, "tokens": 10, "eval_loss": None}]
+    diverged.append({"step": 2, "tokens": 20, "eval_loss": 900.0, "eval_perplexity": None, "unigram_loss": 7.0})
+    plot_runs([Curves("a run", diverged)], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").exists()
+
+
+def test_nothing_to_draw_draws_nothing(tmp_path: Path):
+    plot_runs([Curves("a run", [])], tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_runs_of_different_vocabularies_are_refused(tmp_path: Path):
+    one, two = (read_curves(write_run(tmp_path / name, METRICS, name)) for name in ("one", "two"))
+    with pytest.raises(UserError, match=r"one and .*two have different vocabularies"):
+        plot_runs([one, two], tmp_path / "comparison.png")
+    assert not (tmp_path / "comparison.png").exists()
+
+
+def run_plots(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "recipe.run.plots", *map(str, arguments)]
+    environment = {"PYTHONPATH": str(ROOT), "HOME": str(folder)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_command_writes_a_figure_of_one_run_and_of_several(tmp_path: Path):
+    runs = [write_run(tmp_path / name, METRICS) for name in ("one", "two")]
+    assert run_plots(tmp_path, runs[0]).stdout.strip() == str(runs[0] / "loss.png")
+    assert run_plots(tmp_path, *runs).stdout.strip() == "comparison.png"
+    assert run_plots(tmp_path, *runs, "--output", "c.png").returncode == 0
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (runs[0] / "loss.png", tmp_path / "c.png"))
+
+
+def test_command_refuses_what_is_no_run(tmp_path: Path):
+    empty = write_run(tmp_path / "empty", [])
+    (tmp_path / "folder").mkdir()
+    other = write_run(tmp_path / "other", METRICS)
+    (other / "config.yaml").write_text("tasks: [rte]\n")
+    cases = [(tmp_path / "folder", "has no config.yaml"), (empty, "has no training loss"), (other, "is not of a pretr")]
+    for folder, expected in cases:
+        result = run_plots(tmp_path, folder)
+        assert result.returncode == 2
+        assert expected in result.stderr
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
