@@ -5,11 +5,11 @@ python -m recipe.arguments.reference > docs/options.md
 
 import textwrap
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 
 from docstring_parser import parse_from_object
 
-from recipe.config import CorpusArguments, GlueArguments, PretrainArguments, TokenizerArguments
+from recipe.arguments import CorpusArguments, GlueArguments, PretrainArguments, TokenizerArguments
 
 LINE_CHARACTERS = 120
 SECTIONS = {
@@ -43,7 +43,8 @@ def describe_default(field: Field) -> str:
 
 def describe_options(arguments: type) -> Iterator[str]:
     """Yield a list entry in Markdown for each field of a dataclass: name, type, default, identity and help."""
-    documented = {option.arg_name: option for option in parse_from_object(arguments).params}
+    classes = [base for base in reversed(arguments.__mro__) if is_dataclass(base)]
+    documented = {option.arg_name: option for base in classes for option in parse_from_object(base).params}
     for field in fields(arguments):
         option = documented[field.name]
         facts = [f"`{option.type_name}`", describe_default(field)]
