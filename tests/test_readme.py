@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from recipe.arguments import GlueArguments, PretrainArguments, TokenizerArguments
-from recipe.arguments.parser import parse_config
+from recipe.arguments import GlueArguments, PretrainArguments, TokenizerArguments, parse_config
 from recipe.arguments.reference import build_reference
-from tests.conftest import ROOT
 
+ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 MAX_README_LINES = 150
@@ -100,7 +99,7 @@ def test_old_python_is_refused_before_anything_is_installed(tmp_path: Path):
     pretend = "import sys; sys.version_info = (3, 9, 1); exec(sys.argv[2])"
     old.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{pretend}' \"$@\"\n")
     old.chmod(old.stat().st_mode | stat.S_IXUSR)
-    for name in ("Makefile", "requirements.txt"):
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     result = subprocess.run(
         ["make", "demo", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False

@@ -21,8 +21,9 @@ SECTIONS = {
 INTRODUCTION = """\
 An option is a field of a dataclass in `recipe/arguments/`. Its value is the default below, unless the YAML file of
 `--config` gives another, unless a flag does: `--learning_rate 4e-4`, `--model_config.num_hidden_layers 6`,
-`--tasks '[rte,cola]'`. `--config` may be given several times, and a later file wins over an earlier one. The flag of a
-`bool` may stand alone, as in `--dry_run`. The script's own `--help` lists the same options.
+`--tasks '[rte,cola]'`. `--config` may be given several times: a later file replaces fields of an earlier one and, in
+`model_config`, single keys; a list is replaced as a whole. The flag of a `bool` may stand alone, as in `--dry_run`. The
+script's own `--help` lists the same options.
 
 An option marked **identity** defines the experiment: a checkpoint can be resumed, and a GLUE grid continued, only with
 the values that it was started with. All other options may change between two starts of a run."""
@@ -49,7 +50,7 @@ def describe_options(arguments: type) -> Iterator[str]:
         option = documented[field.name]
         facts = [f"`{option.type_name}`", describe_default(field)]
         facts += ["**identity**"] if field.metadata.get("identity") else []
-        text = f"- **`{field.name}`** ({', '.join(facts)}): {' '.join(option.description.split())}"
+        text = f"- **`{field.name}`** ({', '.join(facts)}): {' '.join((option.description or '').split())}"
         yield textwrap.fill(
             text, LINE_CHARACTERS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
         )
