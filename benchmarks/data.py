@@ -40,11 +40,14 @@ import numpy as np
 import torch
 from harness import in_child, resident_megabytes
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForLanguageModeling
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from recipe.arguments import CorpusArguments, PretrainArguments
+from recipe.data.batches import Rank, Resume
 from recipe.data.cached import CachedData
 from recipe.data.corpora import Part, open_source, read_lines
+from recipe.data.modes import open_data
+from recipe.data.preprocessor import Preprocessor
 from recipe.data.sampling import BlockOrder
 from recipe.data.streamed import StreamedData
 from recipe.data.tokenizer import load_tokenizer
@@ -132,12 +135,22 @@ def bare_processes_rate(args: argparse.Namespace, size: float, number: int) -> f
         return number * statistics.harmonic_mean(pool.starmap(bare_rate, shares, chunksize=1))
 
 
+def cached_data(args: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> CachedData:
+    """Without a progress bar, which is the first process's."""
+    return CachedData(args, Preprocessor(args, tokenizer), process_index=1)
+
+
+def streamed_data(args: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> StreamedData:
+    return StreamedData(args, Preprocessor(args, tokenizer))
+
+
 def ours_rate(args: argparse.Namespace, size: float, parallel: bool, num_workers: int | None) -> float:
     """MB/s from files to a token store and its blocks."""
     tokenizer = load_tokenizer(args.tokenizer)
     with tempfile.TemporaryDirectory() as folder, tokenizer_threads(parallel):
-        data = CachedData(settings(args, token_store_dir=folder, preprocessing_num_workers=num_workers), tokenizer)
-        return size / seconds(lambda: data.prepare(1))
+        given = settings(args, token_store_dir=folder, preprocessing_num_workers=num_workers)
+        preprocessor = Preprocessor(given, tokenizer)
+        return size / seconds(lambda: open_data(given, preprocessor, process_index=1))
 
 
 def workers_rate(args: argparse.Namespace, size: float, num_workers: int) -> float:
@@ -170,14 +183,13 @@ def workers(args: argparse.Namespace) -> dict[str, Any]:
 def load(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        data = CachedData(settings(args, token_store_dir=folder, train_batch_size=2048), tokenizer)
-        data.prepare(1)
+        data = cached_data(settings(args, token_store_dir=folder, train_batch_size=2048), tokenizer)
         stock = stock_blocks(data, folder)
         collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
 
         def ours(num_workers: int) -> float:
             data.args.dataloader_num_workers = num_workers
-            updates = data.train_updates(0, 1, 0, 12, {}, never)
+            updates = data.train_updates(Rank(), Resume(), 12, never)
             next(updates)
             started = time.perf_counter()
             tokens = sum(batch["input_ids"].numel() for share in updates for batch in share.micro_batches)
@@ -219,9 +231,8 @@ def stream(args: argparse.Namespace) -> dict[str, Any]:
 
     def ours() -> float:
         """From one full buffer to the next, so that as much is read as is drawn."""
-        data = StreamedData(settings(args, streaming=True), tokenizer)
-        data.prepare(0)
-        updates = data.train_updates(0, 1, 0, 100, {}, never)
+        data = streamed_data(settings(args, streaming=True), tokenizer)
+        updates = data.train_updates(Rank(), Resume(), 100, never)
         next(updates)
         started, drawn = time.perf_counter(), 0
         for share in updates:
@@ -237,10 +248,9 @@ def stream(args: argparse.Namespace) -> dict[str, Any]:
 
 def stream_curve(args: argparse.Namespace) -> list[tuple[float, float]]:
     """(MB of text, MB resident) on the way through `--stream_megabytes`."""
-    data = StreamedData(settings(args, streaming=True), load_tokenizer(args.tokenizer))
-    data.prepare(0)
+    data = streamed_data(settings(args, streaming=True), load_tokenizer(args.tokenizer))
     curve, drawn, step = [], 0.0, args.stream_megabytes / 20
-    for share in data.train_updates(0, 1, 0, 10**9, {}, never):
+    for share in data.train_updates(Rank(), Resume(), 10**9, never):
         drawn += int(share.counts.corpora[:, 1].sum()) * 4.3 / 1e6
         if drawn >= step * len(curve):
             curve.append((round(drawn), round(resident_megabytes())))
@@ -255,9 +265,8 @@ def long_document(args: argparse.Namespace, path: str, streaming: bool) -> dict[
         changes = {"streaming": True, "num_lanes": 1, "shuffle_buffer_size": 256} if streaming else {}
         given = settings(args, corpora=[corpus], token_store_dir=folder, **changes)
         before = resident_megabytes()
-        data = (StreamedData if streaming else CachedData)(given, load_tokenizer(args.tokenizer))
-        data.prepare(0)
-        share = next(data.train_updates(0, 1, 0, 1, {}, never))
+        data = open_data(given, Preprocessor(given, load_tokenizer(args.tokenizer)))
+        share = next(data.train_updates(Rank(), Resume(), 1, never))
         tokens = share.lanes[0, 0].state.made * LENGTH if streaming else data.packed[0].counts["tokens"]
         peak = harness.peak_resident_megabytes()
         return {"peak_megabytes_beyond_start": round(peak - before), "tokens": tokens}
@@ -282,8 +291,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
 def resume(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        data = CachedData(settings(args, token_store_dir=folder), tokenizer)
-        data.prepare(1)
+        data = cached_data(settings(args, token_store_dir=folder), tokenizer)
         # As many blocks as five large corpora have, each standing for one that is there.
         sizes = [len(packed) for packed in data.packed]
         fabricated = BlockOrder([size * 1000 for size in sizes], [0] * len(sizes), None, seed=42)
@@ -296,7 +304,7 @@ def resume(args: argparse.Namespace) -> dict[str, Any]:
 
         def first_update(block: int) -> float:
             update = block // data.args.train_batch_size
-            return seconds(lambda: next(data.train_updates(0, 1, update, update + 1, {}, never)))
+            return seconds(lambda: next(data.train_updates(Rank(), Resume(update), update + 1, never)))
 
         first_update(0)
         cached = in_turn(
@@ -400,10 +408,8 @@ def counts(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.tokenizer)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        cached = CachedData(settings(args, token_store_dir=folder), tokenizer)
-        cached.prepare(1)
-        streamed = StreamedData(settings(args, streaming=True), tokenizer)
-        streamed.prepare(0)
+        cached = cached_data(settings(args, token_store_dir=folder), tokenizer)
+        streamed = streamed_data(settings(args, streaming=True), tokenizer)
         for number, path in enumerate(args.corpora):
             files = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*.jsonl.gz"))
             texts = [json.loads(line)["text"] for file in files for line in read_lines(str(file), 0)]

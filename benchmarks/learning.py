@@ -19,7 +19,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from recipe.arguments import CorpusArguments, PretrainArguments
-from recipe.data.cached import CachedData
+from recipe.data.batches import Rank, Resume
+from recipe.data.modes import open_data
+from recipe.data.preprocessor import Preprocessor
 from recipe.data.tokenizer import load_tokenizer
 from recipe.modeling.model import build_config, build_model
 from recipe.modeling.objectives import MaskedLMObjective
@@ -62,8 +64,7 @@ def curve(
         dataloader_num_workers=0,
         token_store_dir=folder,
     )
-    data = CachedData(arguments, tokenizer)
-    data.prepare(0)
+    data = open_data(arguments, Preprocessor(arguments, tokenizer))
     torch.manual_seed(seed)
     model = build_model(build_config(MODEL, None, tokenizer, 128), None)
     module = objective(model, arguments.masked_share) if objective else model
@@ -71,7 +72,7 @@ def curve(
         module, build_optimizer(module, args.learning_rate, (0.9, 0.98), 1e-6, 0.01)
     )
     losses = []
-    for share in data.train_updates(0, 1, 0, args.updates, {}, lambda: False):
+    for share in data.train_updates(Rank(), Resume(), args.updates, lambda: False):
         masked = share.counts["masked"]
         if stock:
             [batch] = share.micro_batches

@@ -42,7 +42,9 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from recipe.arguments import CorpusArguments, PretrainArguments
+from recipe.data.batches import Rank, Resume
 from recipe.data.cached import CachedData
+from recipe.data.preprocessor import Preprocessor
 from recipe.data.tokenizer import load_tokenizer
 from recipe.modeling.model import build_config, build_model, model_flops_per_token
 from recipe.modeling.objectives import MaskedLMObjective, compile_in_place
@@ -111,9 +113,7 @@ class Bench:
             dataloader_num_workers=side.workers,
             token_store_dir=self.folder,
         )
-        data = CachedData(arguments, self.tokenizer)
-        data.prepare(0)
-        return data
+        return CachedData(arguments, Preprocessor(arguments, self.tokenizer), process_index=0)
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
@@ -149,7 +149,7 @@ class Bench:
         for group in adamw.param_groups:
             group["fused"] = side.fused
         objective, optimizer = self.accelerator.prepare(objective, adamw)
-        for share in data.train_updates(0, 1, 0, 10**9, {}, lambda: False):
+        for share in data.train_updates(Rank(), Resume(), 10**9, lambda: False):
             masked = share.counts["masked"]
             train_step(self.accelerator, objective, optimizer, share.micro_batches, [masked], 0.0, StopRequest())
             yield share.counts.tokens

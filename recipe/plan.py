@@ -1,18 +1,16 @@
 """What a run is going to do and to take, and whether it can begin: `pretrain.py --dry_run`.
 
-1. Every precondition is tried, and gets a line: ok, or what the problem is and how to mend it.
-2. The plan: model, batch, updates, passes over the corpora, hours, price, memory and disk on the hardware asked for.
-3. An error at the end if there was a problem.
+1. `check_run` tries every precondition, and each gets a line: ok, or what the problem is and the way out.
+2. Memory and kernels are tried for the hardware asked for, as far as they can be computed or tried without it.
+3. The plan follows: model, batch, updates, passes over the corpora, hours and price.
+4. If there was a problem, an error comes last.
 """
 
 import json
 import math
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,22 +18,15 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig
 
-from recipe.arguments import CorpusArguments, PretrainArguments, identity_of
+from recipe.arguments import PretrainArguments
 from recipe.base.errors import UserError, did_you_mean
-from recipe.base.files import nearest_existing_parent
 from recipe.base.formatting import format_bytes, format_count, format_duration
-from recipe.data.batches import Data
-from recipe.data.cached import CachedData
-from recipe.data.corpora import check_corpus, corpus_bytes, open_source
-from recipe.data.streamed import StreamedData
-from recipe.data.tokenizer import load_tokenizer, tokenizer_checksum
+from recipe.checks import check_run
 from recipe.modeling.memory import PRECISIONS, USABLE, compute_memory
-from recipe.modeling.model import build_config, build_model, count_parameters, model_flops_per_token
+from recipe.modeling.model import build_model, count_parameters, model_flops_per_token
 from recipe.modeling.objectives import OBJECTIVES, why_nothing_compiles
-from recipe.publish.hub import SCHEME, check_push, fetch_checkpoint
-from recipe.run.checkpoint import check_space, open_checkpoint
 from recipe.run.directory import RunDirectory
 from recipe.run.hardware import device_name, matmul_flops
 
@@ -122,73 +113,18 @@ def find_mfu(hardware: Hardware, flops_per_token: float) -> tuple[float, str]:
     return nearest["mfu"], f"measured on {nearest['device']} at {nearest['mflops_per_token']:.4g} MFLOPs a token"
 
 
-class Preconditions:
-    """Prints a line for each thing that is tried, and counts the problems."""
-
-    problems = 0
-
-    @contextmanager
-    def trying(self, what: str) -> Iterator[list[str]]:
-        """Report how it went; a `UserError` goes no further.
-
-        Yields:
-            a list for what there is to say if all is well.
-        """
-        remarks: list[str] = []
-        try:
-            yield remarks
-        except UserError as error:
-            self.problems += 1
-            print(f"problem  {what}: {' '.join(str(error).split())}")
-        else:
-            print(f"ok       {what}: {'; '.join(remarks)}")
-
-
 def print_plan(args: PretrainArguments, accelerator: Accelerator, run: RunDirectory) -> None:
-    """Try everything that a run needs, and print what it is going to do and take; the main process does.
+    """Print all that `check_run` tries, and what the run is going to do and take; the main process does.
 
     Raises:
-        UserError: something has to be mended first, or there is no such GPU.
+        UserError: something has to be put right first, or there is no such GPU.
     """
     if not accelerator.is_main_process:
         return
     hardware = find_hardware(args, accelerator)
-    tried = Preconditions()
-    tokenizer, config, is_even = None, None, False
-    with tried.trying("output_dir") as remarks:
-        run.check(args.resume_from_checkpoint)
-        remarks.append(f"{run.path} can be written")
-    with tried.trying("tokenizer") as remarks:
-        tokenizer = load_tokenizer(args.tokenizer_name or args.model_name_or_path)
-        remarks.append(f"{len(tokenizer):,} entries")
-    with tried.trying("model") as remarks:
-        source = args.model_name_or_path
-        config = build_config(args.model_config, source, tokenizer, args.max_seq_length, args.model_type)
-        if source:
-            build_model(config, source, args.predicts_pairs)
-        remarks.append("fits the tokenizer" if tokenizer else f"{config.vocab_size:,} entries, without a tokenizer")
-    with tried.trying("batch") as remarks:
-        args.check_lanes(hardware.count)
-        accumulation = args.gradient_accumulation_steps(hardware.count)
-        remarks.append(f"{hardware.count} x {args.per_device_train_batch_size} blocks, {accumulation} times an update")
-        is_even = True
-    wanted, checkpoint = args.resume_from_checkpoint, None
-    if wanted is not None and tokenizer:
-        with tried.trying("checkpoint") as remarks:
-            identity = identity_of(args) | {"tokenizer": tokenizer_checksum(tokenizer)}
-            checkpoint, _, lines = open_checkpoint(run.checkpoints, fetch_checkpoint(args), identity, asdict(args))
-            remarks += lines or [f"{wanted} is there" if wanted.startswith(SCHEME) else "there is none yet"]
-    if args.push_to_hub:
-        with tried.trying("hub") as remarks:
-            is_fresh = checkpoint is None and not (wanted or "").startswith(SCHEME)
-            repo_id, warnings = check_push(args, is_fresh)
-            remarks += warnings or [f"{repo_id} can be written"]
-    tokens = try_data(args, tokenizer, tried)
+    check = check_run(args, accelerator, run)
+    tried, config = check.tried, check.config
     if config:
-        with torch.device("meta"):
-            parameters = count_parameters(build_model(config, None, args.predicts_pairs))
-        with tried.trying("disk") as remarks:
-            remarks.append(check_space(run.checkpoints, parameters, args.save_total_limit))
         with tried.trying("memory") as remarks:
             remarks.append(check_memory(args, config, hardware))
     if args.gpu is None:
@@ -196,96 +132,14 @@ def print_plan(args: PretrainArguments, accelerator: Accelerator, run: RunDirect
             remarks.append(check_kernels(args.torch_compile, accelerator.device, hardware.precision))
     else:
         print(f"unknown  kernels: can be tried on a machine with {args.gpu} only, by --dry_run without --gpu")
-    if config and is_even:
+    if config and check.fits_world_size:
         for line in describe_plan(args, config, hardware.count):
             print(line)
-        print(describe_passes(args, tokens))
+        print(describe_passes(args, check.tokens))
         print(describe_time(args, config, hardware))
     if tried.problems:
         raise UserError(f"{tried.problems} of the above {'are problems' if tried.problems > 1 else 'is a problem'}")
     print("next: the same command without --dry_run" + (", on such hardware" if args.gpu else ""))
-
-
-def try_data(
-    args: PretrainArguments, tokenizer: PreTrainedTokenizerFast | None, tried: Preconditions
-) -> dict[str, float]:
-    """Try each corpus, and all together.
-
-    Returns:
-        of the corpora that can be read about how many tokens they have, NaN where that cannot be told.
-    """
-    mode = StreamedData if args.streaming else CachedData
-    tokens: dict[str, float] = {}
-    for corpus in (corpora := [*args.corpora, *args.eval_corpora]):
-        with tried.trying(f"corpus {corpus.name}") as remarks:
-            data = mode(replace(args, corpora=[corpus], eval_corpora=[]), tokenizer) if tokenizer else None
-            tokens[corpus.name], remark = count_tokens(corpus, data, args.max_unreadable_documents)
-            remarks.append(f"{corpus.path}, {remark}")
-    if tokenizer and len(tokens) == len(corpora):
-        with tried.trying("data") as remarks:
-            data = mode(args, tokenizer)
-            if args.streaming:  # is opened in seconds
-                data.prepare(0)
-                remarks += data.describe()[len(args.corpora) :]
-            else:
-                remarks.append(check_stores(data, tokens))
-    return tokens
-
-
-def count_tokens(corpus: CorpusArguments, data: Data | None, max_unreadable: int) -> tuple[float, str]:
-    """The tokens of a corpus, counted where it has a token store and else estimated from its size and its head; NaN if
-    its size is not known. And a remark.
-
-    Args:
-        data: of this corpus alone; None where there is no tokenizer.
-
-    Raises:
-        UserError: the corpus cannot be read.
-    """
-    if isinstance(data, CachedData) and data.stores[0].is_complete:
-        tokens = data.stores[0].counts()["tokens"]
-        return tokens, f"{tokens:,} tokens, in a token store"
-    if data is None:
-        check_corpus(corpus, max_unreadable)
-    try:
-        size = corpus_bytes(corpus)
-    except UserError:
-        return math.nan, "which does not publish its size"
-    tokens = size / (bytes_per_token(corpus, data) if data else BYTES_PER_TOKEN)
-    return tokens, f"about {format_bytes(size)} of text, {format_count(tokens)} tokens"
-
-
-def bytes_per_token(corpus: CorpusArguments, data: Data) -> float:
-    """Of the head of a corpus."""
-    texts, size = [], 0
-    for _, text in open_source(corpus).read(0):
-        if isinstance(text, str):
-            texts.append(text[:HEAD_BYTES])
-            size += len(texts[-1].encode())
-        if size >= HEAD_BYTES:
-            break
-    return size / max(1, sum(len(ids) for ids, _ in data.encoder(texts)))
-
-
-def check_stores(data: CachedData, tokens: dict[str, float]) -> str:
-    """
-    Raises:
-        UserError: the token stores that are missing do not fit on the disk.
-    """
-    missing = [store for store in data.stores if not store.is_complete]
-    if not missing:
-        return "all token stores are there"
-    root = missing[0].path.parent
-    free = shutil.disk_usage(nearest_existing_parent(root)).free
-    token_bytes = data.encoder.dtype.itemsize + STORE_OVERHEAD
-    known = [tokens[store.corpus.name] for store in missing if not math.isnan(tokens[store.corpus.name])]
-    sizes = f"{format_bytes(sum(known) * token_bytes)}{'' if len(known) == len(missing) else ' and more'}"
-    if sum(known) * token_bytes > free:
-        raise UserError(
-            f"token stores of about {sizes} are still to be made in {root}, and {format_bytes(free)} are free; free "
-            "some, set `token_store_dir` to a folder on another disk, or `streaming: true`"
-        )
-    return f"{len(missing)} token stores of about {sizes} are made first, in {root}, {format_bytes(free)} free"
 
 
 def check_memory(args: PretrainArguments, config: PreTrainedConfig, hardware: Hardware) -> str:

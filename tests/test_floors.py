@@ -17,7 +17,7 @@ BELOW = {  # what the modules of each package may import of the recipe, beside t
     "publish": {"base", "arguments", "data", "modeling", "run", "finetune"},
 }
 PACKAGES = set(BELOW)
-MODULES = ["demo", "plan", "training"]  # beside the packages: the top floor, lowest first
+MODULES = ["demo", "checks", "plan", "session", "training"]  # beside the packages: the top floor, lowest first
 HEAVY = {"torch", "transformers", "datasets", "evaluate", "accelerate"}
 
 

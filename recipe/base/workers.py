@@ -7,7 +7,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class InterruptedWaitError(Exception):
     """The process was asked to stop while it waited for data."""
 
 
-def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Iterator[Any]:
+def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Generator[Any]:
     """The same items, the next of which is made in a thread while one is in use.
 
     When no more is asked for the thread is left to end by itself, since it may be waiting for a source. Before the

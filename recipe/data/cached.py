@@ -1,58 +1,60 @@
 """The cached mode of training data: blocks from token stores on disk."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
-from recipe.arguments import PretrainArguments
+from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.base.errors import UserError
-from recipe.data.batches import COUNTED, UNIGRAM_BLOCKS, Counts, Data, MicroBatches, UpdateData
+from recipe.data.batches import COUNTED, Counts, MicroBatches, Rank, Resume, TrainingData, UpdateData, given_weights
 from recipe.data.hygiene import find_copies
 from recipe.data.packed_corpus import PackedCorpus
 from recipe.data.packing import Block
+from recipe.data.preprocessor import Preprocessor
 from recipe.data.sampling import BlockOrder
-from recipe.data.token_store import TokenStore, check_space
+from recipe.data.token_store import TokenStore
+
+UNIGRAM_BLOCKS = 20_000  # blocks of training text that the unigram baseline is counted on
 
 
-class CachedData(Data):
+def find_store(args: PretrainArguments, preprocessor: Preprocessor, corpus: CorpusArguments) -> TokenStore:
+    """Find the token store of a corpus, complete or not.
+
+    Raises:
+        UserError: there is no such corpus, or a store that is given as its path was made with something else.
+    """
+    given = args.token_store_dir
+    root = Path(given).expanduser() if given else Path(datasets.config.HF_DATASETS_CACHE) / "token_stores"
+    return TokenStore(corpus, preprocessor.encoder, preprocessor.decontaminator, root)
+
+
+class CachedData(TrainingData):
     """Training and held-out blocks of a run, from token stores on disk.
+
+    What is not there yet of the stores and their blocks is made first, together with all processes that construct
+    theirs.
 
     Args:
         args: of the run.
-        tokenizer: what the corpora are encoded with.
+        preprocessor: what the corpora are encoded and packed with.
+        process_index: of this process among all that make the stores.
 
     Raises:
-        UserError: a corpus that cannot be read, or a disk that is too small for its store.
+        UserError: a corpus that cannot be read, is too small, or has too few blocks to hold some out; a full disk.
     """
 
-    def __init__(self, args: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> None:
-        super().__init__(args, tokenizer)
-        given = args.token_store_dir
-        root = Path(given).expanduser() if given else Path(datasets.config.HF_DATASETS_CACHE) / "token_stores"
-        self.stores = [TokenStore(corpus, self.encoder, self.decontaminator, root) for corpus in self.corpora]
-        for store in self.stores:
-            if not store.is_complete:
-                self.check_corpus(store.corpus)
-        check_space(root, self.stores)
-
-    def prepare(self, process_index: int) -> None:
-        """Make what is not there yet of the stores and their blocks, together with all processes; hold out some blocks.
-
-        Args:
-            process_index: of this process among all that do this.
-
-        Raises:
-            UserError: a corpus that cannot be read, is too small, or has too few blocks to hold some out; a full disk.
-        """
-        args = self.args
+    def __init__(self, args: PretrainArguments, preprocessor: Preprocessor, process_index: int) -> None:
+        super().__init__(args, preprocessor)
+        self.stores = [find_store(args, preprocessor, corpus) for corpus in self.corpora]
         for store in self.stores:
             store.build(process_index, args.preprocessing_num_workers, args.max_unreadable_documents)
         copies = self.find_copies()
-        self.packed = [PackedCorpus(store, self.format, copies.get(number)) for number, store in enumerate(self.stores)]
+        self.packed = [
+            PackedCorpus(store, preprocessor.format, copies.get(number)) for number, store in enumerate(self.stores)
+        ]
         for packed in self.packed:
             packed.build(process_index)
             if packed.counts["tokens"] < args.max_seq_length - 2:
@@ -61,31 +63,30 @@ class CachedData(Data):
                     f"block of `max_seq_length` ({args.max_seq_length}); give more text or shorter blocks"
                 )
             if args.predicts_pairs:
-                self.check_pairs(packed.store.corpus, packed.count_labels(), packed.counts["documents"])
+                preprocessor.check_pairs(packed.store.corpus, packed.count_labels(), packed.counts["documents"])
 
-        sizes = [len(packed) for packed in self.packed[: len(args.corpora)]]
-        held_out = [0] * len(sizes) if args.eval_corpora else self.shares(args.corpora, sizes)
-        for corpus, size, held in zip(args.corpora, sizes, held_out, strict=True):
+        sizes = [len(packed) for packed in self.packed]
+        train_sizes, eval_sizes = sizes[: len(args.corpora)], sizes[len(args.corpora) :]
+        held_out = [0] * len(train_sizes)
+        if not args.eval_corpora:
+            held_out = self.apportion_eval_blocks(args.corpora, train_sizes)
+        for corpus, size, held in zip(args.corpora, train_sizes, held_out, strict=True):
             if held >= size:
                 raise UserError(
                     f"`eval_blocks` ({args.eval_blocks}) takes {held} blocks of corpus {corpus.name!r}, which has "
                     f"{size}; lower it, or give `eval_corpora`"
                 )
-        weights = [c.weight for c in args.corpora]
-        self.order = BlockOrder(sizes, held_out, None if None in weights else weights, args.seed)
+        self.order = BlockOrder(train_sizes, held_out, given_weights(args.corpora), args.seed)
         self.num_train = self.order.num_train
+        corpora, blocks = self.order.held_out()
         if args.eval_corpora:
-            eval_sizes = [len(packed) for packed in self.packed[len(sizes) :]]
-            eval_held_out = [
-                min(pair) for pair in zip(self.shares(args.eval_corpora, eval_sizes), eval_sizes, strict=True)
-            ]
-            corpora, blocks = BlockOrder(eval_sizes, eval_held_out, None, args.seed).held_out()
-            self.set_eval_blocks(corpora + len(sizes), blocks)
-        else:
-            self.set_eval_blocks(*self.order.held_out())
+            held_out = list(map(min, self.apportion_eval_blocks(args.eval_corpora, eval_sizes), eval_sizes))
+            corpora, blocks = BlockOrder(eval_sizes, held_out, None, args.seed).held_out()
+            corpora += len(args.corpora)
+        self.hold_out(corpora, blocks)
 
     def find_copies(self) -> dict[int, list[np.ndarray]]:
-        """Of each corpus to train on, and each of its shards, which documents are copies of earlier ones."""
+        """Find, for each corpus to train on and each of its shards, which documents are copies of earlier ones."""
         if not self.args.deduplicate:
             return {}
         checksums = [store.checksums() for store in self.stores[: len(self.args.corpora)]]
@@ -94,21 +95,17 @@ class CachedData(Data):
         return {number: [next(shards) for _ in corpus] for number, corpus in enumerate(checksums)}
 
     def block(self, corpus: int, number: int) -> Block:
+        """Read a block from its corpus's packed store."""
         return self.packed[corpus].block(number)
 
-    def identity(self) -> dict[str, list[int]]:
-        """Documents, tokens and blocks of each corpus, by which a resume recognises its data."""
-        return {
-            ("" if number < len(self.names) else "eval ") + packed.store.corpus.name: [
-                packed.counts["documents"],
-                packed.counts["tokens"],
-                len(packed),
-            ]
-            for number, packed in enumerate(self.packed)
-        }
+    def identity(self) -> dict[str, list[Any]]:
+        """Return documents, tokens and blocks of each corpus, by which a resume recognises its data."""
+        return self.name_corpora(
+            [packed.counts["documents"], packed.counts["tokens"], len(packed)] for packed in self.packed
+        )
 
     def describe(self) -> list[str]:
-        """A line a corpus for the log."""
+        """Return a line for each corpus: its documents, tokens and blocks, and what was dropped."""
         lines = []
         for (name, (documents, tokens, blocks)), packed in zip(self.identity().items(), self.packed, strict=True):
             padding = 1 - (tokens + 2 * blocks) / (blocks * self.args.max_seq_length)
@@ -121,43 +118,29 @@ class CachedData(Data):
         return lines
 
     def corpora_record(self, counts: list[list[int]], streams: np.ndarray) -> dict[str, dict[str, float]]:
-        """Of each corpus what has been seen so far, for metrics.jsonl.
-
-        Args:
-            counts: of each corpus, see `COUNTED`, since the start of the run.
-            streams: see `Counts`; of no use in this mode.
-        """
+        """Return per-corpus totals so far; passes follow from the blocks, and `streams` is empty in this mode."""
         return {
             name: dict(zip(COUNTED, seen, strict=True)) | {"passes": round(seen[0] / int(size), 4)} | packed.left_out
             for name, seen, size, packed in zip(self.names, counts, self.num_train, self.packed, strict=False)
         }
 
     def train_updates(
-        self,
-        process_index: int,
-        num_processes: int,
-        first_update: int,
-        last_update: int,
-        saved: dict[str, Any],
-        is_stopping: Callable[[], bool],
-        left_out: int = 0,
-    ) -> Iterator[UpdateData]:
-        """This process's share of each update. Its position is its number: `saved` and `left_out` are of no use in this
-        mode, and data is there soon or never: nor is `is_stopping`.
-        """
+        self, rank: Rank, resume: Resume, last_update: int, is_stopping: Callable[[], bool]
+    ) -> Generator[UpdateData]:
+        """Yield what a process has of each update, by its number alone; data is there soon or never."""
         batches = MicroBatches(
             locate=self.order.locate,
             example=self.example,
-            collator=self.train_collator,
+            collator=self.preprocessor.train_collator,
             batch_size=self.args.train_batch_size,
             micro_batch_size=self.args.per_device_train_batch_size,
-            process_index=process_index,
-            num_processes=num_processes,
+            rank=rank,
         )
-        for micro_batches, rows in batches.iterate(first_update, last_update, self.args.dataloader_num_workers):
+        for micro_batches, rows in batches.iterate(resume.first_update, last_update, self.args.dataloader_num_workers):
             yield UpdateData(micro_batches, Counts.of_rows(rows, len(self.names)))
 
-    def training_sample(self) -> Iterator[np.ndarray]:
+    def sample_blocks(self) -> Iterator[np.ndarray]:
+        """Yield the ids of the first blocks in the order of training."""
         positions = np.arange(min(UNIGRAM_BLOCKS, int(self.num_train.sum())))
         for corpus, _, block in zip(*self.order.locate(positions), strict=True):
             yield self.block(corpus, block).input_ids

@@ -14,6 +14,7 @@ from typing import Any
 from recipe.arguments import PretrainArguments
 from recipe.base.errors import UserError, raising_damaged_file
 from recipe.base.files import check_output_dir, read_yaml, to_yaml, write_atomically
+from recipe.base.progress import print_line
 
 MANIFEST = "manifest.json"
 STATE_FILES = ("optimizer.pt", "state.json", MANIFEST)  # of a checkpoint, beside the model
@@ -103,6 +104,11 @@ class RunDirectory:
                 f"`output_dir` {self.path} already holds a run; go on with it by --resume_from_checkpoint latest, "
                 "or choose another folder"
             )
+
+    def log(self, lines: list[str]) -> None:
+        """Print lines at once, on the main process."""
+        for line in lines if self.is_main else []:
+            print_line(line)
 
     def describe(self) -> list[str]:
         """Where everything of a finished run is, and what to type next."""

@@ -16,6 +16,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    gather_object,
 )
 from huggingface_hub.utils import disable_progress_bars
 from torch import distributed
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.utils.logging import disable_progress_bar
 
 from recipe.base.errors import UserError
+from recipe.run.directory import RunDirectory
 from recipe.run.stopping import stop_with_launcher
 from recipe.run.trackers import check_trackers
 
@@ -108,6 +110,11 @@ def start_accelerator(
                 f"warning: {torch.get_num_threads()} of {cores} cores in use; set OMP_NUM_THREADS={cores}"
             )
     return accelerator
+
+
+def open_run(path: str, accelerator: Accelerator) -> RunDirectory:
+    """Open the folder of a run for all its processes, of which the main one writes to it."""
+    return RunDirectory(path, accelerator.is_main_process, gather_object([os.getpid()]))
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], Result]) -> Result:

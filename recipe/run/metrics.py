@@ -158,44 +158,53 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
+        """Seconds of training so far."""
         return time.perf_counter() - self.started
+
+    def rates(self, flops_share: float) -> dict[str, float]:
+        """Return the throughput so far.
+
+        Args:
+            flops_share: what one token a second is of what the devices can reach; it makes a rate an MFU.
+        """
+        seconds = self.seconds
+        return {
+            "tokens_per_second": round(self.tokens / seconds, 1),
+            "mfu": round(self.tokens / seconds * flops_share, 4),
+            "data_wait_share": round(self.waited / seconds, 4),
+            "seconds_per_update": round(seconds / self.steps, 4),
+        }
 
 
 def train_record(
     state: TrainState,
-    watch: Stopwatch,
-    learning_rate: float,
-    grad_norm: float,
-    positions: int,
+    update: dict[str, float],
+    rates: dict[str, float],
     corpora: dict[str, dict[str, float]],
-    flops_share: float,
-    peak_memory: int,
+    positions: int,
 ) -> dict[str, Any]:
-    """A training line of metrics.jsonl; it ends the window of `state`.
+    """Make a training line of metrics.jsonl; it ends the window of `state`.
 
     Args:
-        flops_share: what one token a second is of what the devices can reach; makes a rate an MFU.
-        peak_memory: bytes.
+        state: how far the run is.
+        update: `learning_rate` and `grad_norm` of the last update.
+        rates: see `Stopwatch.rates`, and `peak_memory` in bytes.
         corpora: of each corpus what has been seen, `blocks` and `passes` among it.
+        positions: of all updates so far, padding included.
     """
     epoch = sum(seen["passes"] * seen["blocks"] for seen in corpora.values()) / state.blocks
-    seconds = watch.seconds
     return {
         "step": state.step,
         **state.take_means(),
-        "learning_rate": learning_rate,
-        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,  # JSON has no NaN
+        "learning_rate": update["learning_rate"],
+        "grad_norm": update["grad_norm"] if math.isfinite(update["grad_norm"]) else None,  # JSON has no NaN
         "tokens": state.tokens,
         "epoch": round(epoch, 4),
         "nonfinite_updates": state.nonfinite_updates,
         "overflows": state.overflows,
         "loss_spikes": state.loss_spikes,
         "updates_left_out": state.updates_left_out,
-        "tokens_per_second": round(watch.tokens / seconds, 1),
-        "mfu": round(watch.tokens / seconds * flops_share, 4),
-        "peak_memory": peak_memory,
-        "data_wait_share": round(watch.waited / seconds, 4),
-        "seconds_per_update": round(seconds / watch.steps, 4),
+        **rates,
         "padding_share": round(state.padding_share(positions), 4),
         "data_digest": f"{state.data_digest:016x}",
         "corpora": corpora,

@@ -8,15 +8,15 @@ import torch
 
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.base.errors import UserError
-from recipe.data.batches import Counts, Data
-from recipe.data.cached import CachedData
-from recipe.data.streamed import StreamedData
+from recipe.data.batches import Counts, Rank, Resume, TrainingData
+from recipe.data.modes import open_data
+from recipe.data.preprocessor import Preprocessor
 from testing.helpers import never, write_jsonl
 
 
 @pytest.fixture
 def make_data(corpus_file: Path, tokenizer, tokenizer_dir: Path):
-    def make(**changes: object) -> Data:
+    def make(**changes: object) -> TrainingData:
         settings = {
             "output_dir": "unused",
             "tokenizer_name": str(tokenizer_dir),
@@ -28,17 +28,15 @@ def make_data(corpus_file: Path, tokenizer, tokenizer_dir: Path):
             "per_device_eval_batch_size": 4,
         }
         args = PretrainArguments(**(settings | changes))
-        data = (StreamedData if args.streaming else CachedData)(args, tokenizer)
-        data.prepare(0)
-        return data
+        return open_data(args, Preprocessor(args, tokenizer))
 
     return make
 
 
-def rows_of_update(data: Data, update: int, num_processes: int) -> tuple[list, list[int]]:
+def rows_of_update(data: TrainingData, update: int, num_processes: int) -> tuple[list, list[int]]:
     """All rows of an update, in an order that processes do not change, and its counts."""
     shares = [
-        next(data.train_updates(process, num_processes, update, update + 1, {}, never))
+        next(data.train_updates(Rank(process, num_processes), Resume(update), update + 1, never))
         for process in range(num_processes)
     ]
     rows = [torch.cat([b["input_ids"], b["labels"]], 1) for share in shares for b in share.micro_batches]
@@ -60,7 +58,7 @@ def test_blocks_are_cut_in_the_length_warmup_and_whole_after_it(make_data, strea
     mode = {"streaming": True, "num_lanes": 4, "shuffle_buffer_size": 8} if streaming else {}
     changes = mode | {"packing": "contiguous", "dataloader_num_workers": 0}
     plain, data = (make_data(**changes, seq_length_warmup_steps=steps) for steps in (0, 2))
-    whole, cut = (list(d.train_updates(0, 1, 0, 4, {}, never)) for d in (plain, data))
+    whole, cut = (list(d.train_updates(Rank(), Resume(), 4, never)) for d in (plain, data))
     assert [share.micro_batches[0]["input_ids"].shape[1] for share in cut] == [8, 8, 32, 32]
     assert [share.counts.tokens for share in cut] == [8 * 8, 8 * 8, 8 * 32, 8 * 32]
     for one, other in zip(whole, cut, strict=True):
@@ -74,14 +72,14 @@ def test_blocks_are_cut_in_the_length_warmup_and_whole_after_it(make_data, strea
     assert [a.counts.array.tolist() for a in whole[2:]] == [b.counts.array.tolist() for b in cut[2:]]
     # As many blocks as ever, so that a resume in the middle finds its place.
     if not streaming:
-        [resumed] = data.train_updates(0, 1, 1, 2, {}, never)
+        [resumed] = data.train_updates(Rank(), Resume(1), 2, never)
         assert resumed.counts.array.tolist() == cut[1].counts.array.tolist()
 
 
 def test_iteration_goes_on_from_any_update(make_data):
     data = make_data(per_device_train_batch_size=4, dataloader_num_workers=0)
-    whole = list(data.train_updates(0, 1, 0, 6, {}, never))
-    resumed = list(data.train_updates(0, 1, 4, 6, {}, never))
+    whole = list(data.train_updates(Rank(), Resume(), 6, never))
+    resumed = list(data.train_updates(Rank(), Resume(4), 6, never))
     for one, two in zip(whole[4:], resumed, strict=True):
         assert one.counts.array.tolist() == two.counts.array.tolist()
         for a, b in zip(one.micro_batches, two.micro_batches, strict=True):
@@ -91,7 +89,7 @@ def test_iteration_goes_on_from_any_update(make_data):
 def test_counts_are_those_of_the_rows(make_data, texts):
     data = make_data(train_batch_size=1, per_device_train_batch_size=1, dataloader_num_workers=0, eval_blocks=0)
     blocks = int(data.num_train[0])
-    one_pass = sum(share.counts.array for share in data.train_updates(0, 1, 0, blocks, {}, never))
+    one_pass = sum(share.counts.array for share in data.train_updates(Rank(), Resume(), blocks, never))
     counts = Counts(1, one_pass)
     assert counts.corpora.tolist() == [[blocks, counts.corpora[0, 1], len(texts)]]
     assert counts.corpora[0, 1] >= data.packed[0].counts["tokens"] + 2 * blocks
@@ -126,7 +124,7 @@ PAIR = PLAIN | {"token_type_ids", "pair_label"}
 def test_every_packing_gives_its_batches(make_data, packing, streaming, names, tokenizer):
     changes = {"streaming": True, "num_lanes": 4, "shuffle_buffer_size": 8} if streaming else {}
     data = make_data(packing=packing, train_batch_size=8, **changes)
-    (batch,) = next(data.train_updates(0, 1, 0, 1, {}, never)).micro_batches
+    (batch,) = next(data.train_updates(Rank(), Resume(), 1, never)).micro_batches
     assert set(batch) == names
     ids = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
     assert (ids[:, 0] == tokenizer.cls_token_id).all()
@@ -159,7 +157,7 @@ def test_test_sentences_are_left_out_and_counted(make_data, tmp_path: Path, text
 def test_update_of_many_micro_batches_keeps_no_file_open(make_data):
     data = make_data(train_batch_size=512, per_device_train_batch_size=1)
     before = len(os.listdir("/proc/self/fd"))
-    share = next(data.train_updates(0, 1, 0, 1, {}, never))
+    share = next(data.train_updates(Rank(), Resume(), 1, never))
     assert len(share.micro_batches) == 512
     assert len(os.listdir("/proc/self/fd")) < before + 50
 
@@ -169,7 +167,7 @@ def test_every_held_out_block_is_evaluated_once(make_data, num_processes):
     data = make_data()
     rows, counts = [], []
     for process in range(num_processes):
-        batches, _ = next(data.eval_batches(process, num_processes).iterate(0, 1, 0))
+        batches, _ = next(data.eval_batches(Rank(process, num_processes)).iterate(0, 1, 0))
         counts.append(len(batches))
         for batch in batches:
             # Restored, a row is its block.
@@ -193,7 +191,7 @@ def test_held_out_masks_are_the_same_for_other_training_text_and_masks(make_data
     held_out = {"eval_corpora": [CorpusArguments(name="other", path=str(path))]}
     more = [CorpusArguments(name=name, path=str(corpus_file)) for name in ("a", "b")]
     batches = [
-        next(made.eval_batches(0, 1).iterate(0, 1, num_workers=0))[0]
+        next(made.eval_batches(Rank()).iterate(0, 1, num_workers=0))[0]
         for made in (
             make_data(**held_out),
             make_data(**held_out, corpora=more),
@@ -213,7 +211,7 @@ def test_unigram_loss_is_that_of_the_counts(make_data):
         corpus, _, block = (int(array[0]) for array in data.order.locate(np.array([n])))
         np.add.at(counts, data.packed[corpus].block(block).input_ids, 1)
     counts[data.collator.tokenizer.all_special_ids] = 0
-    labels = np.concatenate([b["labels"].numpy().ravel() for b in next(data.eval_batches(0, 1).iterate(0, 1, 0))[0]])
+    labels = np.concatenate([b["labels"].numpy().ravel() for b in next(data.eval_batches(Rank()).iterate(0, 1, 0))[0]])
     expected = -np.log((counts / counts.sum())[labels[labels != -100]]).mean()
     assert data.unigram_loss() == pytest.approx(expected)
 
@@ -245,8 +243,8 @@ def test_description_counts_documents_and_tokens(make_data, texts):
 
 def test_evaluation_masks_as_ever_whatever_the_training_masks(make_data):
     data, plain = make_data(mlm_probability=0.4, dataloader_num_workers=0), make_data(dataloader_num_workers=0)
-    held_out, expected = (next(d.eval_batches(0, 1).iterate(0, 1, num_workers=0))[0] for d in (data, plain))
+    held_out, expected = (next(d.eval_batches(Rank()).iterate(0, 1, num_workers=0))[0] for d in (data, plain))
     assert [batch["labels"].tolist() for batch in held_out] == [batch["labels"].tolist() for batch in expected]
-    [share] = data.train_updates(0, 1, 0, 1, {}, never)
+    [share] = data.train_updates(Rank(), Resume(), 1, never)
     assert share.counts["masked"] > 0.3 * share.counts.tokens
     assert data.args.masked_share == 0.4

@@ -14,8 +14,10 @@ import torch
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.base.errors import UserError
 from recipe.base.workers import InterruptedWaitError, one_ahead
-from recipe.data.batches import Counts
+from recipe.data.batches import Counts, Rank, Resume
 from recipe.data.corpora import LocalSource, SourceError
+from recipe.data.modes import open_data
+from recipe.data.preprocessor import Preprocessor
 from recipe.data.sampling import LaneOrder
 from recipe.data.streamed import StreamedData
 from recipe.data.streaming import LaneReader, LaneReaderState, from_tensors, to_arrays, to_tensors
@@ -55,9 +57,8 @@ def make_data(corpora, tokenizer, tokenizer_dir: Path):
             "per_device_eval_batch_size": 4,
             "dataloader_num_workers": 0,
         }
-        data = StreamedData(PretrainArguments(**(settings | changes)), tokenizer)
-        data.prepare(0)
-        return data
+        args = PretrainArguments(**(settings | changes))
+        return open_data(args, Preprocessor(args, tokenizer))
 
     return make
 
@@ -66,7 +67,8 @@ def read(data: StreamedData, num_processes: int, first: int, last: int, saved: d
     """Of each update the rows of all processes, in an order that processes do not change, and the counts; and the
     lanes of all processes at the end, as a checkpoint has them."""
     processes = [
-        data.train_updates(process, num_processes, first, last, saved or {}, never) for process in range(num_processes)
+        data.train_updates(Rank(process, num_processes), Resume(first, saved or {}), last, never)
+        for process in range(num_processes)
     ]
     updates = []
     for _ in range(first, last):
@@ -191,7 +193,7 @@ def test_eval_corpora_are_not_read_for_training(make_data, tmp_path: Path):
     assert set(data.eval_corpora.tolist()) == {-1}  # counted from the end, whatever there is to train on
     assert len(data.eval_blocks) == 10
     assert all(not reader.held_out for reader in data.readers[:2])
-    assert next(data.train_updates(0, 1, 0, 1, {}, never)).counts.corpora.shape == (2, 3)
+    assert next(data.train_updates(Rank(), Resume(), 1, never)).counts.corpora.shape == (2, 3)
 
 
 def test_unigram_loss_is_the_same_every_time(make_data):
@@ -210,7 +212,7 @@ def test_passes_and_left_out_documents_are_counted(make_data, corpora):
     for file in Path(corpora[0].path).iterdir():
         file.write_text(file.read_text() + '{"text": ""}\nnot json\n')
     data = make_data(max_unreadable_documents=3)
-    share = list(data.train_updates(0, 1, 0, 300, {}, never))[-1]
+    share = list(data.train_updates(Rank(), Resume(), 300, never))[-1]
     seen = data.corpora_record(share.counts.corpora.tolist(), share.counts.streams)
     passes = seen["many"]["passes"]
     assert passes > 2
@@ -218,7 +220,7 @@ def test_passes_and_left_out_documents_are_counted(make_data, corpora):
     assert seen["many"]["empty"] == seen["many"]["unreadable"]
     assert seen["few"]["unreadable"] == 0
     with pytest.raises(UserError, match=r"corpus 'many' has 2 unreadable documents.*line 22: not a JSON object"):
-        list(make_data(max_unreadable_documents=1).train_updates(0, 1, 0, 300, {}, never))
+        list(make_data(max_unreadable_documents=1).train_updates(Rank(), Resume(), 300, never))
 
 
 def test_corpus_too_small_for_its_lanes_is_named(make_data, corpora, tmp_path: Path):
@@ -226,7 +228,7 @@ def test_corpus_too_small_for_its_lanes_is_named(make_data, corpora, tmp_path: P
     tiny = CorpusArguments(name="tiny", path=str(path))
     data = make_data(corpora=[*corpora, tiny], eval_corpora=[corpora[0]], num_lanes=8, train_batch_size=8)
     # Two documents and eight lanes: each is dealt one now and then.
-    list(data.train_updates(0, 1, 0, 30, {}, never))
+    list(data.train_updates(Rank(), Resume(), 30, never))
     with pytest.raises(UserError, match=r"`eval_blocks` \(10\) takes all of corpus 'tiny'"):
         make_data(corpora=[replace(tiny, weight=1.0)])
     (tmp_path / "hollow").mkdir()
@@ -234,7 +236,7 @@ def test_corpus_too_small_for_its_lanes_is_named(make_data, corpora, tmp_path: P
     data = make_data(corpora=[replace(tiny, path=str(hollow))], eval_corpora=[corpora[0]])
     data.readers[0].held_out[0] = 1
     with pytest.raises(UserError, match=r"'tiny': lane \d found no document in 20 passes; .* 4 `num_lanes`"):
-        list(data.train_updates(0, 1, 0, 10, {}, never))
+        list(data.train_updates(Rank(), Resume(), 10, never))
 
 
 class Dies(LocalSource):
@@ -253,7 +255,7 @@ def test_source_that_is_gone_ends_the_updates_with_its_name(make_data, workers, 
     data.readers[0] = data.readers[0]._replace(source=broken)
     shares = []
     with pytest.raises(SourceError, match="corpus 'many'"):
-        shares.extend(data.train_updates(0, 1, 0, 500, {}, never))
+        shares.extend(data.train_updates(Rank(), Resume(), 500, never))
     # What came before is whole, and can be gone on from.
     assert from_tensors(to_tensors(to_arrays(shares[-1].lanes)), [0, 1, 2, 3]).keys() == shares[-1].lanes.keys()
 
@@ -266,7 +268,7 @@ def test_passes_are_of_what_was_drawn(make_data, tmp_path: Path):
     even = CorpusArguments(name="even", path=str(tmp_path / "even"))
     data = make_data(corpora=[even], eval_blocks=0)
     documents = 0
-    for update, share in enumerate(data.train_updates(0, 1, 0, 400, {}, never)):
+    for update, share in enumerate(data.train_updates(Rank(), Resume(), 400, never)):
         documents += int(share.counts.corpora[0, 2])
         if update % 50 == 49:
             seen = data.corpora_record([[1, 1, 1]], share.counts.streams)["even"]

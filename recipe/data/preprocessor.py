@@ -1,0 +1,112 @@
+"""What documents become batches with: encoder, filters, block format and collators."""
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from recipe.arguments import CorpusArguments, PretrainArguments
+from recipe.arguments.pretraining import first_position
+from recipe.base.errors import UserError
+from recipe.data.corpora import check_corpus, open_source
+from recipe.data.hygiene import Decontaminator, DocumentFilter
+from recipe.data.masking import DynamicMaskingCollator
+from recipe.data.packing import Block, BlockFormat
+from recipe.data.streaming import CorpusReader
+from recipe.data.tokenizer import DocumentEncoder
+
+# What is looked at for pairs before a corpus is tokenised: of its head, and of one document in it.
+HEAD_CHARACTERS, DOCUMENT_CHARACTERS = 2_000_000, 100_000
+MIN_PAIR_SHARE = 0.05  # of the blocks, that each of the two kinds of pairs must have
+
+
+class Preprocessor:
+    """What documents of a run are encoded, filtered, packed and masked with; the same in both modes.
+
+    Args:
+        args: of the run.
+        tokenizer: what the corpora are encoded with.
+
+    Attributes:
+        encoder: documents to token ids and sentence ends.
+        decontaminator: drops documents that share text with test sets.
+        format: sentences to blocks.
+        empty_block: a block with nothing to predict.
+    """
+
+    def __init__(self, args: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.args = args
+        self.tokenizer = tokenizer
+        self.collator = DynamicMaskingCollator(
+            tokenizer,
+            mlm_probability=args.mlm_probability,
+            max_seq_length=args.max_seq_length,
+            seed=args.seed,
+            packing=args.packing,
+            masking=args.masking,
+            first_position=first_position(args.model_type, tokenizer.pad_token_id),
+        )
+        self.warmup_collator = replace(self.collator, max_seq_length=args.seq_length(0))
+        # Held-out blocks have one mask each, the same whatever the training masks.
+        self.eval_collator = replace(self.collator, mlm_probability=args.eval_mlm_probability, masking="dynamic")
+        self.encoder = DocumentEncoder(tokenizer, args.sentence_splitter, args.language)
+        self.decontaminator = Decontaminator(args.decontaminate_against)
+        special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
+        pair_special_tokens = tokenizer.num_special_tokens_to_add(pair=True)
+        self.format = BlockFormat(args.packing, args.max_seq_length, *special, pair_special_tokens, args.seed)
+        ids = np.array(special, self.encoder.dtype)
+        self.empty_block = Block(ids, np.array([len(ids)], np.int32), -100, 0)
+
+    def train_collator(self, update: int) -> DynamicMaskingCollator:
+        """Return the collator of an update, which cuts blocks short while the sequence length warms up."""
+        return self.warmup_collator if update < self.args.seq_length_warmup_steps else self.collator
+
+    def collator_of_eval(self, _: int) -> DynamicMaskingCollator:
+        """Return the collator of held-out blocks."""
+        return self.eval_collator
+
+    def document_filter(self, corpus: CorpusArguments) -> DocumentFilter:
+        """Return a new filter, with counts of its own, for documents of a corpus."""
+        return DocumentFilter(corpus.name, self.args.max_unreadable_documents, self.decontaminator)
+
+    def check_corpus(self, corpus: CorpusArguments) -> None:
+        """Read a little of a corpus, before anything expensive.
+
+        Raises:
+            UserError: it cannot be read, or has no pairs to learn from.
+        """
+        check_corpus(corpus, self.args.max_unreadable_documents)
+        if not self.args.predicts_pairs:
+            return
+        documents = self.document_filter(corpus)
+        reader = CorpusReader(open_source(corpus), {}, self.encoder, lambda: documents, self.format)
+        records = (text for shard in range(reader.source.num_shards) for _, text in reader.source.read(shard))
+        texts: list[str] = []
+        characters = 0
+        for text in records:
+            if not documents.accepts(text):
+                continue
+            texts.append(str(text)[:DOCUMENT_CHARACTERS])
+            characters += len(texts[-1])
+            if characters >= HEAD_CHARACTERS:
+                break
+        blocks, _ = reader.pack_texts(texts, reader.nothing)
+        self.check_pairs(corpus, Counter(block.label for block in blocks), documents.counts["documents"])
+
+    def check_pairs(self, corpus: CorpusArguments, labels: Counter[int], documents: int) -> None:
+        """Check that a corpus has both kinds of pairs, where pairs are learnt.
+
+        Args:
+            corpus: that the blocks are of.
+            labels: how many blocks have which label.
+            documents: how many documents the blocks were made of.
+
+        Raises:
+            UserError: one kind is missing.
+        """
+        if self.args.predicts_pairs and min(labels[0], labels[1]) < MIN_PAIR_SHARE * labels.total():
+            raise UserError(
+                f"`objective` is {self.args.objective}, and {documents:,} documents of corpus {corpus.name!r} do not "
+                "make pairs of both kinds; give more documents, of two sentences and more, or `objective: masked_lm`"
+            )
