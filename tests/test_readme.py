@@ -48,7 +48,7 @@ def test_old_python_is_refused_before_anything_is_installed(tmp_path: Path):
     pretend = "import sys; sys.version_info = (3, 9, 1); exec(sys.argv[2])"
     old.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{pretend}' \"$@\"\n")
     old.chmod(old.stat().st_mode | stat.S_IXUSR)
-    for name in ("Makefile", "requirements.txt"):
+    for name in ("Makefile", "requirements.txt", "pyproject.toml"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     result = subprocess.run(
         ["make", "demo", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, env=os.environ, check=False
