@@ -262,8 +262,13 @@ def fuzz_config(case: Case) -> None:
     values |= {name: value for name, value in local.items() if name in wanted}
     for _ in range(rng.choice([0, 1, 1, 1, 1, 2])):
         values = mutate(values, rng)
-    text = yaml.dump(values, allow_unicode=rng.random() < 0.5).encode("utf-8", "surrogatepass")
-    Path("config.yaml").write_bytes(mutate_bytes(text, rng) if rng.random() < 0.15 else text)
+    parts = {"config.yaml": values}
+    if isinstance(values, dict) and rng.random() < 0.3:
+        changed = rng.sample(list(values), len(values) // 2)
+        parts["overlay.yaml"] = {name: values[name] for name in changed}
+    for file, part in parts.items():
+        text = yaml.dump(part, allow_unicode=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+        Path(file).write_bytes(mutate_bytes(text, rng) if rng.random() < 0.15 else text)
     flags = []
     for _ in range(rng.choice([0, 0, 0, 0, 0, 1, 2])):
         name = rng.choice([f.name for f in fields(cls)])
@@ -277,7 +282,7 @@ def fuzz_config(case: Case) -> None:
     ]
     flags = [flag.replace("\0", "")[:100_000] for flag in flags]  # as the system has it
     before = contents(case.folder)
-    run_script(script, ["--config", "config.yaml", *flags, "--dry_run=true"])
+    run_script(script, [*(f"--config={file}" for file in parts), *flags, "--dry_run=true"])
     assert contents(case.folder) == before, "a dry run has written something"
 
 
