@@ -1,4 +1,4 @@
-"""The paper's comparisons: which configs are the rows of a table, what they differ in, what the paper found.
+"""The paper's comparisons: which overlays are the rows of a table, what they differ in, what the paper found.
 
 The figures are those of the paper (arXiv 1907.11692, Tables 1 to 4), on SQuAD and RACE too, which are not run here.
 """
@@ -23,7 +23,7 @@ class Table:
 
     Attributes:
         title: where it stands.
-        rows: stem of each row's config in `recipe/configs/pretrain/ablations`, and what a table calls it here.
+        rows: stem of each row's overlay in `recipe/configs/pretrain/ablations`, and what a table calls it here.
         varies: the options in which the rows differ, dotted for those of the model. No scale may set them.
         findings: what the paper says of pairs of rows.
         published: of each measure the paper's figures by row.
@@ -56,6 +56,10 @@ DATA = {
 }
 VOCABULARY = {"character-vocabulary": "character-level", "full-sentences": "byte-level"}
 SYSTEMS = {"bert": "BERT", "full-sentences": "RoBERTa", "albert": "ALBERT"}
+# The config in `recipe/configs/pretrain` that each row is an overlay on.
+BASES = dict.fromkeys(MASKING | FORMAT | BATCH | VOCABULARY, "roberta-base") | dict.fromkeys(DATA, "roberta-large")
+BASES |= {"bert": "bert-base", "albert": "albert-base"}
+
 MODEL_FIELDS = (
     "embedding_size",
     "num_hidden_groups",

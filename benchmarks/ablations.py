@@ -2,7 +2,7 @@
 
 python benchmarks/ablations.py --table masking format systems --scale tiny --jobs 2 --data corpora --glue_dir glue
 
-1. A row is a config of `recipe/configs/pretrain/ablations`; a row of several tables runs once.
+1. A row is an overlay of `recipe/configs/pretrain/ablations` on a complete config; a row of several tables runs once.
 2. A scale, `benchmarks/scales/*.yaml`, makes it smaller: it divides numbers of all rows by the same (so that they keep
    their ratios), sets options in which the rows do not differ, and has smaller texts in the corpora's places.
 3. Each run is `pretrain.py` and `finetune_glue.py`, after `train_tokenizer.py` for the vocabularies that are needed, in
@@ -27,7 +27,7 @@ import harness
 import torch
 import yaml
 from ablation_report import Comparison, measure_run
-from ablation_tables import TABLES, Table
+from ablation_tables import BASES, TABLES, Table
 
 from recipe.arguments import CorpusArguments, GlueArguments, PretrainArguments, TokenizerArguments, parse_config
 from recipe.base.errors import UserError, did_you_mean, report_user_errors, require
@@ -49,9 +49,9 @@ class RunError(Exception):
     """A script failed or was stopped; the other runs go on."""
 
 
-def read_config(cls: type, path: Path) -> Options:
-    """The options of a YAML file, checked, flat."""
-    values = asdict(parse_config(cls, "", ["--config", str(path)]))
+def read_config(cls: type, *paths: Path) -> Options:
+    """Read the options of a YAML file with its overlays, checked and flat."""
+    values = asdict(parse_config(cls, "", [f"--config={path}" for path in paths]))
     model = values.pop("model_config", {})
     return values | {f"model_config.{name}": value for name, value in model.items()}
 
@@ -82,7 +82,12 @@ def write_config(cls: type, path: Path, options: Options) -> None:
 
 
 def read_rows() -> dict[str, Options]:
-    return {path.stem: read_config(PretrainArguments, path) for path in sorted(ROWS.glob("*.yaml"))}
+    return {row: read_config(PretrainArguments, *files_of(row)) for row in BASES}
+
+
+def files_of(row: str) -> tuple[Path, Path]:
+    """Return the complete config that a row stands on, and the row's overlay."""
+    return ROWS.parent / f"{BASES[row]}.yaml", ROWS / f"{row}.yaml"
 
 
 class Scale:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import ablations
 import pytest
 import yaml
 from ablation_report import LOSS, Comparison, share_held_out_text
-from ablation_tables import TABLES, Finding, Table
+from ablation_tables import BASES, MNLI, PERPLEXITY, SQUAD_2, SST, TABLES, Finding, Table
 
 from recipe.base.errors import UserError
 from testing.helpers import ROOT, SAMPLE, read_lines
@@ -21,6 +22,24 @@ from testing.helpers import ROOT, SAMPLE, read_lines
 ROWS = ablations.read_rows()
 # What a row is called and how its work is cut into micro-batches is no part of the experiment.
 NO_PART = {"output_dir", "per_device_train_batch_size", "per_device_eval_batch_size"}
+# What an overlay gives beside `output_dir`.
+BUDGET = {"corpora", "train_batch_size", "max_steps", "learning_rate", "warmup_steps"}
+OVERLAYS = {
+    "static-masking": BUDGET | {"packing", "objective", "masking"},
+    "segment-pair-nsp": BUDGET | {"packing", "objective"},
+    "sentence-pair-nsp": BUDGET | {"packing", "objective"},
+    "full-sentences": BUDGET,
+    "doc-sentences": BUDGET | {"packing"},
+    "batch-2k": BUDGET,
+    "batch-8k": BUDGET - {"train_batch_size"},
+    "character-vocabulary": BUDGET | {"tokenizer_name"},
+    "bert": {"warmup_steps", "adam_beta2", "max_grad_norm"},
+    "albert": BUDGET - {"corpora"} | {"adam_beta2", "max_grad_norm"},
+    "data-16gb-100k": {"corpora", "max_steps"},
+    "data-160gb-100k": {"max_steps"},
+    "data-160gb-300k": {"max_steps"},
+    "data-160gb-500k": set(),
+}
 UPDATES = 200
 MICRO = {
     "launch": "accelerate_configs/cpu.yaml",
@@ -99,6 +118,28 @@ def run(arguments, monkeypatch: pytest.MonkeyPatch):
     return call
 
 
+@pytest.mark.parametrize("path", sorted(ablations.ROWS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_overlay_gives_what_its_row_changes_in_its_base_and_nothing_else(path: Path):
+    base, overlay = ablations.files_of(path.stem)
+    before = ablations.read_config(ablations.PretrainArguments, base)
+    changed = {name for name, value in ROWS[path.stem].items() if value != before.get(name)}
+    assert set(yaml.safe_load(overlay.read_text())) == changed == OVERLAYS[path.stem] | {"output_dir"}
+    assert ROWS[path.stem]["output_dir"] == f"runs/ablations/{path.stem}"
+
+
+@pytest.mark.parametrize("row", BASES)
+def test_overlay_opens_with_its_command_and_says_whether_it_was_run(row: str):
+    files = ablations.files_of(row)
+    head = files[1].read_text().split("\n\n")[0]
+    assert re.findall(r"--config (\S+)", head) == [str(path.relative_to(ROOT)) for path in files]
+    assert "Cost:" in head
+    assert "Held-out loss: not run yet" in head
+    for table in TABLES.values():
+        for measure in (SQUAD_2, MNLI, SST, PERPLEXITY):
+            figure = table.published.get(measure, {}).get(row)
+            assert figure is None or re.search(rf"\b{figure}\b", head), measure
+
+
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_rows_differ_in_what_the_table_is_about_and_in_nothing_else(table: Table):
     rows = [ROWS[row] for row in table.rows]
@@ -108,7 +149,7 @@ def test_rows_differ_in_what_the_table_is_about_and_in_nothing_else(table: Table
 
 
 def test_every_row_is_in_a_table_and_every_figure_has_a_row():
-    assert {row for table in TABLES.values() for row in table.rows} == set(ROWS)
+    assert {row for table in TABLES.values() for row in table.rows} == set(ROWS) == set(OVERLAYS)
     for table in TABLES.values():
         assert {row for finding in table.findings for row in (finding.better, finding.worse)} <= set(table.rows)
         assert all(figures.keys() == table.rows.keys() for figures in table.published.values())

@@ -199,10 +199,12 @@ def test_mfu_is_that_measured_on_such_a_device_at_the_nearest_size(tmp_path: Pat
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
 def test_shipped_config_says_what_the_plan_says(path: Path, accelerator):
     assert "h200" in GPUS
-    args = parse_config(PretrainArguments, "test", ["--config", str(path)])
+    head = path.read_text().split("\n\n")[0]
+    files = re.findall(r"--config (\S+)", head)  # an overlay's command has its base too
+    assert files[-1] == str(path.relative_to(ROOT))
+    args = parse_config(PretrainArguments, "test", [f"--config={ROOT / file}" for file in files])
     args = dataclasses.replace(args, dry_run=True, gpu="h200")
     config = build_config(args.model_config, None, None, args.max_seq_length, args.model_type)
-    head = path.read_text().split("\n\n")[0]
     flops = model_flops_per_token(config, args.max_seq_length, args.mlm_probability, args.predicts_pairs)
     assert f"x {flops / 1e6:.1f} MFLOPs" in head
     line = describe_time(args, config, find_hardware(args, accelerator))

@@ -1,21 +1,20 @@
 """Read a dataclass of options from its defaults, the YAML of `--config` and the flags, in that order."""
 
-import itertools
+import argparse
 import logging
 import re
-import sys
 import typing
-from argparse import SUPPRESS
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_parsing_settings
 
 from recipe.arguments.glue import GlueArguments
 from recipe.arguments.pretraining import PretrainArguments
 from recipe.arguments.tokenizer import TokenizerArguments
-from recipe.base.errors import UserError, did_you_mean
+from recipe.base.errors import UserError, describe_error, did_you_mean
 
 Arguments = TypeVar("Arguments", TokenizerArguments, PretrainArguments, GlueArguments)
 
@@ -26,14 +25,63 @@ def known_names(cls: type) -> list[str]:
     return [f.name for f in fields(cls)] + [name for t in inner for name in known_names(t)]
 
 
-def explain(error: Exception, cls: type, arguments: list[str], files: list[Any]) -> str:
+def read_configs(cls: type, files: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Merge YAML files: a later one wins, field by field, and in `model_config` key by key.
+
+    Args:
+        cls: the dataclass whose fields they give.
+        files: in their order on the command line.
+
+    Returns:
+        values: of the fields that are given.
+        sources: the file that each field's value is from.
+
+    Raises:
+        UserError: a file cannot be read, has an unknown field, or gives nothing that the files after it do not replace.
+    """
+    known = [f.name for f in fields(cls)]
+    values: dict[str, Any] = {}
+    owners: dict[str, int] = {}  # by field or `model_config.key` the number of the file: a file may be given twice
+    for number, file in enumerate(files):
+        if not Path(file).is_file():
+            raise UserError(f"--config {file}: there is no such file")
+        try:
+            given = get_loader("yaml")(Path(file).read_text("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"--config {file}: not valid UTF-8 at byte {error.start}") from None
+        except Exception as error:  # of the parser, and of Python for numbers and nesting beyond its limits
+            raise UserError(f"--config {file}: not valid YAML ({describe_error(error)})") from None
+        if not given or not isinstance(given, dict):
+            content = "nothing" if not given else "a list" if isinstance(given, list) else "a single value"
+            raise UserError(f"--config {file} holds {content}; write fields with their values, as in `seed: 42`")
+        # A run's config.yaml can be given to --config again; what it ran on is no option.
+        given.pop("environment", None)
+        for name, value in given.items():
+            if name not in known:
+                raise UserError(f"there is no field `{name}` (in {file}){did_you_mean(str(name), known)}")
+            owners[name] = number
+            if isinstance(value, dict):
+                owners |= {f"{name}.{key}": number for key in value}
+                if isinstance(values.get(name), dict):
+                    value = values[name] | value
+            values[name] = value
+    for number, file in enumerate(files):
+        if number not in owners.values():
+            raise UserError(
+                f"--config {file} has no effect, because the files after it give all of its fields again; give the "
+                "complete file first and its overlays after it, each once"
+            )
+    return values, {name: files[number] for name, number in owners.items()}
+
+
+def explain(error: Exception, cls: type, flags: list[str], sources: dict[str, str]) -> str:
     """The parser's message as ours: the field, where it was given, the value, the nearest right name."""
     text = str(error)
-    where = " and ".join(str(file) for file in files) or "the command line"
+    files = " and ".join(dict.fromkeys(sources.values()))
 
     def source(name: str) -> str:
-        on_line = any(a.startswith(f"--{name}") for a in arguments)
-        return "on the command line" if on_line or not files else f"in {where}"
+        on_line = name not in sources or any(flag.startswith(f"--{name}") for flag in flags)
+        return "on the command line" if on_line else f"in {sources[name]}"
 
     if unknown := re.search(r"Option '([^']+)' is not accepted|[Uu]nrecognized arguments: --([^\s=]+)", text):
         name = unknown[1] or unknown[2]
@@ -44,15 +92,18 @@ def explain(error: Exception, cls: type, arguments: list[str], files: list[Any])
     if wrong := re.search(r"given class_path '([^']+)'", text):
         return f"`corpora` ({source('corpora')}): {wrong[1]!r} is no corpus; write {{name: ..., path: {wrong[1]}}}"
     if missing := re.search(r"arguments are required: (.+)", text):
-        return f"{missing[1]} must be given, as a flag or in the YAML of --config (read: {where})"
+        read = f" (read: {files}; an overlay comes after the file it changes)" if files else ""
+        return f"{missing[1]} must be given, as a flag or in the YAML of --config{read}"
     if wrong := re.search(r'Parser key "([^"]+)":\s*(.*)', text, re.DOTALL):
         name, detail = wrong[1], re.sub(r"typing\.|<class '(\w+)'>", r"\1", " ".join(wrong[2].split()))
         return f"`{name}` ({source(name.split('.')[0])}): {detail}"
-    return f"{where}: {text}"
+    return f"{files or 'the command line'}: {text}"
 
 
 def parse_config(cls: type[Arguments], description: str, arguments: list[str] | None = None) -> Arguments:
-    """Read `cls` from the command line and the YAML of `--config`; flags win over the YAML, the YAML over defaults.
+    """Read `cls` from the command line and the YAMLs of `--config`.
+
+    Flags win over the YAMLs, a later YAML over an earlier one, all of them over defaults.
 
     Args:
         cls: the dataclass to fill.
@@ -65,31 +116,36 @@ def parse_config(cls: type[Arguments], description: str, arguments: list[str] | 
     logging.getLogger("jsonargparse").setLevel(logging.ERROR)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file with any of the fields below. Give it again for an overlay, a file with what it changes: a "
+        "later file replaces single fields of those before it, and in `model_config` single keys; a list such as "
+        "`corpora` is replaced as a whole. A flag wins over every file.",
+    )
     parser.add_class_arguments(cls, as_group=False)
-    # A run's config.yaml can be given to --config again; what it ran on is no option.
-    parser.add_argument("--environment", type=dict, help=SUPPRESS)
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    # A flag that is true or false may stand alone, as in `--dry_run`.
-    switches = {f"--{f.name}" for f in fields(cls) if f.type is bool}
-    for i, argument in enumerate(arguments):
-        if argument in switches and (arguments[i + 1 : i + 2] or ["--"])[0].startswith("--"):
-            arguments[i] = f"{argument}=true"
-    config_files = [a.removeprefix("--config=") for a in arguments if a.startswith("--config=")]
-    config_files += [b for a, b in itertools.pairwise(arguments) if a == "--config"]
-    for file in config_files:
-        if not Path(file).is_file():
-            raise UserError(f"--config {file}: there is no such file")
+    configs = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    configs.add_argument("--config", action="append", default=[])
+    sources: dict[str, str] = {}
+    flags: list[str] = []
     try:
-        namespace = parser.parse_args(arguments)
-    except UnicodeDecodeError as error:
-        raise UserError(f"--config {' and '.join(config_files)}: not valid UTF-8 at byte {error.start}") from None
-    except (ArgumentError, TypeError) as error:
-        raise UserError(explain(error, cls, arguments, config_files)) from None
+        found, flags = configs.parse_known_args(arguments)
+        # A flag that is true or false may stand alone, as in `--dry_run`.
+        switches = {f"--{f.name}" for f in fields(cls) if f.type is bool}
+        for i, flag in enumerate(flags):
+            if flag in switches and (flags[i + 1 : i + 2] or ["--"])[0].startswith("--"):
+                flags[i] = f"{flag}=true"
+        values, sources = read_configs(cls, found.config)
+        # The parser would replace a `model_config` as a whole. With quotes and types, what is read stays what it is.
+        merged = [f"--config={yaml.safe_dump(values, default_style=chr(34), sort_keys=False)}"] if values else []
+        namespace = parser.parse_args(merged + flags)
+    except (ArgumentError, TypeError, RecursionError) as error:
+        raise UserError(explain(error, cls, flags, sources)) from None
     values = dict(vars(parser.instantiate(namespace)))
-    del values["config"], values["environment"]
+    del values["config"]
     for f in fields(cls):
         # The parser lets a null of the YAML through for every type.
         if values[f.name] is None and type(None) not in typing.get_args(f.type):
-            raise UserError(f"`{f.name}` is null; give a value, or leave it out for the default")
+            place = f" (in {sources[f.name]})" if f.name in sources else ""
+            raise UserError(f"`{f.name}`{place} is null; give a value, or leave it out for the default")
     return cls(**values)

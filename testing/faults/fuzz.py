@@ -263,7 +263,7 @@ def fuzz_config(case: Case) -> None:
     """YAML and flags of a script, through all that it checks before it begins to work."""
     rng, root = case.rng, case.material.root
     kind, (script, cls) = rng.choice(list(KINDS.items()))
-    values = yaml.safe_load(rng.choice(sorted((ROOT / "recipe" / "configs" / kind).rglob("*.yaml"))).read_text())
+    values = yaml.safe_load(rng.choice(sorted((ROOT / "recipe" / "configs" / kind).glob("*.yaml"))).read_text())
     # What it names is there, but for the corpora and names that are odd now.
     local = {"corpora": [{"name": name, "path": str(case.material.corpus)} for name in "ab"], "output_dir": "out"}
     local |= {"tokenizer_name": str(root / "tokenizer"), "model_name_or_path": str(root / "run" / "model")}
@@ -273,8 +273,13 @@ def fuzz_config(case: Case) -> None:
     values |= {name: value for name, value in local.items() if name in wanted}
     for _ in range(rng.choice([0, 1, 1, 1, 1, 2])):
         values = mutate(values, rng)
-    text = yaml.dump(values, allow_unicode=rng.random() < 0.5).encode("utf-8", "surrogatepass")
-    Path("config.yaml").write_bytes(mutate_bytes(text, rng) if rng.random() < 0.15 else text)
+    parts = {"config.yaml": values}
+    if isinstance(values, dict) and rng.random() < 0.3:
+        changed = rng.sample(list(values), len(values) // 2)
+        parts["overlay.yaml"] = {name: values[name] for name in changed}
+    for file, part in parts.items():
+        text = yaml.dump(part, allow_unicode=rng.random() < 0.5).encode("utf-8", "surrogatepass")
+        Path(file).write_bytes(mutate_bytes(text, rng) if rng.random() < 0.15 else text)
     flags = []
     for _ in range(rng.choice([0, 0, 0, 0, 0, 1, 2])):
         name = rng.choice([f.name for f in fields(cls)])
@@ -288,7 +293,7 @@ def fuzz_config(case: Case) -> None:
     ]
     flags = [flag.replace("\0", "")[:100_000] for flag in flags]  # as the system has it
     before = contents(case.folder)
-    run_script(script, ["--config", "config.yaml", *flags, "--dry_run=true"])
+    run_script(script, [*(f"--config={file}" for file in parts), *flags, "--dry_run=true"])
     assert contents(case.folder) == before, "a dry run has written something"
 
 

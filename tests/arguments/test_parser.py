@@ -41,6 +41,87 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(config_file):
     assert [corpus.name for corpus in args.corpora] == ["a", "b"]
 
 
+@pytest.fixture
+def overlay(tmp_path: Path):
+    """A function that writes a second YAML file, from text, and returns its path."""
+
+    def write(text: str, name: str = "overlay.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_overlay_replaces_single_fields_single_keys_of_the_model_and_whole_lists(config_file, overlay):
+    base = config_file(model_config={"num_hidden_layers": 3, "layer_norm_eps": 1e-5})
+    first = overlay("model_config: {num_hidden_layers: 6, hidden_size: 64}\nseed: 1\n", "first.yaml")
+    second = overlay("corpora: [{name: c, path: c.jsonl}]\nseed: 2\nlanguage: '1e3'\n")
+    args = parse("--config", base, "--config", first, "--config", second)
+    assert args.model_config == {"num_hidden_layers": 6, "layer_norm_eps": 1e-5, "hidden_size": 64}
+    assert [corpus.name for corpus in args.corpora] == ["c"]
+    assert (args.seed, args.learning_rate, args.output_dir) == (2, 0.0006, "runs/x")
+    assert args.language == "1e3"  # quoted in the file: a text, not a number
+
+
+def test_flag_wins_over_every_file_wherever_it_stands(config_file, overlay):
+    path = overlay("model_config: {num_hidden_layers: 6}\nseed: 1\n")
+    flags = ["--seed=7", "--model_config.num_hidden_layers", 9]
+    for line in ([*flags, "--config", config_file(), f"--config={path}"], ["--config", config_file(), *flags]):
+        args = parse(*line)
+        assert (args.seed, args.model_config) == (7, {"num_hidden_layers": 9})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lerning_rate: 1", "there is no field `lerning_rate` (in {overlay}); did you mean `learning_rate`?"),
+        ("learning_rate: fast", "`learning_rate` (in {overlay}): Expected a float"),
+        ("corpora: [{name: a, pth: b}]", "there is no field `pth` in `corpora` (in {overlay}); did you mean `path`?"),
+        ("corpora+: [{name: a, path: b}]", "there is no field `corpora+` (in {overlay}); did you mean `corpora`?"),
+        ("model_config.hidden_size: 3", "there is no field `model_config.hidden_size` (in {overlay})"),
+        ("model_config: [3]", "`model_config` (in {overlay}): Expected a dict"),
+        ("seed: null\nlanguage: en", "`seed` (in {overlay}) is null"),
+        ("config: base.yaml", "there is no field `config` (in {overlay})"),
+        ("3: 1", "there is no field `3` (in {overlay})"),
+        ("", "--config {overlay} holds nothing; write fields with their values"),
+        ("# seed: 1", "--config {overlay} holds nothing"),
+        ("- seed: 1", "--config {overlay} holds a list"),
+        ("seed", "--config {overlay} holds a single value"),
+        ("seed: [", "--config {overlay}: not valid YAML"),
+        ("seed: " + "9" * 5000, "--config {overlay}: not valid YAML"),
+    ],
+)
+def test_error_names_the_file_that_holds_it(config_file, overlay, text, expected):
+    base, path = config_file(), overlay(text)
+    with pytest.raises(UserError) as caught:
+        parse("--config", base, "--config", path)
+    assert expected.format(overlay=path) in str(caught.value)
+    assert str(base) not in str(caught.value)
+
+
+def test_value_of_the_first_file_is_named_with_the_first_file(config_file, overlay):
+    base = config_file(learning_rate="fast")
+    with pytest.raises(UserError) as caught:
+        parse("--config", base, "--config", overlay("seed: 1"))
+    assert f"`learning_rate` (in {base}): Expected a float" in str(caught.value)
+
+
+def test_file_without_effect_is_refused(config_file, overlay):
+    base, path = config_file(), overlay("learning_rate: 1\nmodel_config: {num_hidden_layers: 1}")
+    for first, second in ((base, base), (path, base)):
+        with pytest.raises(UserError, match=f"--config {first} has no effect"):
+            parse("--config", first, "--config", second)
+    parse("--config", overlay("model_config: {hidden_size: 64}"), "--config", base)
+
+
+def test_overlay_alone_is_told_to_come_after_its_base(overlay):
+    with pytest.raises(UserError) as caught:
+        parse("--config", overlay("seed: 1"))
+    for part in ("output_dir, corpora must be given", "overlay.yaml", "an overlay comes after the file it changes"):
+        assert part in str(caught.value)
+
+
 def test_switch_may_stand_alone(config_file):
     assert parse("--dry_run", "--config", config_file()).dry_run
     assert not parse("--config", config_file(), "--dry_run", "false").dry_run
@@ -102,6 +183,8 @@ def test_bad_input_is_named(config_file, changes, arguments, expected):
 def test_missing_field_and_file_are_named(tmp_path):
     with pytest.raises(UserError, match="output_dir"):
         parse("--tokenizer_name=x")
+    with pytest.raises(UserError, match="--config: expected one argument"):
+        parse("--config")
     with pytest.raises(UserError, match=r"no\.yaml: there is no such file"):
         parse("--config", tmp_path / "no.yaml")
 
@@ -169,7 +252,7 @@ def test_config_of_a_run_can_be_given_again(config_file, tmp_path):
 CONFIGS = ROOT / "recipe" / "configs"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_shipped_config_is_complete_and_opens_with_its_command(path: Path):
     kind = path.relative_to(CONFIGS).parts[0]
     cls = {"tokenizer": TokenizerArguments, "pretrain": PretrainArguments, "glue": GlueArguments}[kind]
