@@ -180,8 +180,8 @@ class PretrainArguments:
             require(value is None or name == "gpu" or value > 0, name, value, "give a positive number")
         if self.tokenizer_name is None and self.model_name_or_path is None:
             raise UserError(
-                "`tokenizer_name` is missing; name a folder or hub id, or give `model_name_or_path`; an overlay comes after the "
-                "file it changes"
+                "`tokenizer_name` is missing; name a folder or hub id, or give `model_name_or_path` (an overlay comes "
+                "after the file it changes)"
             )
         if self.tokenizer_name is not None and self.model_name_or_path is not None:
             raise UserError(
