@@ -1,6 +1,8 @@
 # make demo: from nothing to a filled mask and a fine-tuned classifier.   make test: lint and all but the long tests.   make test-long: those.   make faults: a hundred kills, 10,000 damaged files.   All make .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+# Two worker processes share the tests, with one thread each (tests/conftest.py sets it).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # Without a number accelerate gives a process on a CPU one thread.
 LAUNCH := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
@@ -15,10 +17,10 @@ runs/demo-tokenizer/tokenizer.json: | .venv/installed
 	$(BIN)/python train_tokenizer.py --config recipe/configs/tokenizer/tiny.yaml
 
 test: lint
-	$(BIN)/python -m pytest -m "not long"
+	$(PYTEST) -m "not long"
 
 test-long: .venv/installed
-	$(BIN)/python -m pytest -m long
+	$(PYTEST) -m long
 
 faults: .venv/installed
 	$(BIN)/python -m testing.faults.storm --kills 100 --seed 0

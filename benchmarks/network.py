@@ -28,7 +28,8 @@ from recipe.modeling.objectives import MaskedLMObjective
 from recipe.modeling.optimizer import build_optimizer
 from recipe.run.launch import set_up_fsdp, start_accelerator
 from recipe.run.stopping import StopRequest
-from recipe.training import prepare, train_step
+from recipe.session import prepare
+from recipe.training import train_step
 
 SIZES = {"num_hidden_layers": 6, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
 ENGINES = ("ddp", "ddp, bf16 gradients", "fsdp2", "fsdp2, bf16")

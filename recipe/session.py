@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object
@@ -194,6 +195,15 @@ class Session:
         self.run.log([*self.publisher.finish(), *self.run.describe()])
 
 
+def prepare(
+    accelerator: Accelerator, objective: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, AcceleratedOptimizer]:
+    """Prepare objective and optimizer as the engine wants them."""
+    prepared, optimizer = accelerator.prepare(objective, optimizer)
+    accelerator.unwrap_model(prepared).serve_fsdp()
+    return prepared, optimizer
+
+
 def build_session(
     check: CheckedRun, accelerator: Accelerator, run: RunDirectory, data: TrainingData
 ) -> tuple[Session, Resume]:
@@ -223,8 +233,7 @@ def build_session(
     if args.torch_compile:
         warnings = compile_in_place(objective, accelerator.device, in_one=not accelerator.is_fsdp2)
     adamw = build_optimizer(objective, args.learning_rate, args.adam_betas, args.adam_epsilon, args.weight_decay)
-    prepared, optimizer = accelerator.prepare(objective, adamw)
-    objective.serve_fsdp()
+    prepared, optimizer = prepare(accelerator, objective, adamw)
     publisher = Publisher(args, accelerator.is_main_process, check.tokenizer.save_pretrained, build_card)
     writer = CheckpointWriter(print_line, checkpoint)
     session = Session(accelerator, args, run, prepared, optimizer, state, identity, writer, publisher, state.step)

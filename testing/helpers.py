@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: several threads only slow s
 
 import json
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,3 +83,35 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(run / "model" / "model.safetensors")
+
+
+# What a test waits for another process: ten times what the slowest takes on a quiet machine, or more.
+PATIENCE_SECONDS = 600
+
+
+def small_flags(output_dir: Path, corpus_file: Path, tokenizer_dir: Path) -> dict[str, object]:
+    return {
+        "output_dir": output_dir,
+        "corpora": json.dumps([{"name": "sample", "path": str(corpus_file)}]),
+        "tokenizer_name": tokenizer_dir,
+        "model_config": json.dumps(SMALL_MODEL),
+        "max_seq_length": 32,
+        "eval_blocks": 10,
+        "train_batch_size": 8,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "dataloader_num_workers": 0,
+        "learning_rate": 1e-3,
+        "max_steps": 6,
+        "warmup_steps": 2,
+        "logging_steps": 2,
+        "eval_steps": 3,
+        "save_steps": 3,
+    }
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()

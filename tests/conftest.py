@@ -1,12 +1,14 @@
 """Shared fixtures: a small corpus, a small tokenizer, and a run of pretrain.py."""
 
 # First: it sets the environment that the libraries read.
-from testing.helpers import SMALL_MODEL, command_line, make_text, reset_accelerate, write_jsonl
+from testing.helpers import SMALL_MODEL, command_line, make_text, reset_accelerate, small_flags, write_jsonl
 
 # isort: split
 import importlib
 import json
+import os
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,27 +64,17 @@ def tokenizer_dirs(texts: list[str], tokenizer_dir: Path, tmp_path_factory: pyte
     return folders
 
 
+@pytest.fixture(scope="session")
+def common_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the workers of a session have in common."""
+    root = tmp_path_factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
 @pytest.fixture
 def flags(tmp_path: Path, corpus_file: Path, tokenizer_dir: Path) -> dict[str, object]:
     """Flags of a small run into `tmp_path / "run"`."""
-    return {
-        "output_dir": tmp_path / "run",
-        "corpora": json.dumps([{"name": "sample", "path": str(corpus_file)}]),
-        "tokenizer_name": tokenizer_dir,
-        "model_config": json.dumps(SMALL_MODEL),
-        "max_seq_length": 32,
-        "eval_blocks": 10,
-        "train_batch_size": 8,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "dataloader_num_workers": 0,
-        "learning_rate": 1e-3,
-        "max_steps": 6,
-        "warmup_steps": 2,
-        "logging_steps": 2,
-        "eval_steps": 3,
-        "save_steps": 3,
-    }
+    return small_flags(tmp_path / "run", corpus_file, tokenizer_dir)
 
 
 @pytest.fixture
@@ -123,6 +115,22 @@ def run_in_process(monkeypatch: pytest.MonkeyPatch, script: str) -> Iterator[Cal
 @pytest.fixture
 def run_pretrain(monkeypatch: pytest.MonkeyPatch):
     yield from run_in_process(monkeypatch, "pretrain")
+
+
+@pytest.fixture(scope="session")
+def finished_run_of_session(corpus_file: Path, tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `flags`, made once; tests take a copy of it, `finished_run`."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for pretrain in run_in_process(monkeypatch, "pretrain"):
+            pretrain(small_flags(run, corpus_file, tokenizer_dir))
+    return run
+
+
+@pytest.fixture
+def finished_run(finished_run_of_session: Path, tmp_path: Path) -> Path:
+    """The run of `flags`, finished, in `tmp_path / "run"`: as if `run_pretrain(flags)` had been called."""
+    return Path(shutil.copytree(finished_run_of_session, tmp_path / "run"))
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from testing.helpers import ROOT, command_line
+from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, wait_for
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 PROCESSES = {"cpu": 1, "single_gpu": 1, "multi_gpu": 8, "multi_node": 16, "fsdp2": 8}
@@ -101,16 +100,14 @@ def requeued(tmp_path: Path) -> int:
 @pytest.mark.long
 def test_slurm_job_goes_on_until_the_run_is_complete(sbatch, tmp_path: Path):
     process = sbatch({"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1})
-    deadline = time.monotonic() + 180
-    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for((tmp_path / "run" / "metrics.jsonl").exists)
     process.send_signal(signal.SIGUSR1)  # to the script alone, as `--signal=B:USR1` does
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=PATIENCE_SECONDS) == 0
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("preempted", "SIGUSR1")
     assert requeued(tmp_path) == 1
 
-    assert sbatch({"max_steps": status["step"] + 1, "warmup_steps": 1}).wait(timeout=180) == 0
+    assert sbatch({"max_steps": status["step"] + 1, "warmup_steps": 1}).wait(timeout=PATIENCE_SECONDS) == 0
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "complete"
     assert requeued(tmp_path) == 1
@@ -118,5 +115,5 @@ def test_slurm_job_goes_on_until_the_run_is_complete(sbatch, tmp_path: Path):
 
 @pytest.mark.long
 def test_slurm_job_that_cannot_start_is_not_queued_again(sbatch, tmp_path: Path):
-    assert sbatch({"max_steps": 0}).wait(timeout=120) == 1
+    assert sbatch({"max_steps": 0}).wait(timeout=PATIENCE_SECONDS) == 1
     assert requeued(tmp_path) == 0

@@ -80,7 +80,7 @@ def test_plan_is_made_before_there_is_a_tokenizer(plan):
 
 
 def test_memory_that_does_not_suffice_is_a_problem(plan):
-    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 24, "intermediate_size": 4096}
+    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 8, "intermediate_size": 4096}
     long = {"model_config": json.dumps(sizes), "max_seq_length": 512, "train_batch_size": 1024}
     lines, error = plan(**long, per_device_train_batch_size=512, gpu="a100-40gb")
     remedy = re.search(r"give --per_device_train_batch_size (\d+) or less", lines["problem  memory"])
@@ -90,7 +90,7 @@ def test_memory_that_does_not_suffice_is_a_problem(plan):
 
 
 def test_a_full_disk_is_a_problem(plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    usage = recipe.plan.shutil.disk_usage(".")
+    usage = recipe.checks.shutil.disk_usage(".")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=10_000))
     lines, error = plan(token_store_dir=tmp_path / "stores")
     assert "`save_total_limit` is 3" in lines["problem  disk"]
@@ -134,8 +134,7 @@ def test_stream_is_opened(plan):
     assert "`eval_blocks` (100000) takes all of corpus" in lines["problem  data"]
 
 
-def test_run_that_is_there_is_seen(plan, run_pretrain, flags):
-    run_pretrain(flags)
+def test_run_that_is_there_is_seen(plan, finished_run):
     assert "already holds a run" in plan()[0]["problem  output_dir"]
     lines, error = plan(resume_from_checkpoint="latest", max_steps=9)
     assert "6 of 9 updates done" in lines["ok       checkpoint"]

@@ -8,14 +8,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from testing.helpers import ROOT, SMALL_MODEL, command_line, learning, weights
+from testing.helpers import PATIENCE_SECONDS, ROOT, SMALL_MODEL, command_line, learning, wait_for, weights
 from tests.test_systems import SIZES, SYSTEMS
 
 TWO_PROCESSES = ["--multi_gpu", "--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no"]
@@ -63,7 +62,7 @@ def test_two_machines_on_loopback_give_the_losses_of_one_process(exact_flags, ru
         subprocess.Popen([*LAUNCH, f"--machine_rank={rank}", *words], cwd=ROOT, env=os.environ | ON_CPU)
         for rank in range(2)
     ]
-    assert [machine.wait(timeout=300) for machine in machines] == [0, 0]
+    assert [machine.wait(timeout=PATIENCE_SECONDS) for machine in machines] == [0, 0]
     assert_same_losses(tmp_path / "run", tmp_path / "two")
 
 
@@ -98,12 +97,10 @@ def test_torchrun_brings_a_run_back_after_a_process_died(exact_flags, run_pretra
     environment = os.environ | ON_CPU | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     launcher = subprocess.Popen([*command, "pretrain.py", *words], cwd=ROOT, env=environment)
     checkpoint = tmp_path / "two" / "checkpoints" / "step-00000020"
-    deadline = time.monotonic() + 200
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(checkpoint.exists)
     before = json.loads((tmp_path / "two" / "status.json").read_text())["pids"]
     os.kill(before[1], signal.SIGKILL)
-    assert launcher.wait(timeout=300) == 0
+    assert launcher.wait(timeout=PATIENCE_SECONDS) == 0
     status = json.loads((tmp_path / "two" / "status.json").read_text())
     assert status["state"] == "complete"
     assert not set(status["pids"]) & set(before)
@@ -114,7 +111,8 @@ def test_torchrun_brings_a_run_back_after_a_process_died(exact_flags, run_pretra
 FSDP_ON_CPU = """
 import sys
 import pretrain
-import recipe.training
+import recipe.run.launch
+import recipe.session
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
@@ -135,9 +133,9 @@ def counted(*args):
     print("wrapped:", len(names), file=sys.stderr)
     return objective, optimizer
 
-prepare = pretrain.prepare
-recipe.training.Accelerator = sharded
-pretrain.prepare = counted
+prepare = recipe.session.prepare
+recipe.run.launch.Accelerator = sharded
+recipe.session.prepare = counted
 pretrain.main()
 """
 

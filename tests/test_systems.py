@@ -1,12 +1,9 @@
 """BERT, ALBERT and RoBERTa with a pair objective, from the command line to plain checkpoints."""
 
 import json
-import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,7 @@ from transformers import (
 
 from recipe.base.errors import UserError
 from testing.glue_data import write_rte
-from testing.helpers import ROOT, SMALL_MODEL, command_line, read_lines, write_jsonl
+from testing.helpers import SMALL_MODEL, read_lines, write_jsonl
 from tests.test_pretrain import assert_same_run
 
 ROBERTA = {"model_type": "roberta", "objective": "next_sentence", "packing": "segment_pair"}
@@ -51,7 +48,7 @@ def flags_of(flags: dict[str, object], tokenizer_dirs: dict[str, Path]):
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_run_goes_on_and_leaves_a_plain_model(flags_of, run_pretrain, tmp_path: Path, system: str):
+def test_run_goes_on_and_leaves_a_plain_model(flags_of, run_pretrain, run_glue, tmp_path: Path, system: str):
     flags = flags_of(system)
     run_pretrain(flags)
     stopped = flags | {"output_dir": tmp_path / "stopped", "resume_from_checkpoint": "latest"}
@@ -79,8 +76,7 @@ def test_run_goes_on_and_leaves_a_plain_model(flags_of, run_pretrain, tmp_path: 
     write_rte(tmp_path / "glue")
     flags = {"output_dir": tmp_path / "out", "model_name_or_path": model, "glue_dir": tmp_path / "glue"}
     flags |= {"tasks": "[rte]", "seeds": "[1]", "num_train_epochs": 1, "max_seq_length": 32}
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true"}
-    subprocess.run([sys.executable, "finetune_glue.py", *command_line(flags)], cwd=ROOT, env=environment, check=True)
+    run_glue(flags)
     assert len(read_lines(tmp_path / "out" / "results.jsonl")) == 1
 
 

@@ -130,8 +130,8 @@ def test_accumulation_set_by_the_launcher_changes_nothing(monkeypatch, tokenizer
 TWO_PROCESSES = """
 import atexit, sys
 import torch
-from recipe.tokenizer import load_tokenizer
-from recipe.training import start_accelerator
+from recipe.data.tokenizer import load_tokenizer
+from recipe.run.launch import start_accelerator
 from tests.test_training import make_batches, step_in_this_process
 
 # The last to run at the exit. A process that ends in its group is aborted now and then by a thread of gloo's.
@@ -146,7 +146,7 @@ if accelerator.is_main_process:
 """
 
 
-@pytest.mark.parametrize("micro_batch", [4, 1])
+@pytest.mark.parametrize("micro_batch", [pytest.param(4, marks=pytest.mark.long), 1])
 def test_two_processes_give_the_gradients_of_one(tokenizer, tokenizer_dir: Path, tmp_path: Path, micro_batch: int):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
@@ -316,7 +316,7 @@ def test_engines_that_are_not_served_are_refused(monkeypatch, accelerator, engin
     shared = accelerator.state._shared_state
     shared["distributed_type"], shared["_mixed_precision"] = DistributedType[engine], precision
     shared["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=version)
-    monkeypatch.setattr("recipe.training.Accelerator", lambda **kwargs: accelerator)
+    monkeypatch.setattr("recipe.run.launch.Accelerator", lambda **kwargs: accelerator)
     with pytest.raises(UserError, match=expected):
         start_accelerator(serves_fsdp=True)
     with pytest.raises(UserError, match="only one process and DDP are served"):
@@ -327,6 +327,6 @@ def test_bf16_under_fsdp_keeps_sums_in_float32(monkeypatch, accelerator):
     shared = accelerator.state._shared_state
     shared["distributed_type"], shared["_mixed_precision"] = DistributedType.FSDP, "bf16"
     shared["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2)
-    monkeypatch.setattr("recipe.training.Accelerator", lambda **kwargs: accelerator)
+    monkeypatch.setattr("recipe.run.launch.Accelerator", lambda **kwargs: accelerator)
     policy = start_accelerator(serves_fsdp=True).state.fsdp_plugin.mixed_precision_policy
     assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)

@@ -135,14 +135,14 @@ def test_spike_is_rolled_back_and_its_data_left_out(flags, run_spiking, tmp_path
 
 
 def test_spikes_without_end_stop_the_run(flags, run_spiking, tmp_path: Path):
-    flags |= {"save_steps": 21, "logging_steps": 1, "max_steps": 50, "roll_back_loss_spikes": True}
+    flags |= {"save_steps": 21, "eval_steps": 50, "logging_steps": 1, "max_steps": 50, "roll_back_loss_spikes": True}
     plain = run_spiking(flags | {"output_dir": tmp_path / "plain", "max_steps": 49}).seen
     with pytest.raises(FloatingPointError, match=r"spikes again after 3 rollbacks to .*step-00000021"):
         run_spiking(flags, spiking=set(plain[22:]))
 
 
 def test_spikes_are_logged_alone_by_default(flags, run_spiking, tmp_path: Path, capsys):
-    flags |= {"logging_steps": 1, "max_steps": 30}
+    flags |= {"logging_steps": 1, "max_steps": 30, "eval_steps": 30, "save_steps": 30}
     plain = run_spiking(flags | {"output_dir": tmp_path / "plain"}).seen
     assert run_spiking(flags, spiking={plain[24]}).seen == plain
     assert "1 loss_spikes" in capsys.readouterr().out
@@ -154,7 +154,7 @@ def test_rollback_and_short_blocks_do_not_go_together(flags, run_pretrain):
 
 
 def test_rollback_goes_to_a_checkpoint_of_another_folder_too(flags, run_spiking, run_pretrain, tmp_path: Path):
-    flags |= {"save_steps": 10, "logging_steps": 1}
+    flags |= {"save_steps": 10, "eval_steps": 24, "logging_steps": 1}
     run_pretrain(flags | {"max_steps": 20})
     other = flags | {
         "output_dir": tmp_path / "other",

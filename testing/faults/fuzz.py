@@ -5,8 +5,8 @@ python -m testing.faults.fuzz --only checkpoint:17     # that case alone, with i
 
 1. A target writes what the recipe reads, whole, into an empty folder, with one to three random changes (`mutate` of
    values, `mutate_bytes` of files), and reads it by the functions that the scripts call.
-2. What comes out is ok, refused (a `UserError`) or found: another exception, 30 s without an end, or something half
-   written. A case is a function of (seed, target, number) and can be repeated alone.
+2. What comes out is ok, refused (a `UserError`) or found: another exception, 30 s of CPU without an end, or something
+   half written. A case is a function of (seed, target, number) and can be repeated alone.
 """
 
 from testing.helpers import ROOT, SAMPLE, SMALL_MODEL, make_text, reset_accelerate  # first: sets the environment  # noqa: I001
@@ -74,7 +74,8 @@ from recipe.data.packed_corpus import PackedCorpus
 from recipe.data.token_store import TokenStore
 from recipe.data.tokenizer import DocumentEncoder, load_tokenizer, save_tokenizer, train_byte_level_bpe
 
-SECONDS = 30  # that a case may take
+CPU_SECONDS = 30  # that a case may take
+WAIT_SECONDS = 10 * CPU_SECONDS  # and with what it waits for, however busy the machine
 DEEP = 20_000  # brackets in each other
 ODD_BYTES = [
     b"\0",
@@ -517,7 +518,8 @@ def run_case(seed: int, target: str, number: int, material: Material, folder: Pa
     folder.mkdir()
     home = Path.cwd()
     os.chdir(folder)
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    signal.alarm(WAIT_SECONDS)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             TARGETS[target](Case(random.Random(f"{seed}:{target}:{number}"), folder, material))
@@ -527,19 +529,21 @@ def run_case(seed: int, target: str, number: int, material: Material, folder: Pa
         return error
     finally:
         signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         os.chdir(home)
         shutil.rmtree(folder)
     return None
 
 
-def stop_case(*_: Any) -> None:
-    raise HangError(f"no end after {SECONDS} s")
+def stop_case(number: int, _: Any) -> None:
+    limit = f"{CPU_SECONDS} s of CPU" if number == signal.SIGPROF else f"{WAIT_SECONDS} s"
+    raise HangError(f"no end after {limit}")
 
 
 @contextlib.contextmanager
 def prepared() -> Iterator[Callable[[int, str, int], BaseException | None]]:
     """A function that runs the case of a seed, a target and a number."""
-    earlier = signal.signal(signal.SIGALRM, stop_case)
+    earlier = {number: signal.signal(number, stop_case) for number in (signal.SIGALRM, signal.SIGPROF)}
     patches = [
         mock.patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true", "TQDM_DISABLE": "1"}),
         mock.patch("recipe.data.corpora.RETRY_SECONDS", ()),
@@ -554,7 +558,8 @@ def prepared() -> Iterator[Callable[[int, str, int], BaseException | None]]:
         try:
             yield lambda seed, target, number: run_case(seed, target, number, material, Path(root) / "case")
         finally:
-            signal.signal(signal.SIGALRM, earlier)
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
             reset_accelerate()
 
 

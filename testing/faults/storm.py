@@ -167,7 +167,7 @@ class Storm:
         number = self.rng.choice((signal.SIGKILL, signal.SIGTERM))
         moment = self.moment(run) if wanted != "starting" else wanted
         kill(targets[target], number)
-        _, left = psutil.wait_procs(members, timeout=90)
+        _, left = psutil.wait_procs(members, timeout=600)
         if left:
             self.failures.append(f"{len(left)} processes left after {number.name} to {target}")
             kill(left)

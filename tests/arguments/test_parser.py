@@ -138,6 +138,9 @@ def test_switch_may_stand_alone(config_file):
         ({"sentence_splitter": "period"}, [], ["sentence_splitter", "period", "sentencex", "config.yaml"]),
         ({}, ["--sentence_splitter=period"], ["sentence_splitter", "period", "on the command line"]),
         ({"corpora": []}, [], ["corpora", "at least one"]),
+        ({"corpora": ["a.jsonl"]}, [], ["write {name: ..., path: a.jsonl}"]),
+        ({}, ["--corpora=[a.jsonl]"], ["write {name: ..., path: a.jsonl}"]),
+        ({"corpora": [{"name": "a", "path": ""}]}, [], ["`path` of corpus 'a' is empty"]),
         ({"corpora": [{"name": "a", "path": "x"}] * 2}, [], ["two corpora named 'a'"]),
         ({"corpora": [{"name": "a", "path": "x", "weight": -1}]}, [], ["weight", "'a'", "-1"]),
         (

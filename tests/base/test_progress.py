@@ -2,26 +2,14 @@
 
 import os
 import pty
-import subprocess
-import sys
 import termios
 import threading
 from pathlib import Path
 
-from testing.helpers import ROOT, command_line
-
 PHASES = ("tokenising sample", "packing sample", "training", "evaluating")
 
 
-def run(flags: dict[str, object], stderr: int) -> subprocess.CompletedProcess:
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "TQDM_MININTERVAL": "0"}
-    command = [sys.executable, "pretrain.py", *command_line(flags)]
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, check=True
-    )
-
-
-def test_a_terminal_shows_a_bar_for_each_phase(flags, tmp_path: Path):
+def test_a_terminal_shows_a_bar_for_each_phase(flags, run_pretrain, tmp_path: Path, monkeypatch, capsys):
     shown, reader, writer = [], *pty.openpty()
     termios.tcsetwinsize(writer, (24, 120))
 
@@ -34,20 +22,23 @@ def test_a_terminal_shows_a_bar_for_each_phase(flags, tmp_path: Path):
 
     thread = threading.Thread(target=read)
     thread.start()
-    result = run(flags | {"token_store_dir": tmp_path / "stores"}, writer)
-    os.close(writer)
+    with os.fdopen(writer, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", terminal)
+        run_pretrain(flags | {"token_store_dir": tmp_path / "stores"})
     thread.join()
     screen = "".join(shown)
     for phase in PHASES:
         assert phase in screen, phase
     assert "6/6" in screen
-    assert result.stdout.splitlines()[-1].startswith("next: accelerate launch finetune_glue.py --config")
-    assert f"model: {tmp_path / 'run' / 'model'}" in result.stdout
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1].startswith("next: accelerate launch finetune_glue.py --config")
+    assert f"model: {tmp_path / 'run' / 'model'}" in printed
 
 
-def test_a_log_file_has_no_bars(flags, tmp_path: Path):
-    result = run(flags | {"token_store_dir": tmp_path / "stores"}, subprocess.PIPE)
+def test_a_log_file_has_no_bars(flags, run_pretrain, tmp_path: Path, capfd):
+    run_pretrain(flags | {"token_store_dir": tmp_path / "stores"})
+    out, err = capfd.readouterr()
     for phase in PHASES:
-        assert f"{phase}:" not in result.stderr
-    assert "\r" not in result.stderr + result.stdout
-    assert "step 6/6" in result.stdout
+        assert f"{phase}:" not in err
+    assert "\r" not in err + out
+    assert "step 6/6" in out

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from testing.helpers import ROOT, command_line, read_lines
+from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, read_lines
 from testing.hub_server import Fault, HubServer, serve
 
 CARD = """---
@@ -46,64 +47,94 @@ def run(hub: HubServer, tmp_path: Path, *command: object) -> subprocess.Complete
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
     environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "ACCELERATE_USE_CPU": "true", "no_proxy": "*"}
     return subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200
+        [sys.executable, *map(str, command)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
     )
 
 
-READ = """
+ANSWER = """
 import json, sys, time
 import datasets
-import recipe.corpora
-from recipe.config import CorpusArguments, report_user_errors
-from recipe.corpora import Part, corpus_bytes, open_source
+import recipe.data.corpora
+from recipe.arguments import CorpusArguments
+from recipe.base.errors import UserError
+from recipe.data.corpora import Part, corpus_bytes, open_source
 
 datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
 datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
 recipe.data.corpora.RETRY_SECONDS = (1, 1)
 time.sleep = recipe.base.workers.STOP_WAITING.wait = lambda seconds: None
-with report_user_errors():
-    corpus = CorpusArguments(**json.loads(sys.argv[1]))
-    source = open_source(corpus)
-    first, part = json.loads(sys.argv[2])
-    for shard in range(source.num_shards):
-        for index, text in source.read(shard, first, Part(*part)):
-            print("READ", json.dumps([shard, index, text]))
+
+
+def answer(corpus, first=0, part=(0, 1)):
+    corpus = CorpusArguments(name="c", **corpus)
+    found = {"bytes": None, "records": [], "errors": []}
+    try:
+        found["bytes"] = corpus_bytes(corpus)
+    except UserError as error:
+        found["errors"].append(str(error))
+    try:
+        source = open_source(corpus)
+        for shard in range(source.num_shards):
+            found["records"] += [[shard, index, text] for index, text in source.read(shard, first, Part(*part))]
+    except UserError as error:
+        found["errors"].append(str(error))
+    return found
+
+
+print("ANSWERS", json.dumps([answer(**question) for question in json.loads(sys.argv[1])]))
 """
 
 
-def read(hub: HubServer, tmp_path: Path, corpus: dict, first: int = 0, part: tuple[int, int] = (0, 1)):
-    result = run(hub, tmp_path, "-c", READ, json.dumps({"name": "c"} | corpus), json.dumps([first, part]))
-    return [json.loads(line[5:]) for line in result.stdout.splitlines() if line.startswith("READ ")], result
+def ask(hub: HubServer, tmp_path: Path, *questions: dict) -> list[dict]:
+    """What a process finds that reads these corpora, one after the other: `bytes`, `records` and `errors` of each."""
+    result = run(hub, tmp_path, "-c", ANSWER, json.dumps(questions))
+    assert result.returncode == 0, result.stderr
+    [line] = [line for line in result.stdout.splitlines() if line.startswith("ANSWERS ")]
+    return json.loads(line.removeprefix("ANSWERS "))
 
 
 def test_shards_records_and_parts(hub, tmp_path, texts):
-    found, _ = read(hub, tmp_path, {"path": "somebody/books"}, 15, (1, 4))
+    books, letters = ask(
+        hub,
+        tmp_path,
+        {"corpus": {"path": "somebody/books"}, "first": 15, "part": (1, 4)},
+        {"corpus": {"path": "somebody/letters", "text_column": "body"}},
+    )
     wanted = [n for n in range(15, 40) if n % 4 == 1]
-    assert found == [[shard, n, texts[shard * 40 + n]] for shard in range(3) for n in wanted]
-    found, _ = read(hub, tmp_path, {"path": "somebody/letters", "text_column": "body"})
-    assert [text for _, _, text in found] == texts[:30]
+    assert books["records"] == [[shard, n, texts[shard * 40 + n]] for shard in range(3) for n in wanted]
+    assert books["errors"] == []
+    assert [text for _, _, text in letters["records"]] == texts[:30]
+    # The default weights are the published sizes.
+    assert books["bytes"] == 54321
+    assert letters["errors"] == ["corpus 'c': somebody/letters does not publish its size; give all corpora a `weight`"]
 
 
 def test_what_the_hub_does_not_have_is_named(hub, tmp_path):
-    for corpus, expected in [
+    expected = [
         ({"path": "somebody/nothing"}, "corpus 'c': hub data set somebody/nothing"),
         ({"path": "somebody/books", "split": "test"}, "split test"),
         ({"path": "somebody/books", "text_column": "body"}, "no column 'body' among ['title', 'text']"),
-    ]:
-        _, result = read(hub, tmp_path, corpus)
-        assert result.returncode == 2
-        assert expected in result.stderr
+    ]
+    answers = ask(hub, tmp_path, *({"corpus": corpus} for corpus, _ in expected))
+    for answer, (_, message) in zip(answers, expected, strict=True):
+        assert message in answer["errors"][-1]
+        assert answer["records"] == []
 
 
 def test_outage_is_waited_out_and_named_if_it_goes_on(hub, tmp_path, texts):
-    hub.faults = [Fault(503, "GET .*resolve", after=2, times=2)]
-    found, result = read(hub, tmp_path, {"path": "somebody/books"})
-    assert [text for _, _, text in found] == texts
-    hub.faults = [Fault(503, "GET .*resolve", after=2)]
-    _, result = read(hub, tmp_path, {"path": "somebody/books"})
-    assert result.returncode == 2
-    assert "error: corpus 'c': somebody/books, shard" in result.stderr
-    assert "cannot be read, after 2 retries" in result.stderr
+    shutil.copytree(hub.root / "somebody" / "books", hub.root / "somebody" / "novels")
+    hub.faults = [Fault(503, "GET .*books.*resolve", after=2, times=2), Fault(503, "GET .*novels.*resolve", after=2)]
+    short, long = ask(hub, tmp_path, *({"corpus": {"path": f"somebody/{name}"}} for name in ("books", "novels")))
+    assert not hub.faults[0].times
+    assert [text for _, _, text in short["records"]] == texts
+    [error] = long["errors"]
+    assert error.startswith("corpus 'c': somebody/novels, shard")
+    assert "cannot be read, after 2 retries" in error
 
 
 @pytest.mark.long
@@ -126,12 +157,3 @@ def test_training_from_the_hub_in_both_modes(hub, flags, tmp_path, texts):
         read_lines(tmp_path / "again" / "metrics.jsonl")[0]["loss"]
         == (read_lines(tmp_path / "cached" / "metrics.jsonl")[0]["loss"])
     )
-
-
-def test_default_weights_are_the_published_sizes(hub, flags, tmp_path):
-    corpora = [{"name": name, "path": f"somebody/{name}"} for name in ("books", "letters")]
-    corpora[1]["text_column"] = "body"
-    flags |= {"corpora": json.dumps(corpora), "streaming": "true", "num_lanes": 4}
-    result = run(hub, tmp_path, "pretrain.py", *command_line(flags))
-    assert result.returncode == 2
-    assert "'letters': somebody/letters does not publish its size; give all corpora a `weight`" in result.stderr

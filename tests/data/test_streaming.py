@@ -21,7 +21,7 @@ from recipe.data.preprocessor import Preprocessor
 from recipe.data.sampling import LaneOrder
 from recipe.data.streamed import StreamedData
 from recipe.data.streaming import LaneReader, LaneReaderState, from_tensors, to_arrays, to_tensors
-from testing.helpers import ROOT, make_text, never, write_jsonl
+from testing.helpers import PATIENCE_SECONDS, ROOT, make_text, never, write_jsonl
 
 
 @pytest.fixture
@@ -301,7 +301,7 @@ def test_one_ahead_keeps_order_and_errors():
 ENDS_WHILE_AN_ITEM_IS_MADE = """
 import time
 import torch
-from recipe.streaming import one_ahead
+from recipe.base.workers import one_ahead
 
 def items():
     while True:
@@ -320,14 +320,16 @@ def test_process_that_ends_while_an_item_is_made_is_not_aborted(closes: bool):
     code = ENDS_WHILE_AN_ITEM_IS_MADE
     if not closes:  # as when an error ends the process, which keeps the iterator
         code = code.replace("print(next(one_ahead(items(), lambda: False)))", "a = one_ahead(items(), bool); next(a)")
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
     assert result.returncode == 0, result.stderr
 
 
 def test_waiting_for_data_ends_when_the_process_is_to_stop():
     def items():
         yield 1
-        threading.Event().wait(60)
+        threading.Event().wait(PATIENCE_SECONDS)
 
     stopping = []
     ahead = one_ahead(items(), lambda: bool(stopping))
@@ -336,7 +338,7 @@ def test_waiting_for_data_ends_when_the_process_is_to_stop():
     started = time.monotonic()
     with pytest.raises(InterruptedWaitError):
         next(ahead)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < PATIENCE_SECONDS / 2
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from recipe.data.packed_corpus import PackedCorpus
 from recipe.data.packing import BlockFormat
 from recipe.data.token_store import TokenStore, check_space
 from recipe.data.tokenizer import DocumentEncoder, load_tokenizer
-from testing.helpers import write_jsonl
+from testing.helpers import PATIENCE_SECONDS, wait_for, write_jsonl
 
 FULL = BlockFormat("full_sentences", 32, 0, 2, pair_special_tokens=4, seed=1)
 
@@ -153,7 +153,7 @@ def test_processes_share_the_shards(corpus, encoder, tmp_path: Path, monkeypatch
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE_SECONDS)
         assert process.exitcode == 0
     names = [path.name for path in written.iterdir()]
     assert len(names) == 4
@@ -168,15 +168,13 @@ def test_killed_build_goes_on_with_the_shards_that_are_missing(corpus, encoder, 
     def stuck_at_the_third(path, *arguments):
         if "00002" in path.name:
             (path.parent / f".{path.name}.1").touch()  # half a file
-            time.sleep(60)
+            time.sleep(PATIENCE_SECONDS)
         write(path, *arguments)
 
     monkeypatch.setattr(token_store, "write_shard", stuck_at_the_third)
     process = multiprocessing.get_context("fork").Process(target=build, args=(corpus, encoder, tmp_path / "stores"))
     process.start()
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "stores").glob("*/.shard-00002*")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(lambda: list((tmp_path / "stores").glob("*/.shard-00002*")))
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     finished = {path.with_suffix(".arrow").name for path in (tmp_path / "stores").glob("*/shard-*.json")}

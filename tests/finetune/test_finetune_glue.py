@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 from recipe.base.errors import UserError
 from recipe.finetune.jobs import Job, Results
 from testing.glue_data import write_cola, write_mnli, write_rte, write_stsb
-from testing.helpers import ROOT, command_line, read_lines
+from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, read_lines
 
 
 @pytest.fixture
@@ -234,7 +234,7 @@ def test_two_processes_share_jobs_and_a_shared_task_with_the_results_of_one(run_
     (model / "config.json").write_text(json.dumps(config))
     flags |= {"model_name_or_path": model}
     two = launch(flags | {"output_dir": tmp_path / "two", "data_parallel_tasks": "[cola]"}, processes=2)
-    out, err = two.communicate(timeout=300)
+    out, err = two.communicate(timeout=PATIENCE_SECONDS)
     assert two.returncode == 0, err
     assert out.count("| CoLA") == 1
     run_glue(flags)
@@ -272,7 +272,7 @@ def test_killed_grid_goes_on_without_loss(flags, tmp_path: Path):
     assert len(seen) < 8
     for folder in (out, tmp_path / "whole"):
         process = launch(flags | {"output_dir": folder}, processes=1)
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 0, err
     assert seen.items() <= learnt(out).items()
     assert learnt(out) == learnt(tmp_path / "whole")

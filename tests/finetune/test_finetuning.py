@@ -32,7 +32,7 @@ from recipe.finetune.finetuning import (
 )
 from recipe.finetune.tasks.glue import TASKS, load_task
 from testing.glue_data import write_mnli, write_rte, write_stsb
-from testing.helpers import ROOT
+from testing.helpers import PATIENCE_SECONDS, ROOT
 
 
 def arguments(tmp_path: Path, model: Path, **changes: object) -> GlueArguments:
@@ -239,10 +239,10 @@ def test_what_is_no_model_and_what_does_not_match_is_refused(small_model: Path, 
 SHARED = """
 import json, sys
 import torch
-from recipe.config import GlueArguments
-from recipe.finetuning import Finetuner, encode_splits, load_classifier, load_glue_tokenizer
-from recipe.glue_tasks import TASKS, load_task
-from recipe.training import start_accelerator
+from recipe.arguments import GlueArguments
+from recipe.finetune.finetuning import Finetuner, encode_splits, load_classifier, load_glue_tokenizer
+from recipe.finetune.tasks.glue import TASKS, load_task
+from recipe.run.launch import start_accelerator
 
 folder, model, out = sys.argv[1:]
 accelerator = start_accelerator()
@@ -267,7 +267,8 @@ def test_shared_job_ends_as_that_of_one_process(accelerator, dropless_model: Pat
     out = tmp_path / "epochs.json"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, script, tmp_path, dropless_model, out], cwd=ROOT, env=environment, check=True, timeout=200)
+    command = [*launch, script, tmp_path, dropless_model, out]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=PATIENCE_SECONDS)
     found = json.loads(out.read_text())
     tokenizer = load_glue_tokenizer(str(dropless_model), 32)
     splits = encode_splits(load_task("mnli", str(tmp_path))[0], TASKS["mnli"], tokenizer, 32)

@@ -7,12 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from recipe.base.errors import UserError
 from recipe.finetune.tasks.glue import TASKS, GlueMetric, Split, check_tasks, format_predictions, is_official, load_task
 from testing.glue_data import write, write_cola, write_mnli, write_rte, write_stsb
-from testing.helpers import ROOT
+from testing.helpers import PATIENCE_SECONDS, ROOT
 from testing.hub_server import serve
 
 REAL = Path("../shared/data/glue")
@@ -112,71 +113,57 @@ def test_unknown_task_gets_the_nearest_name():
         check_tasks("tasks", ["SST-2"])
 
 
-CARD = """---
-dataset_info:
-- config_name: rte
-  features:
-  - {name: sentence1, dtype: string}
-  - {name: sentence2, dtype: string}
-  - name: label
-    dtype:
-      class_label:
-        names: {'0': NAME0, '1': NAME1}
-  - {name: idx, dtype: int32}
-  splits:
-  - {name: train, num_examples: 4}
-  - {name: validation, num_examples: 4}
-  - {name: test, num_examples: 4}
-configs:
-- config_name: rte
-  data_files:
-  - {split: train, path: rte/train-*}
-  - {split: validation, path: rte/validation-*}
-  - {split: test, path: rte/test-*}
----
-"""
+HUB_LABELS = {"rte": ["not_entailment", "entailment"], "wnli": ["not_entailment", "entailment"]}
 LOAD = """
 import json
-from recipe.config import report_user_errors
-from recipe.glue_tasks import load_task
-with report_user_errors():
-    splits, _ = load_task("rte", None)
-    print("FOUND", json.dumps({name: split.to_dict() for name, split in splits.items()}))
+from recipe.base.errors import UserError
+from recipe.finetune.tasks.glue import load_task
+
+splits, _ = load_task("rte", None)
+print("FOUND", json.dumps({name: split.to_dict() for name, split in splits.items()}))
+try:
+    load_task("wnli", None)
+except UserError as error:
+    print("ERROR", error)
 """
 
 
-def load_from_hub(tmp_path: Path, names: tuple[str, str], labels: list[int]) -> subprocess.CompletedProcess:
+def test_hub_labels_are_taken_by_name_and_minus_one_is_none(tmp_path: Path):
     root = tmp_path / "hub" / "nyu-mll" / "glue"
-    (root / "rte").mkdir(parents=True)
-    (root / "README.md").write_text(CARD.replace("NAME0", names[0]).replace("NAME1", names[1]))
-    for split in ("train", "validation", "test"):
-        values = [-1] * 4 if split == "test" else labels
-        columns = {"sentence1": list("abcd"), "sentence2": list("efgh"), "label": values, "idx": [0, 1, 2, 3]}
-        table = pa.table(columns).cast(
-            pa.schema([("sentence1", "string"), ("sentence2", "string"), ("label", "int64"), ("idx", "int32")])
-        )
-        pq.write_table(table, root / "rte" / f"{split}-00000-of-00001.parquet")
+    infos, configs = [], []
+    for task, names in HUB_LABELS.items():
+        label = {"name": "label", "dtype": {"class_label": {"names": dict(enumerate(names))}}}
+        texts = [{"name": name, "dtype": "string"} for name in ("sentence1", "sentence2")]
+        features = [*texts, label, {"name": "idx", "dtype": "int32"}]
+        splits = [{"name": split, "num_examples": 4} for split in ("train", "validation", "test")]
+        infos.append({"config_name": task, "features": features, "splits": splits})
+        files = [{"split": split["name"], "path": f"{task}/{split['name']}-*"} for split in splits]
+        configs.append({"config_name": task, "data_files": files})
+        (root / task).mkdir(parents=True)
+        for split in ("train", "validation", "test"):
+            values = [-1] * 4 if split == "test" else [0, 1, 1 if task == "rte" else -1, 0]
+            columns = {"sentence1": list("abcd"), "sentence2": list("efgh"), "label": values}
+            table = pa.table(columns | {"idx": pa.array(range(4), pa.int32())})
+            pq.write_table(table, root / task / f"{split}-00000-of-00001.parquet")
+    card = yaml.safe_dump({"dataset_info": infos, "configs": configs})
+    (root / "README.md").write_text(f"---\n{card}---\n")
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     with serve(tmp_path / "hub") as server:
         environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
         environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "no_proxy": "*"}
-        return subprocess.run(
-            [sys.executable, "-c", LOAD], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200
+        result = subprocess.run(
+            [sys.executable, "-c", LOAD],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
         )
-
-
-def test_hub_labels_are_taken_by_name_not_by_number(tmp_path: Path):
-    result = load_from_hub(tmp_path, ("not_entailment", "entailment"), [0, 1, 1, 0])
     assert result.returncode == 0, result.stderr
-    [found] = [line for line in result.stdout.splitlines() if line.startswith("FOUND")]
+    found, error = (line for line in result.stdout.splitlines() if line.startswith(("FOUND", "ERROR")))
     assert '"label": [1, 0, 0, 1]' in found  # ours: entailment is 0
     assert '"test": {"sentence1": ["a", "b", "c", "d"], "sentence2": ["e", "f", "g", "h"]}' in found
-
-
-def test_hub_labels_of_minus_one_are_no_labels(tmp_path: Path):
-    result = load_from_hub(tmp_path, ("entailment", "not_entailment"), [0, 1, -1, 0])
-    assert result.returncode == 2
-    assert "(rte, train): example 2 has the label -1, which stands for none" in result.stderr
+    assert "(wnli, train): example 2 has the label -1, which stands for none" in error
 
 
 def test_metrics_are_those_of_scikit_learn_and_scipy():

@@ -10,6 +10,7 @@ import pytest
 
 from recipe.base.errors import UserError
 from recipe.finetune.jobs import Job, Results
+from testing.helpers import PATIENCE_SECONDS, wait_for
 
 JOBS = [Job("rte", "pretrained", rate, 16, seed) for rate in (1e-5, 3e-5) for seed in range(6)]
 
@@ -45,7 +46,7 @@ def test_a_line_gives_its_job_back(tmp_path: Path):
 def test_processes_share_the_jobs_and_none_is_run_twice(tmp_path: Path):
     workers = [start(tmp_path, 0.02, tmp_path / "log") for _ in range(3)]
     for worker in workers:
-        worker.join(60)
+        worker.join(PATIENCE_SECONDS)
         assert worker.exitcode == 0
     ran = (tmp_path / "log").read_text().splitlines()
     assert sorted(ran) == sorted(job.file_name for job in JOBS)
@@ -76,16 +77,14 @@ def test_kills_lose_no_result_and_tear_no_line(tmp_path: Path):
 
 
 def test_job_of_a_dead_process_goes_to_another(tmp_path: Path):
-    dying = start(tmp_path, 60, tmp_path / "log")
-    deadline = time.monotonic() + 30
-    while not list((tmp_path / "locks").glob("*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    dying = start(tmp_path, PATIENCE_SECONDS, tmp_path / "log")
+    wait_for(lambda: list((tmp_path / "locks").glob("*")))
     other = start(tmp_path, 0, tmp_path / "log")
     time.sleep(0.3)
     assert other.is_alive()  # waits for the job that is being worked on
     os.kill(dying.pid, signal.SIGKILL)
     dying.join()
-    other.join(30)
+    other.join(PATIENCE_SECONDS)
     assert other.exitcode == 0
     assert set(Results(tmp_path).read()) == set(JOBS)
 

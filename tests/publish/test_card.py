@@ -33,9 +33,8 @@ ROW = {
 
 
 @pytest.fixture
-def run(run_pretrain, flags, tmp_path: Path) -> Path:
-    run_pretrain(flags)
-    return tmp_path / "run"
+def run(finished_run: Path) -> Path:
+    return finished_run
 
 
 def add_glue(run: Path, **changes: object) -> None:

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import torch
 from safetensors.torch import load, load_file
 
 from recipe.publish.hub import Publisher, list_waiting
-from testing.helpers import ROOT, command_line, learning
+from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, learning
 from testing.hub_server import Fault, HubServer, Repo, serve
 
 REPO = "ann/run"
@@ -46,7 +45,7 @@ class Client:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=PATIENCE_SECONDS,
         )
 
     def pretrain(self, flags: dict[str, object]) -> subprocess.CompletedProcess:
@@ -97,9 +96,10 @@ def test_pushing_process_loads_no_torch():
     code = (
         "import sys, recipe.publish.hub; sys.exit(bool({'torch', 'transformers', 'accelerate'} & sys.modules.keys()))"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+@pytest.mark.long
 def test_every_checkpoint_is_a_model_on_the_hub_and_a_place_to_go_on_from(hub, client, push_flags, tmp_path):
     result = client.pretrain(push_flags | {"save_total_limit": 3})
     assert result.returncode == 0, result.stderr
@@ -192,11 +192,9 @@ def waiting_run(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("request_that_hangs", ["POST /api/repos", "POST .*preupload", "PUT /lfs/", "POST .*/commit/"])
 def test_a_hub_that_hangs_is_given_up(hub, client, waiting_run, request_that_hangs):
     hub.faults = [Fault("hang", request_that_hangs)]
-    started = time.monotonic()
     result = client.push(waiting_run, 0.5)
     assert result.returncode == 1
     assert "not pushed: step-00000006: " in result.stdout
-    assert time.monotonic() - started < 60
     hub.faults = []
     assert client.push(waiting_run, 60).returncode == 0
     assert hub.repos[REPO].private
@@ -313,6 +311,7 @@ def test_checkpoint_that_is_not_on_the_hub_is_named(others, client, flags, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_training_does_not_begin_without_the_right_to_push(hub, push_flags, tmp_path):
     hub.tokens["hf_write"] = ("ann", "read", [])
     result = Client(hub.url, tmp_path / "home").pretrain(push_flags)

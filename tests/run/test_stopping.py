@@ -13,8 +13,8 @@ import pytest
 
 import recipe.run.stopping
 from recipe.run.stopping import StopRequest
-from testing.helpers import ROOT, command_line
-from tests.test_pretrain import start, wait_for
+from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, wait_for
+from tests.test_pretrain import start
 
 LAUNCHERS = {
     "accelerate, 1": [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"],
@@ -52,12 +52,14 @@ def test_limit_leaves_time_for_an_update_and_a_checkpoint(monkeypatch):
 
 def test_run_stops_in_time_and_goes_on(flags, run_pretrain, tmp_path: Path, monkeypatch, capsys):
     flags |= {"max_steps": 100_000, "save_steps": 100_000, "resume_from_checkpoint": "latest"}
-    monkeypatch.setattr(recipe.run.stopping, "STARTED", time.monotonic())
-    run_pretrain(flags | {"max_train_hours": 45 / 3600})
+    # An hour is over in a second more than the spare time.
+    end = time.monotonic() + recipe.run.stopping.EXIT_MARGIN_SECONDS + 1
+    monkeypatch.setattr(recipe.run.stopping, "STARTED", end - 3600)
+    run_pretrain(flags | {"max_train_hours": 1})
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "preempted"
     assert "max_train_hours" in status["reason"]
-    assert time.monotonic() - recipe.run.stopping.STARTED < 45
+    assert time.monotonic() < end
     assert f"stopped after update {status['step']:,}" in capsys.readouterr().out
     run_pretrain(flags | {"max_steps": status["step"] + 1, "warmup_steps": 1})
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
@@ -76,26 +78,27 @@ def test_no_process_outlives_its_launcher(flags, tmp_path: Path, launcher: str, 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for(tmp_path / "run" / "metrics.jsonl")
+    wait_for((tmp_path / "run" / "metrics.jsonl").exists)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 3  # workers too
     process.send_signal(number)
-    process.wait(timeout=60)
-    _, alive = psutil.wait_procs(family, timeout=60)
+    process.wait(timeout=PATIENCE_SECONDS)
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_SECONDS)
     assert not alive
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("preempted", "SIGTERM")
     assert (tmp_path / "run" / "checkpoints" / f"step-{status['step']:08d}").is_dir()
 
 
+@pytest.mark.long
 def test_workers_end_with_a_process_that_was_killed(flags, tmp_path: Path):
     process = start(flags | {"max_steps": 100_000, "logging_steps": 1, "dataloader_num_workers": 2})
-    wait_for(tmp_path / "run" / "metrics.jsonl")
+    wait_for((tmp_path / "run" / "metrics.jsonl").exists)
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 2
     process.kill()
     process.wait()
-    assert not psutil.wait_procs(family, timeout=30)[1]
+    assert not psutil.wait_procs(family, timeout=PATIENCE_SECONDS)[1]
 
 
 @pytest.mark.long
@@ -104,11 +107,11 @@ def test_run_that_was_not_launched_outlives_its_shell(flags, tmp_path: Path):
     words = [sys.executable, "pretrain.py", *command_line(flags | {"max_steps": 60, "logging_steps": 1})]
     environment = {name: value for name, value in os.environ.items() if name not in recipe.run.stopping.LAUNCHED}
     shell = subprocess.Popen(
-        ["sh", "-c", '"$@" & sleep 600', "sh", *map(str, words)],
+        ["sh", "-c", '"$@" & sleep 6000', "sh", *map(str, words)],
         cwd=ROOT,
         env=environment | {"ACCELERATE_USE_CPU": "true"},
     )
-    wait_for(tmp_path / "run" / "status.json")
+    wait_for((tmp_path / "run" / "status.json").exists)
     [pid] = json.loads((tmp_path / "run" / "status.json").read_text())["pids"]
     run = psutil.Process(pid)
     sleeping = [child for child in psutil.Process(shell.pid).children() if child.pid != pid]
@@ -116,5 +119,5 @@ def test_run_that_was_not_launched_outlives_its_shell(flags, tmp_path: Path):
     shell.wait()
     for child in sleeping:
         child.kill()
-    psutil.wait_procs([run], timeout=60)
+    psutil.wait_procs([run], timeout=PATIENCE_SECONDS)
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
