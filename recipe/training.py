@@ -44,7 +44,7 @@ class Update:
     """What an update did, the same on all ranks.
 
     Attributes:
-        sums: of each of the objective's measures, over the whole update; the first is the loss in nats.
+        sums: of each of the objective's measures, over the whole update.
         grad_norm: of the whole update's gradient.
         skipped: None, `nonfinite` or `overflow`.
         stopping: whether some rank was asked to stop.
@@ -54,6 +54,11 @@ class Update:
     grad_norm: float
     skipped: str | None
     stopping: bool
+
+    @property
+    def loss_sum(self) -> float:
+        """Cross-entropy in nats, summed over the masked tokens."""
+        return self.sums[0]
 
 
 def train(session: Session, data: TrainingData, resume: Resume) -> bool:
@@ -230,7 +235,7 @@ class SpikeGuard:
         Raises:
             FloatingPointError: training has gone back to that checkpoint too often.
         """
-        session, args, loss = self.session, self.session.args, update.sums[0] / max(1, masked)
+        session, args, loss = self.session, self.session.args, update.loss_sum / max(1, masked)
         spike = None if update.skipped else session.state.record_loss(loss, args.loss_spike_ratio)
         if not spike:
             return None

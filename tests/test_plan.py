@@ -94,7 +94,7 @@ def test_a_full_disk_is_a_problem(plan, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=10_000))
     lines, error = plan(token_store_dir=tmp_path / "stores")
     assert "`save_total_limit` is 3" in lines["problem  disk"]
-    assert "set `token_store_dir`" in lines["problem  corpus sample"]
+    assert "set `token_store_dir`" in lines["problem  data"]
     assert error == "2 of the above are problems"
 
 

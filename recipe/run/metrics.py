@@ -1,4 +1,4 @@
-"""Sums between two lines of the log, throughput, and the line itself."""
+"""How far a run is, its throughput, and the lines of the log and of metrics.jsonl."""
 
 import itertools
 import math
@@ -21,28 +21,41 @@ from recipe.base.hashing import hash64
 class TrainState:
     """How far a run is; everything of it is in the checkpoint, so that a resume writes the same metrics.
 
-    `window` holds, of what the objective measures, sums since the last line of the log and what to divide them by.
+    Attributes:
+        step: completed updates.
+        nonfinite_updates: updates that were skipped in all, because a loss or a gradient was not finite.
+        overflows: updates that fp16's gradient scaler skipped.
+        skipped_in_a_row: updates that were skipped since the last one that was not.
+        loss_spikes: spikes so far.
+        recent_losses: of the last 100 updates, by which a spike is recognised.
+        updates_left_out: how many updates' data has been left out after spikes.
+        window: of what the objective measures, the sums since the last line of the log and what to divide them by.
+        corpora: of each corpus, the blocks, tokens and documents seen.
+        data_digest: of which blocks were seen and what was masked in them, in the order of updates.
     """
 
     step: int = 0
-    nonfinite_updates: int = 0  # skipped in all
-    overflows: int = 0  # updates that fp16's gradient scaler skipped
+    nonfinite_updates: int = 0
+    overflows: int = 0
     skipped_in_a_row: int = 0
     loss_spikes: int = 0
-    recent_losses: list[float] = field(default_factory=list)  # by which a spike is told
-    updates_left_out: int = 0  # after spikes: so many updates' data
+    recent_losses: list[float] = field(default_factory=list)
+    updates_left_out: int = 0
     window: dict[str, list[float]] = field(default_factory=dict)
-    corpora: list[list[int]] = field(default_factory=list)  # of each corpus: blocks, tokens, documents seen
-    data_digest: int = 0  # of which blocks were seen and what was masked in them, in the order of updates
+    corpora: list[list[int]] = field(default_factory=list)
+    data_digest: int = 0
 
     @classmethod
     def restore(cls, values: dict[str, Any], num_corpora: int, checkpoint: Path) -> "TrainState":
-        """
+        """Restore a state from its fields, as a checkpoint has them.
+
         Args:
-            values: `asdict` of one, from the checkpoint.
+            values: a saved state as a dict.
+            num_corpora: that the run trains on.
+            checkpoint: whose state it is, for the message.
 
         Raises:
-            UserError: they are not.
+            UserError: a field is missing, unknown or of the wrong type.
         """
 
         def is_count(value: Any) -> bool:
@@ -65,23 +78,24 @@ class TrainState:
 
     @property
     def blocks(self) -> int:
-        """Seen in all."""
+        """Blocks seen so far."""
         return sum(blocks for blocks, _, _ in self.corpora)
 
     @property
     def tokens(self) -> int:
-        """Seen in all, without padding."""
+        """Tokens seen so far, without padding."""
         return sum(tokens for _, tokens, _ in self.corpora)
 
     def count(
         self, measured: dict[str, tuple[float, int]], corpora: np.ndarray, digest: int, skipped: str | None
     ) -> None:
-        """Take in one update; what was skipped is counted and its measures left out.
+        """Take in one update; if it was skipped, it is counted and its measures are left out.
 
         Args:
-            measured: of each of the objective's measures the sum and what to divide it by.
+            measured: for each of the objective's measures, the sum and what to divide it by.
             corpora: (corpora, 3) blocks, tokens and documents of the update.
             digest: of its blocks and masks.
+            skipped: None, `nonfinite` or `overflow`.
         """
         self.step += 1
         self.corpora = (np.array(self.corpora or np.zeros_like(corpora)) + corpora).tolist()
@@ -98,7 +112,8 @@ class TrainState:
         """Take in the loss of an update, in nats.
 
         Returns:
-            how many times the median of the up to 100 before it is, if that is more than `ratio` and there were 20.
+            the ratio of the loss to the median of up to 100 losses before it, if it is more than `ratio` and there were
+            at least 20; else None.
         """
         before = self.recent_losses
         self.recent_losses = [*before, loss][-100:]
@@ -108,10 +123,10 @@ class TrainState:
         return loss / statistics.median(before)
 
     def go_back(self, saved: "TrainState") -> int:
-        """Be what a checkpoint holds, and count the data of the updates since as left out.
+        """Return to the state of a checkpoint, and count the data of the updates since as left out.
 
         Returns:
-            how many updates' data after that checkpoint is.
+            the number of updates whose data after that checkpoint is left out.
         """
         left_out = self.step + self.updates_left_out - saved.step - saved.updates_left_out
         kept = {"updates_left_out": saved.updates_left_out + left_out, "loss_spikes": self.loss_spikes}
@@ -119,11 +134,11 @@ class TrainState:
         return left_out
 
     def padding_share(self, positions: int) -> float:
-        """Of all positions so far."""
+        """Return the share of padding among all positions so far."""
         return 1 - self.tokens / positions
 
     def take_means(self) -> dict[str, float | None]:
-        """Means since the last time, losses in nats; None if every update was skipped."""
+        """Return the means since the last call, losses in nats; None if every update was skipped."""
         means = {name: total / count if count else None for name, (total, count) in self.window.items()}
         self.window = {}
         return means
@@ -131,7 +146,7 @@ class TrainState:
 
 @dataclass
 class Stopwatch:
-    """Seconds of training since it was made."""
+    """Measures training since it was constructed: seconds, updates, tokens, and seconds of waiting for data."""
 
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
@@ -139,19 +154,20 @@ class Stopwatch:
     waited: float = 0.0
 
     def count(self, tokens: int) -> None:
+        """Count an update and its tokens."""
         self.steps += 1
         self.tokens += tokens
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time that training stands still for data."""
+        """Count the time inside as waiting for data."""
         asked = time.perf_counter()
         yield
         self.waited += time.perf_counter() - asked
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time that is not training."""
+        """Leave out the time inside, which is not training."""
         stopped = time.perf_counter()
         yield
         self.started += time.perf_counter() - stopped
@@ -212,10 +228,12 @@ def train_record(
 
 
 def eval_record(state: TrainState, means: dict[str, float], unigram_loss: float) -> dict[str, Any]:
-    """An evaluation line of metrics.jsonl.
+    """Make an evaluation line of metrics.jsonl.
 
     Args:
-        means: of what the objective measures; `loss` among it.
+        state: how far the run is.
+        means: of what the objective measures, `loss` among it.
+        unigram_loss: of the same tokens under a unigram model.
     """
     return {
         "step": state.step,
@@ -227,7 +245,7 @@ def eval_record(state: TrainState, means: dict[str, float], unigram_loss: float)
 
 
 def format_accuracies(record: dict[str, Any]) -> list[str]:
-    """What a pair objective measures beside the loss."""
+    """Format the accuracies that a pair objective measures beside the loss."""
     return [
         f"{name.removeprefix('eval_').replace('_', ' ')} {number(value, '.3f')}"
         for name, value in record.items()
@@ -236,7 +254,7 @@ def format_accuracies(record: dict[str, Any]) -> list[str]:
 
 
 def format_train_line(record: dict[str, Any], max_steps: int) -> str:
-    """One aligned line of the log."""
+    """Format a training record as one aligned line of the log."""
     left = (max_steps - record["step"]) * record["seconds_per_update"]
     skipped = [f"{record[name]} {name}" for name in ("nonfinite_updates", "overflows", "loss_spikes") if record[name]]
     return "  ".join(
@@ -258,7 +276,7 @@ def format_train_line(record: dict[str, Any], max_steps: int) -> str:
 
 
 def format_data_line(state: TrainState, corpora: dict[str, dict[str, float]], positions: int, max_steps: int) -> str:
-    """What has been seen of each corpus; see `train_record`."""
+    """Format what has been seen of each corpus, see `train_record`, as a line of the log."""
     seen = [
         f"{name} {format_count(corpus['tokens'])} tokens, {format_count(corpus['documents'])} documents, "
         f"{corpus['passes']:.2f} passes"
@@ -269,6 +287,7 @@ def format_data_line(state: TrainState, corpora: dict[str, dict[str, float]], po
 
 
 def format_eval_line(record: dict[str, Any], max_steps: int) -> str:
+    """Format an evaluation record as a line of the log."""
     return "  ".join(
         [
             f"step {record['step']:>{len(str(max_steps))}}/{max_steps}",

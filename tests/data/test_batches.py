@@ -206,11 +206,11 @@ def test_held_out_masks_are_the_same_for_other_training_text_and_masks(make_data
 
 def test_unigram_loss_is_that_of_the_counts(make_data):
     data = make_data()
-    counts = np.ones(len(data.collator.tokenizer))
+    counts = np.ones(len(data.preprocessor.tokenizer))
     for n in range(int(data.num_train.sum())):
         corpus, _, block = (int(array[0]) for array in data.order.locate(np.array([n])))
         np.add.at(counts, data.packed[corpus].block(block).input_ids, 1)
-    counts[data.collator.tokenizer.all_special_ids] = 0
+    counts[data.preprocessor.tokenizer.all_special_ids] = 0
     labels = np.concatenate([b["labels"].numpy().ravel() for b in next(data.eval_batches(Rank()).iterate(0, 1, 0))[0]])
     expected = -np.log((counts / counts.sum())[labels[labels != -100]]).mean()
     assert data.unigram_loss() == pytest.approx(expected)

@@ -56,7 +56,8 @@ def test_lines_are_aligned():
     corpora = {
         name: {"blocks": blocks, "passes": passes} for name, blocks, passes in (("a", 1000, 2), ("b", 2000, 0.5))
     }
-    record = train_record(state, watch, 6e-4, 1.25, 3000 * 512, corpora, 1 / 1e6, 12_345_678_901)
+    rates = watch.rates(1 / 1e6) | {"peak_memory": 12_345_678_901}
+    record = train_record(state, {"learning_rate": 6e-4, "grad_norm": 1.25}, rates, corpora, 3000 * 512)
     assert record["mfu"] == pytest.approx(record["tokens_per_second"] / 1e6, rel=0.01)
     assert "memory 12.3 GB" in format_train_line(record, 100_000)
     assert record["epoch"] == 1.0
