@@ -49,17 +49,20 @@ ASSUMED_FROM = "assumed: published BERT pretraining reaches 20 to 60 %"
 MEASURED = Path(__file__).with_name(
     "measured_mfu.json"
 )  # of `benchmarks/throughput.py`, a row for each device and size
-HEAD_BYTES = 300_000  # of a corpus's text, that its tokens are estimated from
-BYTES_PER_TOKEN = 4.4  # of English, by RoBERTa's vocabulary; for a plan made before there is one
-STORE_OVERHEAD = 0.7  # bytes of a token store for each token, beside its id: sentence ends and tables of blocks
-RECOMPUTED = 4 / 3  # what gradient checkpointing does, of what is done without
+RECOMPUTE_FACTOR = 4 / 3  # what gradient checkpointing does, of what is done without
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a run is planned for: `count` devices, each with a process.
+    """What a run is planned for.
 
-    `memory`: bytes of a device. `flops`: FLOP/s that a large matrix product reaches on it, what MFU is of.
+    Attributes:
+        name: of the device.
+        count: devices, each with a process.
+        memory: bytes of a device.
+        flops: FLOP/s that a large matrix product reaches on it, of which an MFU is a share.
+        precision: as accelerate calls it.
+        is_gpu: whether the device is a GPU.
     """
 
     name: str
@@ -71,7 +74,7 @@ class Hardware:
 
 
 def find_hardware(args: PretrainArguments, accelerator: Accelerator) -> Hardware:
-    """The GPUs asked for, or this machine's devices, whose speed is measured in some tenths of a second.
+    """Look up the GPUs asked for, or measure this machine's devices, which takes some tenths of a second.
 
     Raises:
         UserError: a GPU that is not known, or missing.
@@ -98,8 +101,9 @@ def find_hardware(args: PretrainArguments, accelerator: Accelerator) -> Hardware
 
 
 def find_mfu(hardware: Hardware, flops_per_token: float) -> tuple[float, str]:
-    """MFU to plan with and where it is from: a result of `benchmarks/throughput.py` on such a device, of the model
-    nearest in size, or an assumption.
+    """Find an MFU to plan with, and where it is from.
+
+    That is a result of `benchmarks/throughput.py` on such a device, with the model nearest in size, or an assumption.
     """
     words = set(re.findall(r"\w+", hardware.name.upper()))
     fitting = [
@@ -143,9 +147,10 @@ def print_plan(args: PretrainArguments, accelerator: Accelerator, run: RunDirect
 
 
 def check_memory(args: PretrainArguments, config: PreTrainedConfig, hardware: Hardware) -> str:
-    """
+    """Compute what a micro-batch takes of a device's memory.
+
     Raises:
-        UserError: a micro-batch does not fit into a device's memory, as far as can be computed.
+        UserError: it does not fit into a device's memory, as far as can be computed.
     """
 
     def make_objective() -> nn.Module:
@@ -166,7 +171,8 @@ def check_memory(args: PretrainArguments, config: PreTrainedConfig, hardware: Ha
 
 
 def check_kernels(torch_compile: bool, device: torch.device, precision: str) -> str:
-    """
+    """Try what the fast kernels need.
+
     Raises:
         UserError: nothing compiles here, or attention has no fused kernel.
     """
@@ -190,7 +196,7 @@ def check_kernels(torch_compile: bool, device: torch.device, precision: str) -> 
 
 
 def describe_plan(args: PretrainArguments, config: PreTrainedConfig, num_processes: int) -> list[str]:
-    """Lines with the model's size, the batch arithmetic, and positions, updates and FLOPs in all."""
+    """Describe the model's size, the batch arithmetic, and positions, updates and FLOPs in all, a line each."""
     with torch.device("meta"):
         parameters = count_parameters(build_model(config, None, args.predicts_pairs))
     accumulation = args.gradient_accumulation_steps(num_processes)
@@ -206,7 +212,7 @@ def describe_plan(args: PretrainArguments, config: PreTrainedConfig, num_process
 
 
 def count_flops(args: PretrainArguments, config: PreTrainedConfig) -> float:
-    """Of the whole run."""
+    """Count the FLOPs of the whole run."""
     short = args.positions(min(args.max_steps, args.seq_length_warmup_steps))
     long = args.positions(args.max_steps) - short
     return sum(
@@ -216,9 +222,10 @@ def count_flops(args: PretrainArguments, config: PreTrainedConfig) -> float:
 
 
 def describe_passes(args: PretrainArguments, tokens: dict[str, float]) -> str:
-    """About how often the run reads each corpus, if all positions held tokens.
+    """Estimate how often the run reads each corpus, if all positions held tokens.
 
     Args:
+        args: of the run.
         tokens: of the corpora whose size is known.
     """
     sizes = [tokens.get(corpus.name, math.nan) for corpus in args.corpora]
@@ -233,10 +240,10 @@ def describe_passes(args: PretrainArguments, tokens: dict[str, float]) -> str:
 
 
 def describe_time(args: PretrainArguments, config: PreTrainedConfig, hardware: Hardware) -> str:
-    """Hours of training at the MFU that is measured or assumed; what comes before it is not counted."""
+    """Estimate the hours of training at a measured or assumed MFU; what comes before it is not counted."""
     flops = count_flops(args, config)
     mfu, source = find_mfu(hardware, flops / args.positions(args.max_steps))
-    seconds = flops / (hardware.count * hardware.flops * mfu) * (RECOMPUTED if args.gradient_checkpointing else 1)
+    seconds = flops / (hardware.count * hardware.flops * mfu) * (RECOMPUTE_FACTOR if args.gradient_checkpointing else 1)
     hours = hardware.count * seconds / 3600
     precision = "float32" if hardware.precision == "no" else hardware.precision
     line = (

@@ -74,7 +74,7 @@ class Session:
 
     @property
     def rank(self) -> Rank:
-        """This process among all."""
+        """Rank of the process and world size."""
         return Rank(self.accelerator.process_index, self.accelerator.num_processes)
 
     @property
