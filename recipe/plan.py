@@ -41,14 +41,11 @@ GPUS = {
     "h200": (141, 989),
     "b200": (180, 2250),
 }
-DATASHEET_FRACTION = (
-    790 / 989
-)  # of the data sheet's, by a large matrix product: measured on an H200, assumed of the others
+# What a large matrix product reaches of the data sheet's: measured on an H200, assumed of the others.
+DATASHEET_FRACTION = 790 / 989
 ASSUMED_MFU = 0.4
 ASSUMED_FROM = "assumed: published BERT pretraining reaches 20 to 60 %"
-MEASURED = Path(__file__).with_name(
-    "measured_mfu.json"
-)  # of `benchmarks/throughput.py`, a row for each device and size
+MEASURED = Path(__file__).with_name("measured_mfu.json")  # a row for each result of `benchmarks/throughput.py`
 RECOMPUTE_FACTOR = 4 / 3  # what gradient checkpointing does, of what is done without
 
 
