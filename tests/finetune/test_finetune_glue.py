@@ -188,7 +188,7 @@ def test_bad_input_is_refused_before_training(run_glue, flags, tmp_path: Path, s
         ({"tasks": "[rte,qnli]"}, "lacks QNLI/train.tsv, QNLI/dev.tsv"),
         ({"model_name_or_path": tmp_path}, "no model there"),
         ({"learning_rates": "[0]"}, "`learning_rates` holds 0.0; give more than 0"),
-        ({"seeds": "[-1]"}, "`seeds` is [-1]"),
+        ({"seeds": "[-1]"}, "`seeds` holds -1; give 0 or more"),
         ({"num_train_epochs": 0}, "`num_train_epochs` is 0"),
         ({"max_seq_length": 513}, "the model reads 512 tokens"),
         ({"init_from_mnli": "true"}, "`init_from_mnli` needs an MNLI model"),
