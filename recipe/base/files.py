@@ -53,9 +53,9 @@ def check_output_dir(path: Path) -> None:
     """
     folder = nearest_existing_parent(path)
     if not folder.is_dir():
-        raise UserError(f"`output_dir` is {path}, and {folder} is a file; name another folder")
+        raise UserError(f"`output_dir` {path}: {folder} is a file; name another folder")
     if not os.access(folder, os.W_OK):
-        raise UserError(f"`output_dir` is {path}, and {folder} cannot be written; name another folder")
+        raise UserError(f"`output_dir` {path}: {folder} cannot be written; name another folder")
 
 
 def free_bytes(path: Path) -> int:

@@ -123,7 +123,7 @@ def test_what_does_not_fit_on_the_disk_is_refused(tmp_path: Path):
 def test_output_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     check_output_dir(tmp_path / "new" / "run")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"`output_dir` is .*run, and .*file is a file"):
+    with pytest.raises(UserError, match=r"`output_dir` .*run: .*file is a file; name another"):
         check_output_dir(tmp_path / "file" / "run")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match="cannot be written"):
