@@ -148,7 +148,7 @@ def test_run_that_is_there_is_seen(plan, finished_run):
         ({"gpu": "h20"}, "did you mean `h200`?"),
         ({"num_gpus": 8}, "this machine has no GPU; name a kind, --gpu h200 say"),
         ({"price_per_gpu_hour": 2}, "this machine has no GPU"),
-        ({"num_gpus": 0}, "`num_gpus` is 0; give a positive number"),
+        ({"num_gpus": 0}, "`num_gpus` is 0; give 1 or more"),
         ({"dry_run": "false", "gpu": "h200"}, "`gpu` is h200; it is for a plan only: add --dry_run"),
     ],
 )

@@ -1,58 +1,107 @@
-"""What the dataclasses have in common: fields that define the experiment, and checks of single values."""
+"""What the dataclasses of options share: kinds of numbers with their bounds, marks on fields, and checks of values."""
 
 import math
-from dataclasses import asdict, field, fields
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any, get_args, get_origin
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-from recipe.base.errors import UserError, require
+from recipe.base.errors import UserError
 from recipe.base.files import is_path
+
+NUMBER_LIMIT = 2**48  # numbers below it can be multiplied with each other, and their divisors found, in no time
+
+
+@dataclass(frozen=True, repr=False)
+class Rule:
+    """What the values of an option must be, as a part of its annotation; `--help` shows the words beside the type."""
+
+    words: str
+    accepts: Callable[[Any], bool]
+
+    def __repr__(self) -> str:
+        return self.words
+
+
+FINITE = Rule(f"a number below 2**{math.log2(NUMBER_LIMIT):g}", lambda n: abs(n) < NUMBER_LIMIT)
+SEED = Rule("0 or more and less than 2**63", lambda n: 0 <= n < 2**63)
+PathName = Annotated[str, Rule("a valid path", is_path)]
+PositiveInt = Annotated[int, Rule("1 or more", lambda n: n >= 1)]
+NonNegativeInt = Annotated[int, Rule("0 or more", lambda n: n >= 0)]
+Seed = Annotated[int, SEED]
+SequenceLength = Annotated[int, Rule("8 or more", lambda n: n >= 8)]
+PositiveFloat = Annotated[float, Rule("more than 0", lambda x: x > 0)]
+NonNegativeFloat = Annotated[float, Rule("0 or more", lambda x: x >= 0)]
+Share = Annotated[float, Rule("more than 0 and less than 1", lambda x: 0 < x < 1)]
+DecayRate = Annotated[float, Rule("0 or more and less than 1", lambda x: 0 <= x < 1)]
 
 
 def identity(**kwargs: Any) -> Any:
-    """A dataclass field that must not change between a checkpoint and its resume."""
+    """Make a dataclass field that must not change between a checkpoint and its resume."""
     return field(metadata={"identity": True}, **kwargs)
 
 
-# Fields that name a file or folder, or may.
-PATHS = {"output_dir", "path", "tokenizer_name", "model_name_or_path", "token_store_dir", "resume_from_checkpoint"}
-PATHS |= {"glue_dir", "decontaminate_against"}
-LARGEST = 2**48  # that a number may be, to be reckoned with in no time and without overflow
+def plan_only() -> Any:
+    """Make a dataclass field, None by default, that means something with `dry_run` only; no run records it."""
+    return field(default=None, metadata={"plan_only": True})
 
 
-def check_values(arguments: Any) -> None:
-    """
+def identity_of(arguments: Any) -> dict[str, Any]:
+    """Return the values of the fields that define the experiment."""
+    values = asdict(arguments)
+    return {f.name: values[f.name] for f in fields(arguments) if f.metadata.get("identity")}
+
+
+def recorded_values(arguments: Any) -> dict[str, Any]:
+    """Return the values that a run records in its config.yaml: all but those of a plan."""
+    values = asdict(arguments)
+    return {f.name: values[f.name] for f in fields(arguments) if not f.metadata.get("plan_only")}
+
+
+def rules(kind: Any) -> Iterator[Rule]:
+    """Yield the rules in an annotation, also of the elements of a list and beside None."""
+    if get_origin(kind) is Annotated:
+        yield from kind.__metadata__
+    else:
+        for part in get_args(kind):
+            yield from rules(part)
+
+
+def check_values(arguments: Any, owner: str = "") -> None:
+    """Check each value, and each element of a list, by the rules of its annotation; numbers must be finite at least.
+
+    Args:
+        arguments: the dataclass of options.
+        owner: words that tell one such dataclass from others in an error, such as ` of corpus 'books'`.
+
     Raises:
-        UserError: a number that is not finite, or larger than anything that is meant; a path that none can be.
+        UserError: a value breaks a rule.
     """
     for f in fields(arguments):
-        value = getattr(arguments, f.name)
-        if isinstance(value, int | float) and f.name != "seed":
-            require(abs(value) < LARGEST, f.name, value, "give a number below 2**48")
-        if f.name in PATHS:
-            for path in value if isinstance(value, list) else [value]:
-                require(path is None or is_path(path), f.name, f"{path!r:.100}", "no path can be that; name another")
-
-
-def divisors(number: int) -> list[int]:
-    """Ascending; of 0 none."""
-    small = [n for n in range(1, math.isqrt(number) + 1) if not number % n]
-    return sorted({*small, *(number // n for n in small)})
+        value, own_rules = getattr(arguments, f.name), list(rules(f.type))
+        for item in value if isinstance(value, list) else [value]:
+            is_limited = isinstance(item, int | float) and SEED not in own_rules
+            for rule in [*own_rules, FINITE] if is_limited else own_rules:
+                if item is not None and not rule.accepts(item):
+                    verb = "holds" if isinstance(value, list) else "is"
+                    raise UserError(f"`{f.name}`{owner} {verb} {item!r:.100}; give {rule}")
 
 
 def check_repo_id(name: str, repo_id: str) -> None:
-    """
+    """Check the syntax of a repository's name.
+
     Raises:
-        UserError: no name that a repository on the hub can have.
+        UserError: no repository on the hub can have this name.
     """
+    # Importing it takes longer than answering `--help`, and few runs name a repository.
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UserError(f"`{name}` is {repo_id!r}; write user/name or organisation/name. {error}") from None
 
 
-def identity_of(arguments: Any) -> dict[str, Any]:
-    """The values of the fields that define the experiment."""
-    values = asdict(arguments)
-    return {f.name: values[f.name] for f in fields(arguments) if f.metadata.get("identity")}
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a number, ascending; 0 has none here."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if not number % n]
+    return sorted({*small, *(number // n for n in small)})

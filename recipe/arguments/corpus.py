@@ -3,39 +3,49 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from recipe.arguments.checks import check_values
+from recipe.arguments.checks import PathName, PositiveFloat, check_values
 from recipe.base.errors import UserError
 
 
 @dataclass(kw_only=True)
 class CorpusArguments:
+    """One entry of `corpora` or `eval_corpora`."""
+
     name: str
-    """What logs, counters and the model card call this corpus."""
-    path: str
-    """A hub data set id, or local `.jsonl`, `.json` (one object a line) or `.txt`, plain or `.gz`, `.zst`, `.xz`, or
-    `.parquet` or `.arrow`: a file, a folder or a glob; or the folder of a token store."""
+    """Logs, counters and the model card call the corpus by this name."""
+    path: PathName
+    """Id of a data set on the hub; or a local file, folder or glob of `.jsonl`, `.json` (one object a line) or `.txt`,
+    plain or `.gz`, `.zst`, `.xz`, or of `.parquet` or `.arrow`; or the folder of a token store."""
     config_name: str | None = None
-    """Configuration of the hub data set, `20231101.en` say."""
+    """Configuration of the hub's data set, such as `20231101.en`."""
     split: str = "train"
-    """Split of the hub data set."""
+    """Split of the hub's data set."""
     revision: str | None = None
-    """Revision of the hub data set; `refs/convert/parquet` opens one that is still a script."""
+    """Revision of the hub's data set; `refs/convert/parquet` opens one that is still a loading script."""
     text_column: str = "text"
-    """The column that holds the documents."""
+    """Name of the column that holds the documents."""
     sample_by: Literal["document", "paragraph"] = "document"
-    """What one document of a `.txt` is: the whole file, or what stands between blank lines."""
-    weight: float | None = None
-    """Relative share of this corpus; without it, its size. Give it to all corpora or to none."""
+    """What counts as one document of a `.txt`: the whole file, or each paragraph between blank lines."""
+    weight: PositiveFloat | None = None
+    """Share of this corpus in training, relative to the weights of the others. Null: its size. Either all corpora have
+    a weight or none has."""
 
     def __post_init__(self) -> None:
         if not self.path:
             raise UserError(f"`path` of corpus {self.name!r} is empty; name a data set, a file, a folder or a glob")
-        if self.weight is not None and not 0 < self.weight < float("inf"):
-            raise UserError(f"`weight` of corpus {self.name!r} is {self.weight}; give a positive number or none")
-        check_values(self)
+        check_values(self, f" of corpus {self.name!r}")
 
 
 def check_corpora(name: str, corpora: list[CorpusArguments]) -> None:
+    """Check that a list of corpora has different names, and weights for all of them or for none.
+
+    Args:
+        name: the field that holds the list.
+        corpora: the list.
+
+    Raises:
+        UserError: it has not.
+    """
     names = [corpus.name for corpus in corpora]
     if doubled := sorted({n for n in names if names.count(n) > 1}):
         raise UserError(f"`{name}` holds two corpora named {doubled[0]!r}; give each a name of its own")

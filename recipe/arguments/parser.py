@@ -20,8 +20,8 @@ Arguments = TypeVar("Arguments", TokenizerArguments, PretrainArguments, GlueArgu
 
 
 def known_names(cls: type) -> list[str]:
-    """Field names of a dataclass, and of the dataclasses in its lists."""
-    inner = [t for f in fields(cls) for t in typing.get_args(f.type) if is_dataclass(t)]
+    """Return the field names of a dataclass, and of the dataclasses in its lists."""
+    inner = [t for f in fields(cls) for t in typing.get_args(f.type) if isinstance(t, type) and is_dataclass(t)]
     return [f.name for f in fields(cls)] + [name for t in inner for name in known_names(t)]
 
 

@@ -1,172 +1,194 @@
 """Options of `pretrain.py`."""
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
 
-from recipe.arguments.checks import check_repo_id, check_values, divisors, identity
+from recipe.arguments.adam import AdamArguments
+from recipe.arguments.checks import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathName,
+    PositiveFloat,
+    PositiveInt,
+    Rule,
+    Seed,
+    SequenceLength,
+    Share,
+    check_repo_id,
+    check_values,
+    divisors,
+    identity,
+    plan_only,
+)
 from recipe.arguments.corpus import CorpusArguments, check_corpora
 from recipe.base.errors import UserError, require
 
-# Whose blocks are of one part: they can be cut short, and do not depend on what comes after the next one.
+# Blocks of these packings have one part: they can be cut short, and do not depend on what comes after the next block.
 ONE_PART_PACKINGS = ("full_sentences", "contiguous")
 PAIR_PACKINGS = ("segment_pair", "sentence_pair", "sentence_order")
 OBJECTIVE_PACKINGS = {"next_sentence": ("segment_pair", "sentence_pair"), "sentence_order": ("sentence_order",)}
 
 
 @dataclass(kw_only=True)
-class PretrainArguments:
-    output_dir: str
+class DataAndModelArguments:
+    """Options of what is trained on what."""
+
+    output_dir: PathName
     """Folder of the run: config.yaml, status.json, metrics.jsonl, checkpoints/, model/, loss.png."""
 
     # Data
     corpora: list[CorpusArguments] = identity()
-    """The text to train on."""
-    tokenizer_name: str | None = identity(default=None)
-    """Folder or hub id of the tokenizer; without it, the one of `model_name_or_path`."""
+    """Text to train on."""
+    tokenizer_name: PathName | None = identity(default=None)
+    """Folder or hub id of the tokenizer. Null: the tokenizer of `model_name_or_path`."""
     language: str = identity(default="en")
-    """ISO 639-1 code for the sentence splitter."""
+    """ISO 639-1 code of the text's language, for the sentence splitter."""
     sentence_splitter: Literal["sentencex", "newline"] = identity(default="sentencex")
-    """`newline` if the text already has one sentence a line."""
+    """How sentences are found: by the library sentencex, or by line, in text that has one sentence a line."""
     deduplicate: bool = identity(default=False)
-    """Drop documents that are an exact copy of an earlier one in `corpora`. Needs `streaming` off, and in each process
-    32 bytes of memory a document for a while at each start."""
-    decontaminate_against: list[str] = identity(default_factory=list)
-    """Files or globs (GLUE's `.tsv`, or any text, a sentence a line or field) whose sentences must not be trained on:
-    a document that shares 13 words in a row with one is dropped, or all words of one that has 8 to 12."""
-    max_unreadable_documents: int = 0
-    """Documents of a corpus (streaming: of a lane's part of it in a pass) that may be passed over, counted and logged,
-    because they are malformed; one more is an error. Empty ones are always passed over and counted."""
+    """Drop each document that is an exact copy of an earlier one in `corpora`. `streaming` must be off, and each
+    process needs 32 bytes of memory a document for a while at each start."""
+    decontaminate_against: list[PathName] = identity(default_factory=list)
+    """Files or globs (`.tsv` of GLUE, or any text with a sentence a line or field) whose sentences must not be trained
+    on: a document that shares 13 words in a row with one of them is dropped, as is one that holds all words of a
+    sentence of 8 to 12."""
+    max_unreadable_documents: NonNegativeInt = 0
+    """Number of malformed documents in a corpus (in `streaming`, in a lane's part of it in a pass) that are skipped,
+    counted and logged before the run stops with an error. Empty documents are always skipped and counted."""
     packing: Literal[
         "full_sentences", "doc_sentences", "contiguous", "segment_pair", "sentence_pair", "sentence_order"
     ] = identity(default="full_sentences")
-    """What makes a block (paper, section 4.2). `full_sentences`: whole sentences, on into the next document.
-    `doc_sentences`: never across the end of a document. `contiguous`: cut anywhere, no padding. `segment_pair`,
-    `sentence_pair`: two parts, half of them from different documents. `sentence_order`: two consecutive segments, half
-    of them swapped."""
+    """What a block holds (paper, section 4.2). `full_sentences`: whole sentences, across the ends of documents.
+    `doc_sentences`: whole sentences of one document. `contiguous`: tokens cut anywhere, without padding. `segment_pair`
+    and `sentence_pair`: two parts, half of them from different documents. `sentence_order`: two consecutive segments,
+    half of them swapped."""
     objective: Literal["masked_lm", "next_sentence", "sentence_order"] = identity(default="masked_lm")
-    """What is learnt: masked tokens alone, in blocks of any packing, or whether the second part of a block follows the
-    first (`segment_pair` and `sentence_pair`), or which part comes first (`sentence_order`), too."""
+    """What the model learns to predict: the masked tokens alone, in blocks of any packing; also whether the second part
+    of a block follows the first (`segment_pair` and `sentence_pair`); or also which part comes first
+    (`sentence_order`)."""
     masking: Literal["dynamic", "static"] = identity(default="dynamic")
-    """`dynamic`: new masks on every visit of a block (paper, section 4.1). `static`: ten masks for each block, the same
-    again on every tenth visit, as BERT's copies of the data had them."""
+    """`dynamic`: a block has new masks on every visit (paper, section 4.1). `static`: a block has ten masks, which
+    repeat after ten visits, as in the data of BERT."""
     eval_corpora: list[CorpusArguments] = identity(default_factory=list)
-    """Text to evaluate on, same form as `corpora`; empty: blocks of `corpora` are held out."""
-    eval_blocks: int = identity(default=512)
-    """Blocks evaluated each time, shared by weight, never trained on. 0: no evaluation. Held-out blocks of `corpora`
-    have neighbours from the same documents in training; `eval_corpora` do not."""
-    max_seq_length: int = identity(default=512)
-    """Tokens in a block, `<s>` and `</s>` included."""
-    seq_length_warmup_steps: int = identity(default=0)
-    """Updates at the start in which only the first quarter of each block is read, as many blocks an update as ever:
-    faster and, at its end, behind by the tokens that were not read. Of `full_sentences` and `contiguous`."""
-    mlm_probability: float = identity(default=0.15)
-    """Share of the tokens to predict; 80 % become `<mask>`, 10 % a random token, 10 % stay (paper, section 2.3)."""
-    eval_mlm_probability: float = identity(default=0.15)
-    """The same in evaluation, so that losses can be compared whatever the training masks."""
+    """Text to evaluate on, in the same form as `corpora`. Empty: blocks of `corpora` are held out."""
+    eval_blocks: NonNegativeInt = identity(default=512)
+    """Number of blocks in each evaluation, shared among the corpora by weight and never trained on; 0 means no
+    evaluation. Held-out blocks of `corpora` have neighbours from the same documents in training; blocks of
+    `eval_corpora` do not."""
+    max_seq_length: SequenceLength = identity(default=512)
+    """Length of a block in tokens, `<s>` and `</s>` included (paper: 512)."""
+    seq_length_warmup_steps: NonNegativeInt = identity(default=0)
+    """Number of updates at the start that read only the first quarter of each block, with as many blocks an update as
+    later ones: faster, but fewer tokens are seen. For `full_sentences` and `contiguous` only."""
+    mlm_probability: Share = identity(default=0.15)
+    """Share of the tokens to predict; 80 % of them become `<mask>`, 10 % a random token, 10 % stay (paper, section
+    2.3)."""
+    eval_mlm_probability: Share = identity(default=0.15)
+    """Share of the tokens to predict in evaluation, so that losses compare whatever the masks of training."""
     streaming: bool = identity(default=False)
-    """Tokenise and pack while training, with nothing on disk, in place of a token store that is made first."""
-    num_lanes: int = identity(default=64)
-    """Streaming: parts that the corpora are dealt to and read in side by side. Divides `train_batch_size`; training
-    processes times `dataloader_num_workers` divide it."""
-    shuffle_buffer_size: int = identity(default=65_536)
-    """Streaming: blocks held back for shuffling, over all lanes and corpora; in memory and in each checkpoint, with 2
-    bytes a token."""
-    token_store_dir: str | None = None
-    """Folder of the token stores; None: `token_stores` in the cache of `datasets` (HF_DATASETS_CACHE)."""
-    preprocessing_num_workers: int | None = None
-    """Processes that tokenise for each training process; the result does not depend on it. None: the training process
-    itself, on all threads."""
-    dataloader_num_workers: int = 2
-    """Processes that read ahead of each training process: they mask and collate or, streaming, tokenise and pack."""
+    """Tokenise and pack while training, with nothing on disk, instead of making a token store first."""
+    num_lanes: PositiveInt = identity(default=64)
+    """Number of parts that `streaming` deals the corpora to and reads side by side. It must divide `train_batch_size`,
+    and training processes times `dataloader_num_workers` must divide it."""
+    shuffle_buffer_size: PositiveInt = identity(default=65_536)
+    """Number of blocks that `streaming` holds back for shuffling, over all lanes and corpora; they take 2 bytes a token
+    in memory and in each checkpoint."""
+    token_store_dir: PathName | None = None
+    """Folder of the token stores. Null: `token_stores` in the cache of `datasets` (HF_DATASETS_CACHE)."""
+    preprocessing_num_workers: PositiveInt | None = None
+    """Number of processes that tokenise for each training process; the result does not depend on it. Null: the training
+    process tokenises, on all threads."""
+    dataloader_num_workers: NonNegativeInt = 2
+    """Number of processes that read ahead for each training process: they mask and collate or, in `streaming`, tokenise
+    and pack. 0: the training process does it."""
 
     # Model
     model_type: Literal["roberta", "bert", "albert"] = identity(default="roberta")
-    """The architecture."""
+    """Architecture of the model."""
     model_config: dict[str, Any] = identity(default_factory=dict)
-    """Fields of `RobertaConfig`, `BertConfig` or `AlbertConfig`, over the defaults of the released base model."""
-    model_name_or_path: str | None = identity(default=None)
-    """Folder or hub id of a model of this type to go on from, with its own tokenizer and a fresh schedule. None: from
-    scratch."""
+    """Fields of `RobertaConfig`, `BertConfig` or `AlbertConfig` that differ from the released base model."""
+    model_name_or_path: PathName | None = identity(default=None)
+    """Folder or hub id of a pretrained model of this type to continue from, with its own tokenizer and a new schedule.
+    Null: the weights are new."""
+
+
+@dataclass(kw_only=True)
+class PretrainArguments(AdamArguments, DataAndModelArguments):
+    """Options of `pretrain.py`."""
 
     # Update
-    train_batch_size: int = identity(default=8192)
-    """Blocks in an update, over all processes and micro-batches (paper: 8192)."""
-    per_device_train_batch_size: int = 32
-    """Blocks in a micro-batch: what one device holds at once. The accumulation is derived from it."""
-    per_device_eval_batch_size: int = 32
-    """Blocks in an evaluation micro-batch."""
+    train_batch_size: PositiveInt = identity(default=8192)
+    """Number of blocks in an update, over all processes and micro-batches (paper: 8192)."""
+    per_device_train_batch_size: PositiveInt = 32
+    """Number of blocks in a micro-batch, which one device holds at once; the accumulation is derived from it."""
+    per_device_eval_batch_size: PositiveInt = 32
+    """Number of blocks in a micro-batch of the evaluation."""
     torch_compile: bool = False
-    """Compile the objective, for a minute or two at the start; where that cannot be done, training goes on without."""
+    """Compile the objective, which takes a minute or two at the start; where that fails, training continues without."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time."""
     ddp_comm_hook: Literal["bf16"] | None = None
-    """`bf16`: gradients travel rounded, half the bytes, for slow networks under DDP. None: float32."""
-    max_steps: int = 500_000
-    """Updates in all (paper: 500K)."""
-    max_train_hours: float | None = None
-    """Hours after its start by which a process has saved and stopped, to be resumed: the time limit of a queue. None:
-    no limit."""
-    learning_rate: float = 6e-4
-    """Peak learning rate (paper: 6e-4 base, 4e-4 large)."""
-    warmup_steps: int = 24_000
-    """Updates of linear warmup; then linear decay to zero at `max_steps` (paper: 24K base, 30K large)."""
-    adam_beta1: float = 0.9
-    """Adam's first decay rate."""
-    adam_beta2: float = 0.98
-    """Adam's second decay rate (paper: 0.98)."""
-    adam_epsilon: float = 1e-6
-    """Adam's epsilon (paper: 1e-6)."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay; none on biases and layer norms (fairseq decays those too)."""
-    max_grad_norm: float = 0.0
-    """Gradient norm to clip to; 0: no clipping (the paper's choice)."""
-    max_nonfinite_updates: int = 20
-    """Updates with a non-finite loss or gradient that may be skipped in a row before the run stops."""
-    loss_spike_ratio: float = 1.5
-    """A training loss of more than so many times the median of the 100 before it is a spike: logged and counted."""
+    """Format in which processes exchange gradients under DDP: `bf16` halves the bytes, for slow networks, and rounds.
+    Null: float32."""
+    max_steps: PositiveInt = 500_000
+    """Number of updates of the whole run (paper: 500K)."""
+    max_train_hours: PositiveFloat | None = None
+    """Hours after its start by which a process has saved a checkpoint and stopped, to be resumed: the time limit of a
+    queue. Null: no limit."""
+    learning_rate: PositiveFloat = 6e-4
+    """Peak learning rate (paper: 6e-4 for base, 4e-4 for large)."""
+    warmup_steps: NonNegativeInt = 24_000
+    """Number of updates in which the learning rate rises linearly; then it falls linearly to zero at `max_steps`
+    (paper: 24K for base, 30K for large)."""
+    max_grad_norm: NonNegativeFloat = 0.0
+    """Norm to which gradients are clipped; 0 means no clipping (paper: 0)."""
+    max_nonfinite_updates: PositiveInt = 20
+    """Number of updates in a row with a non-finite loss or gradient, which are skipped, before the run stops."""
+    loss_spike_ratio: Annotated[float, Rule("more than 1", lambda x: x > 1)] = 1.5
+    """Ratio to the median of the 100 losses before it above which a training loss is logged and counted as a spike."""
     roll_back_loss_spikes: bool = False
-    """After a spike, go back to the newest checkpoint, if there is one, and leave out the data up to the spike."""
-    seed: int = identity(default=42)
+    """After a spike, return to the newest checkpoint, if there is one, and skip the data up to the spike."""
+    seed: Seed = identity(default=42)
     """Seed of the weights, the order, the masks and dropout."""
 
     # Run
-    logging_steps: int = 50
-    """Updates between two lines of the log."""
-    eval_steps: int = 5_000
-    """Updates between two evaluations; there is always one after the last update."""
-    save_steps: int = 5_000
-    """Updates between two checkpoints; there is always one after the last update."""
-    save_total_limit: int = 3
-    """Checkpoints kept; older ones are deleted once a newer one is complete."""
-    resume_from_checkpoint: str | None = None
-    """`latest` (starts fresh where there is none, so one command line serves start and restart), the path of a
-    checkpoint or, in a folder that holds no run yet, one on the hub: `hub://user/name@step-00010000`."""
+    logging_steps: PositiveInt = 50
+    """Number of updates between two lines of the log."""
+    eval_steps: PositiveInt = 5_000
+    """Number of updates between two evaluations; another one follows the last update."""
+    save_steps: PositiveInt = 5_000
+    """Number of updates between two checkpoints; another one follows the last update."""
+    save_total_limit: PositiveInt = 3
+    """Number of checkpoints to keep; older ones are deleted once a newer one is complete."""
+    resume_from_checkpoint: PathName | None = None
+    """`latest`, which starts anew where there is no checkpoint, so that one command line serves start and restart; the
+    path of a checkpoint; or, in a folder that holds no run yet, one on the hub: `hub://user/name@step-00010000`."""
     expected_loss: float | None = None
-    """Held-out loss that this config has reached; a line in loss.png. None: not run yet."""
+    """Held-out loss that this config has reached, drawn as a line in loss.png. Null: not run yet."""
     report_to: str | list[str] = "none"
-    """Trackers that get metrics.jsonl's figures too: one or a list of those that accelerate knows (`trackio`,
-    `tensorboard`, `wandb` and others), or `none`."""
+    """Tracker, or list of trackers, that gets the figures of metrics.jsonl too, by the names that accelerate knows
+    (`trackio`, `tensorboard`, `wandb` and others); or `none`."""
     push_to_hub: bool = False
     """Push checkpoints to the model hub, in the background, as the user of `hf auth login` or HF_TOKEN."""
     hub_model_id: str | None = None
-    """Repository on the hub, `user/name` or `organisation/name`; None: the name of `output_dir`, the user's own."""
+    """Repository on the hub, `user/name` or `organisation/name`. Null: the name of `output_dir`, under the user."""
     hub_strategy: Literal["end", "every_save", "checkpoint"] = "every_save"
-    """What is pushed: `end`: the last model; `every_save`: the model of every checkpoint; `checkpoint`: those with all
-    that training needs to go on from there (`--resume_from_checkpoint hub://user/name@step-00010000`)."""
+    """What is pushed. `end`: the last model. `every_save`: the model of every checkpoint. `checkpoint`: every
+    checkpoint with all that is needed to resume from it, by `--resume_from_checkpoint hub://user/name@step-00010000`."""
     license: str = "apache-2.0"
-    """Licence of the weights, by its name on the hub: for the model card."""
+    """Licence of the weights on the model card, by its name on the hub."""
     hub_private_repo: bool | None = None
-    """Whether a repository that is created is private; None: as the user or organisation has chosen on the hub."""
+    """Whether a repository is private when it is created. Null: as the user or organisation has chosen on the hub."""
     prepare_only: bool = False
     """Tokenise and pack, shared among all processes of all nodes, and stop."""
     dry_run: bool = False
-    """Check everything, print the plan and stop; with an error if something has to be mended first."""
-    num_gpus: int | None = None
-    """With `dry_run`: GPUs to plan for. None: the processes of this launch."""
-    gpu: str | None = None
-    """With `dry_run`: kind of GPU to plan for, `h200` say. None: what this machine has."""
-    price_per_gpu_hour: float | None = None
-    """With `dry_run`: price of an hour of one GPU, in any currency."""
+    """Check everything, print the plan and stop; the exit status is an error if a check fails."""
+    num_gpus: PositiveInt | None = plan_only()
+    """Number of GPUs to plan for with `dry_run`. Null: the processes of this launch."""
+    gpu: str | None = plan_only()
+    """Kind of GPU to plan for with `dry_run`, such as `h200`. Null: what this machine has."""
+    price_per_gpu_hour: PositiveFloat | None = plan_only()
+    """Price of an hour of one GPU to plan with in `dry_run`, in any currency."""
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -174,10 +196,10 @@ class PretrainArguments:
         require(bool(self.corpora), "corpora", "empty", "name at least one corpus")
         check_corpora("corpora", self.corpora)
         check_corpora("eval_corpora", self.eval_corpora)
-        for name in ("num_gpus", "gpu", "price_per_gpu_hour"):
-            value = getattr(self, name)
-            require(value is None or self.dry_run, name, value, "it is for a plan only: add --dry_run")
-            require(value is None or name == "gpu" or value > 0, name, value, "give a positive number")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            is_in_place = value is None or self.dry_run or not f.metadata.get("plan_only")
+            require(is_in_place, f.name, value, "it is for a plan only: add --dry_run")
         if self.tokenizer_name is None and self.model_name_or_path is None:
             raise UserError(
                 "`tokenizer_name` is missing; name a folder or hub id, or give `model_name_or_path` (an overlay comes "
@@ -186,43 +208,14 @@ class PretrainArguments:
         if self.tokenizer_name is not None and self.model_name_or_path is not None:
             raise UserError(
                 f"`tokenizer_name` ({self.tokenizer_name}) and `model_name_or_path` ({self.model_name_or_path}) are "
-                "both given; a pretrained model goes on with its own tokenizer: leave `tokenizer_name` out"
+                "both given; a pretrained model keeps its own tokenizer: leave `tokenizer_name` out"
             )
-        counts = ("train_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size", "max_steps")
-        intervals = ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "max_nonfinite_updates")
-        counts += ("num_lanes", "shuffle_buffer_size")
-        for name in counts + intervals:
-            require(getattr(self, name) >= 1, name, getattr(self, name), "give 1 or more")
-        for name in (
-            "warmup_steps",
-            "seq_length_warmup_steps",
-            "eval_blocks",
-            "max_unreadable_documents",
-            "dataloader_num_workers",
-            "weight_decay",
-            "max_grad_norm",
-            "seed",
-        ):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "give 0 or more")
-        require(self.seed < 2**63, "seed", self.seed, "give less than 2**63")
-        for name in ("learning_rate", "adam_epsilon"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "give a positive number")
-        for name in ("adam_beta1", "adam_beta2"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "give a number from 0 up to 1")
-        hours, ratio = self.max_train_hours, self.loss_spike_ratio
-        require(hours is None or hours > 0, "max_train_hours", hours, "give a positive number, or null")
-        require(ratio > 1, "loss_spike_ratio", ratio, "give more than 1")
-        require(self.max_seq_length >= 8, "max_seq_length", self.max_seq_length, "give 8 or more")
         for name in ("mlm_probability", "eval_mlm_probability"):
-            share = getattr(self, name)
-            require(0 < share < 1, name, share, "give a number between 0 and 1")
-            if share * (self.max_seq_length - 2) < 1:
+            if getattr(self, name) * (self.max_seq_length - 2) < 1:
                 raise UserError(
-                    f"`{name}` ({share}) of `max_seq_length` ({self.max_seq_length}) is less than one masked token in "
-                    "a block; raise either"
+                    f"`{name}` ({getattr(self, name)}) of `max_seq_length` ({self.max_seq_length}) is less than one "
+                    "masked token in a block; raise either"
                 )
-        workers = self.preprocessing_num_workers
-        require(workers is None or workers >= 1, "preprocessing_num_workers", workers, "give 1 or more, or null")
         if self.predicts_pairs and self.packing not in OBJECTIVE_PACKINGS[self.objective]:
             raise UserError(
                 f"`objective` is {self.objective}, which cannot use blocks of `packing` {self.packing}; give it "
@@ -237,8 +230,8 @@ class PretrainArguments:
             )
         if self.seq_length_warmup_steps and self.roll_back_loss_spikes:
             raise UserError(
-                "`seq_length_warmup_steps` goes by the number of the update's data, of which `roll_back_loss_spikes` "
-                "leaves some out; do without one of them"
+                "`seq_length_warmup_steps` counts updates by their data, of which `roll_back_loss_spikes` skips some; "
+                "switch one of them off"
             )
         if self.streaming:
             self.check_streaming()
@@ -250,28 +243,30 @@ class PretrainArguments:
 
     @property
     def predicts_pairs(self) -> bool:
+        """Whether the objective has a part about pairs of segments."""
         return self.objective in OBJECTIVE_PACKINGS
 
     @property
-    def adam_betas(self) -> tuple[float, float]:
-        return self.adam_beta1, self.adam_beta2
-
-    @property
     def masked_share(self) -> float:
-        """The most of a row that is masked, in training or evaluation."""
+        """Largest share of a row that is masked, in training or evaluation."""
         return max(self.mlm_probability, self.eval_mlm_probability)
 
     def seq_length(self, update: int) -> int:
-        """Positions of a block in an update, counted from 0."""
+        """Return the number of positions of a block in an update; updates count from 0."""
         return self.max_seq_length // 4 if update < self.seq_length_warmup_steps else self.max_seq_length
 
     def positions(self, updates: int) -> int:
-        """Positions in the first so many updates."""
+        """Return the number of positions in the first updates, as many as given."""
         short = min(updates, self.seq_length_warmup_steps)
         lengths = short * self.seq_length(0) + (updates - short) * self.max_seq_length
         return self.train_batch_size * lengths
 
     def check_streaming(self) -> None:
+        """Refuse, for `streaming`, what needs all of the data at once.
+
+        Raises:
+            UserError: an option does.
+        """
         if self.masking == "static":
             raise UserError(
                 "`masking` is static, which knows a block by its number, and a stream has new blocks in every pass; "
@@ -297,9 +292,10 @@ class PretrainArguments:
             )
 
     def check_lanes(self, num_processes: int) -> None:
-        """
+        """Check that processes and workers divide `num_lanes`.
+
         Raises:
-            UserError: if processes and workers do not divide `num_lanes`.
+            UserError: they do not.
         """
         readers = num_processes * max(1, self.dataloader_num_workers)
         if self.streaming and self.num_lanes % readers:
@@ -310,10 +306,10 @@ class PretrainArguments:
             )
 
     def gradient_accumulation_steps(self, num_processes: int) -> int:
-        """Micro-batches of one process in an update.
+        """Return the number of micro-batches of one process in an update.
 
         Raises:
-            UserError: if processes and micro-batch do not divide `train_batch_size`.
+            UserError: processes and micro-batch do not divide `train_batch_size`.
         """
         rows = self.per_device_train_batch_size * num_processes
         if self.train_batch_size % rows:
@@ -332,5 +328,5 @@ class PretrainArguments:
 
 
 def first_position(model_type: str, pad_token_id: int) -> int:
-    """Number of a row's first position: RoBERTa's stand behind the pad token's."""
+    """Return the position number of a row's first token; RoBERTa counts on from the id of its pad token."""
     return pad_token_id + 1 if model_type == "roberta" else 0

@@ -1,37 +1,39 @@
 """Options of `train_tokenizer.py`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from recipe.arguments.checks import check_values
+from recipe.arguments.checks import PathName, PositiveInt, Rule, check_values
 from recipe.arguments.corpus import CorpusArguments, check_corpora
 from recipe.base.errors import require
 
 
 @dataclass(kw_only=True)
 class TokenizerArguments:
-    output_dir: str
+    """Options of `train_tokenizer.py`."""
+
+    output_dir: PathName
     """Folder for `tokenizer.json`, `tokenizer_config.json` and the vocabulary."""
     corpora: list[CorpusArguments]
-    """The text to learn the vocabulary from; the same list as in the pretraining config."""
+    """Text to learn the vocabulary from, in the same form as in the pretraining config."""
     tokenizer_type: Literal["byte_level_bpe", "wordpiece", "unigram"] = "byte_level_bpe"
-    """RoBERTa's, BERT's or ALBERT's kind of vocabulary."""
+    """Kind of vocabulary: `byte_level_bpe` is RoBERTa's, `wordpiece` is BERT's and `unigram` is ALBERT's."""
     do_lower_case: bool = False
-    """Uncased and without accents; of `wordpiece` and `unigram`."""
+    """Lowercase the text and strip its accents; for `wordpiece` and `unigram` only."""
     vocab_size: int = 50265
-    """Entries in all; of byte-level BPE 5 special tokens, 256 bytes, the rest merges (the released RoBERTa has 50265,
-    BERT 30522 uncased and 28996 cased, ALBERT 30000)."""
-    min_frequency: int = 2
-    """Occurrences that a pair needs before it is merged; `unigram` has no use for it."""
-    max_train_bytes: int = 10_000_000_000
-    """UTF-8 bytes read in all, shared among the corpora by weight and among a corpus's files evenly. The trainer
-    counts words, so its memory grows with the distinct words in this budget, not with the corpora."""
-    max_document_characters: int = 1_000_000
-    """Longer documents are cut at a space between two letters, which changes no token."""
+    """Number of entries in the vocabulary, special tokens included (released RoBERTa: 50265, BERT: 30522 uncased and
+    28996 cased, ALBERT: 30000). Byte-level BPE has 5 special tokens, 256 bytes, and merges for the rest."""
+    min_frequency: PositiveInt = 2
+    """Number of times that a pair must occur to be merged; `unigram` does not use it."""
+    max_train_bytes: PositiveInt = 10_000_000_000
+    """Number of UTF-8 bytes to read, shared among the corpora by weight and among a corpus's files evenly. The trainer
+    counts words, so its memory grows with the distinct words in these bytes, not with the corpora."""
+    max_document_characters: Annotated[int, Rule("1000 or more", lambda n: n >= 1000)] = 1_000_000
+    """Length in characters above which a document is cut at a space between two letters, which changes no token."""
     add_prefix_space: bool = False
-    """Treat the first word of a text as if a space stood before it (RoBERTa: false); of `byte_level_bpe`."""
-    model_max_length: int = 512
-    """Length, in tokens, that the saved tokenizer truncates to when it is asked to."""
+    """Tokenise the first word of a text as if a space stood before it (RoBERTa: false); for `byte_level_bpe` only."""
+    model_max_length: Annotated[int, Rule("4 or more", lambda n: n >= 4)] = 512
+    """Length in tokens to which the saved tokenizer truncates when it is asked to."""
     dry_run: bool = False
     """Check everything, print the plan and stop."""
 
@@ -46,12 +48,3 @@ class TokenizerArguments:
         else:
             require(self.vocab_size >= 100, "vocab_size", self.vocab_size, "give 100 or more")
             require(not self.add_prefix_space, "add_prefix_space", True, "it is an option of byte_level_bpe only")
-        require(self.min_frequency >= 1, "min_frequency", self.min_frequency, "give 1 or more")
-        require(self.max_train_bytes >= 1, "max_train_bytes", self.max_train_bytes, "give a positive number of bytes")
-        require(
-            self.max_document_characters >= 1000,
-            "max_document_characters",
-            self.max_document_characters,
-            "give 1000 or more",
-        )
-        require(self.model_max_length >= 4, "model_max_length", self.model_max_length, "give 4 or more")

@@ -1,4 +1,4 @@
-"""Errors that the user can put right, and how they are worded."""
+"""Errors that the user can correct, and how errors of libraries are worded."""
 
 import difflib
 import sys
@@ -10,12 +10,12 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """Something that the user can mend; the message names the field or file, the value and the way out."""
+    """An error that the user can correct; its message names the field or file, the value and the way out."""
 
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """End the script with the message alone, on stderr and with exit status 2, when the input was at fault."""
+    """Turn a `UserError` into its message on stderr and exit status 2, without a traceback."""
     try:
         yield
     except UserError as error:
@@ -23,26 +23,33 @@ def report_user_errors() -> Iterator[None]:
         sys.exit(2)
 
 
-def describe_error(error: Exception) -> str:
-    """What a library says, as part of a message of ours."""
-    if isinstance(error, UnpicklingError):  # whose message recommends to load it all the same
+def describe_error(error: BaseException, until: type[BaseException] | None = None) -> str:
+    """Describe an error of a library in one line, as a part of a message.
+
+    Args:
+        error: what was raised.
+        until: if given, the innermost cause is described, or the first cause of this type.
+    """
+    while until and error.__cause__ and not isinstance(error, until):
+        error = error.__cause__
+    if isinstance(error, UnpicklingError):  # its own message recommends loading the file without the check
         return "it holds something else than tensors and plain values, or is damaged, and is not loaded"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @contextmanager
 def raising_damaged_file(file: object, remedy: str) -> Iterator[None]:
-    """Turn what the contents of a damaged file make of the code that reads it into an error that names the file."""
+    """Turn any error of the code that reads a file into a `UserError` that names the file and the remedy."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # each library has its own
+    except Exception as error:  # each library raises its own
         raise UserError(f"{file} is damaged or missing ({describe_error(error)}); {remedy}") from error
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean `x`?` for the nearest of the known names, or nothing."""
+    """Return `; did you mean `x`?` for the nearest known name, or an empty string if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean `{near[0]}`?" if near else ""
 

@@ -1,7 +1,8 @@
-"""Numbers as a person reads them: durations, counts and bytes."""
+"""Durations, counts and bytes in a form for people."""
 
 
 def format_duration(seconds: float) -> str:
+    """Format a duration as days, hours, minutes and seconds: 90061 as `1d 1:01:01`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -9,7 +10,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_count(number: float) -> str:
-    """Three to four digits and a unit: 1,234 as `1.23K`."""
+    """Format a number with three to four digits and a unit: 1,234 as `1.23K`."""
     for unit in ("", "K", "M", "B", "T"):
         if number < 999.5:
             return f"{number:.3g}{unit}"
@@ -18,7 +19,7 @@ def format_count(number: float) -> str:
 
 
 def format_bytes(number: float) -> str:
-    """Three digits and a unit: 1,234,567 as `1.23 MB`."""
+    """Format a size with three digits and a unit: 1,234,567 as `1.23 MB`."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if number < 999.5:
             return f"{number:.3g} {unit}"
@@ -27,5 +28,5 @@ def format_bytes(number: float) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """A number in this format, or `none` in its width."""
+    """Format a number by a format specification, or None as `none` in the same width."""
     return "none".rjust(len(format(0.0, form))) if value is None else format(value, form)

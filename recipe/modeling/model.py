@@ -20,7 +20,7 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from recipe.arguments.checks import LARGEST
+from recipe.arguments.checks import NUMBER_LIMIT
 from recipe.arguments.pretraining import first_position
 from recipe.base.errors import UserError, describe_error, did_you_mean
 
@@ -111,7 +111,7 @@ def build_config(
                 f"({config.num_hidden_layers}); some would never be used"
             )
     for name in sizes:
-        most = MOST_LAYERS if name.endswith(("_layers", "_groups", "_num")) else LARGEST
+        most = MOST_LAYERS if name.endswith(("_layers", "_groups", "_num")) else NUMBER_LIMIT
         if not 1 <= getattr(config, name) <= most:
             raise UserError(f"`model_config`: `{name}` is {getattr(config, name)}; give 1 to {most}")
     if config.hidden_size % config.num_attention_heads:

@@ -4,7 +4,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipe.arguments import GlueArguments, PretrainArguments, TokenizerArguments, identity_of, parse_config
+from recipe.arguments import (
+    GlueArguments,
+    PretrainArguments,
+    TokenizerArguments,
+    identity_of,
+    parse_config,
+    recorded_values,
+)
 from recipe.arguments.checks import divisors
 from recipe.base.errors import UserError
 from recipe.base.files import read_yaml, to_yaml
@@ -162,11 +169,11 @@ def test_switch_may_stand_alone(config_file):
         ({"max_grad_norm": None}, [], ["max_grad_norm", "null"]),
         ({"language": None}, [], ["language", "null"]),
         ({"output_dir": ""}, [], ["output_dir", "empty"]),
-        ({"output_dir": "a\0b"}, [], ["`output_dir` is 'a\\x00b'", "no path"]),
-        ({"token_store_dir": "x" * 300}, [], ["`token_store_dir` is 'xxx", "no path"]),
-        ({"resume_from_checkpoint": "x" * 300}, [], ["`resume_from_checkpoint` is 'xxx", "no path"]),
-        ({"decontaminate_against": ["a\0b"]}, [], ["`decontaminate_against` is 'a\\x00b'", "no path"]),
-        ({"corpora": [{"name": "a", "path": "x/" * 3000}]}, [], ["`path` is 'x/x/", "no path"]),
+        ({"output_dir": "a\0b"}, [], ["`output_dir` is 'a\\x00b'", "a valid path"]),
+        ({"token_store_dir": "x" * 300}, [], ["`token_store_dir` is 'xxx", "a valid path"]),
+        ({"resume_from_checkpoint": "x" * 300}, [], ["`resume_from_checkpoint` is 'xxx", "a valid path"]),
+        ({"decontaminate_against": ["a\0b"]}, [], ["`decontaminate_against` holds 'a\\x00b'", "a valid path"]),
+        ({"corpora": [{"name": "a", "path": "x/" * 3000}]}, [], ["`path` of corpus 'a' is 'x/x/", "a valid path"]),
         ({"learning_rate": float("inf")}, [], ["`learning_rate` is inf", "below"]),
         ({"max_steps": 10**30}, [], ["`max_steps` is 1000000000000000000000000000000", "below"]),
         (
@@ -237,12 +244,37 @@ def test_indivisible_micro_batch_gets_a_suggestion(config_file):
         args.gradient_accumulation_steps(2)
 
 
+PRETRAINING_IDENTITY = """
+    corpora tokenizer_name language sentence_splitter deduplicate decontaminate_against packing objective masking
+    eval_corpora eval_blocks max_seq_length seq_length_warmup_steps mlm_probability eval_mlm_probability streaming
+    num_lanes shuffle_buffer_size model_type model_config model_name_or_path train_batch_size seed"""
+
+
 def test_identity_holds_the_experiment_and_nothing_else(config_file):
+    """A run is resumed, or a GLUE grid continued, only with these values: a change here splits runs from their code."""
     args = parse("--config", config_file())
-    identity = identity_of(args)
-    assert {"corpora", "tokenizer_name", "model_config", "train_batch_size", "mlm_probability", "seed"} <= set(identity)
-    assert not {"learning_rate", "weight_decay", "max_grad_norm"} & set(identity)
-    assert not {"max_steps", "per_device_train_batch_size", "logging_steps", "output_dir"} & set(identity)
+    assert sorted(identity_of(args)) == sorted(PRETRAINING_IDENTITY.split())
+    assert identity_of(args)["corpora"][0] == dataclasses.asdict(args.corpora[0])
+    assert identity_of(GlueArguments(output_dir="x", model_name_or_path="m")) == {
+        "model_name_or_path": "m",
+        "glue_dir": None,
+        "max_seq_length": 512,
+        "num_train_epochs": 10,
+        "warmup_ratio": 0.06,
+        "weight_decay": 0.1,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.98,
+        "adam_epsilon": 1e-6,
+    }
+
+
+def test_a_run_records_all_but_what_only_a_plan_has(config_file, tmp_path):
+    args = parse("--config", config_file(), "--dry_run", "--gpu=h200", "--num_gpus=8", "--price_per_gpu_hour=2")
+    recorded = recorded_values(args)
+    assert set(dataclasses.asdict(args)) - set(recorded) == {"gpu", "num_gpus", "price_per_gpu_hour"}
+    path = tmp_path / "again.yaml"
+    path.write_text(to_yaml(recorded_values(parse("--config", config_file())) | {"environment": {"num_processes": 1}}))
+    assert parse("--config", path) == parse("--config", config_file())
 
 
 def test_config_of_a_run_can_be_given_again(config_file, tmp_path):

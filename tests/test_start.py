@@ -1,0 +1,63 @@
+"""What a script answers without its work: before torch and its like are imported, which takes seconds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from testing.helpers import ROOT
+
+HEAVY = ["accelerate", "datasets", "evaluate", "torch", "transformers"]
+# One process for all questions to a script: what one of them imports is there at the end.
+ASK = f"""
+import contextlib, io, json, runpy, sys
+script, *questions = map(json.loads, sys.argv[1:])
+answers = []
+for arguments in questions:
+    sys.argv, text, status = [script, *arguments], io.StringIO(), 0
+    with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
+        try:
+            runpy.run_path(script, run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+    answers.append([status, text.getvalue()])
+print(json.dumps([answers, sorted(sys.modules.keys() & set({HEAVY}))]))
+"""
+SCRIPTS = {
+    "train_tokenizer.py": ("tokenizer/tiny.yaml", "vocab_size", "3", "5 special tokens and 256 bytes need 261"),
+    "pretrain.py": ("pretrain/tiny.yaml", "max_steps", "0", "give 1 or more"),
+    "finetune_glue.py": ("glue/tiny.yaml", "num_train_epochs", "0", "give 1 or more"),
+}
+
+
+def ask(script: str, *questions: list[str]) -> tuple[list[tuple[int, str]], list[str]]:
+    """Return exit status and output of a script for each list of arguments, and the heavy libraries it has imported."""
+    command = [sys.executable, "-c", ASK, *map(json.dumps, [script, *questions])]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_and_mistakes_are_answered_without_heavy_libraries(script: str):
+    config, name, value, remedy = SCRIPTS[script]
+    config = f"recipe/configs/{config}"
+    (help_, resolved, misspelt, missing, impossible), imported = ask(
+        script,
+        ["--help"],
+        ["--config", config, f"--{name}=300", "--print_config"],
+        ["--config", config, "--output_dirr=x"],
+        ["--config", "no.yaml"],
+        ["--config", config, f"--{name}", value],
+    )
+    assert help_[0] == resolved[0] == 0
+    assert f"--{name}" in help_[1]
+    assert f"\n{name}: 300\n" in resolved[1]
+    for (status, text), words in {
+        tuple(misspelt): "there is no field `output_dirr` (on the command line); did you mean `output_dir`?",
+        tuple(missing): "--config no.yaml: there is no such file",
+        tuple(impossible): f"`{name}` is {value}; {remedy}",
+    }.items():
+        assert status == 2
+        assert text == f"error: {words}\n"
+    assert imported == []
