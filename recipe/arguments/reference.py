@@ -3,6 +3,7 @@
 python -m recipe.arguments.reference > docs/options.md
 """
 
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -10,6 +11,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from docstring_parser import parse_from_object
 
 from recipe.arguments import CorpusArguments, GlueArguments, PretrainArguments, TokenizerArguments
+from recipe.arguments.checks import rules
 
 LINE_CHARACTERS = 120
 SECTIONS = {
@@ -48,7 +50,9 @@ def describe_options(arguments: type) -> Iterator[str]:
     documented = {option.arg_name: option for base in classes for option in parse_from_object(base).params}
     for field in fields(arguments):
         option = documented[field.name]
-        facts = [f"`{option.type_name}`", describe_default(field)]
+        # Bounds are given in words, for the types that have no name of their own too.
+        kind = re.sub(r"Annotated\[(\w+), .*\)\]", r"\1", option.type_name or "")
+        facts = [f"`{kind}`", *map(str, rules(field.type)), describe_default(field)]
         facts += ["**identity**"] if field.metadata.get("identity") else []
         text = f"- **`{field.name}`** ({', '.join(facts)}): {' '.join((option.description or '').split())}"
         yield textwrap.fill(
