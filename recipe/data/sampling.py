@@ -7,6 +7,8 @@
 A run's whole position in its data is therefore one integer.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from recipe.base.hashing import Purpose, hash64
@@ -40,7 +42,7 @@ def permute(index: np.ndarray, size: int, *key: np.ndarray | int) -> np.ndarray:
     return result.astype(np.int64)
 
 
-def apportion(total: int, weights: list[float]) -> list[int]:
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
     """Split a whole number by weight, largest remainders first (Hamilton's method)."""
     exact = np.array(weights, np.float64) / np.sum(weights) * total
     shares = np.floor(exact).astype(np.int64)
@@ -49,7 +51,7 @@ def apportion(total: int, weights: list[float]) -> list[int]:
     return shares.tolist()
 
 
-def quotas_by_weight(weights: list[float]) -> list[int]:
+def quotas_by_weight(weights: Sequence[float]) -> list[int]:
     """Split a period of positions by weight, with a place for every corpus, whatever its weight."""
     return [1 + extra for extra in apportion(PERIOD_POSITIONS - len(weights), weights)]
 
@@ -80,7 +82,9 @@ class BlockOrder:
         seed: of the run.
     """
 
-    def __init__(self, num_blocks: list[int], num_held_out: list[int], weights: list[float] | None, seed: int) -> None:
+    def __init__(
+        self, num_blocks: list[int], num_held_out: list[int], weights: Sequence[float] | None, seed: int
+    ) -> None:
         self.num_blocks = np.array(num_blocks, np.int64)
         self.num_held_out = np.array(num_held_out, np.int64)
         self.num_train = self.num_blocks - self.num_held_out
@@ -135,7 +139,7 @@ class LaneOrder:
         seed: of the run.
     """
 
-    def __init__(self, num_lanes: int, shares: list[float], seed: int) -> None:
+    def __init__(self, num_lanes: int, shares: Sequence[float], seed: int) -> None:
         self.num_lanes = num_lanes
         self.seed = seed
         self.pattern = interleave(quotas_by_weight(shares))

@@ -53,9 +53,10 @@ def run(hub: HubServer, tmp_path: Path, *command: object) -> subprocess.Complete
 READ = """
 import json, sys, time
 import datasets
-import recipe.corpora
-from recipe.config import CorpusArguments, report_user_errors
-from recipe.corpora import Part, corpus_bytes, open_source
+import recipe.data.corpora
+from recipe.arguments import CorpusArguments
+from recipe.base.errors import report_user_errors
+from recipe.data.corpora import Part, open_source
 
 datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
 datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
@@ -78,8 +79,8 @@ def read(hub: HubServer, tmp_path: Path, corpus: dict, first: int = 0, part: tup
 
 def test_shards_records_and_parts(hub, tmp_path, texts):
     found, _ = read(hub, tmp_path, {"path": "somebody/books"}, 15, (1, 4))
-    wanted = [n for n in range(15, 40) if n % 4 == 1]
-    assert found == [[shard, n, texts[shard * 40 + n]] for shard in range(3) for n in wanted]
+    records = [n for n in range(15, 40) if n % 4 == 1]
+    assert found == [[shard, n, texts[shard * 40 + n]] for shard in range(3) for n in records]
     found, _ = read(hub, tmp_path, {"path": "somebody/letters", "text_column": "body"})
     assert [text for _, _, text in found] == texts[:30]
 

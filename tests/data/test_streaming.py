@@ -217,7 +217,7 @@ def test_passes_and_left_out_documents_are_counted(make_data, corpora):
     assert seen["many"]["unreadable"] == pytest.approx(10 * passes, rel=0.2)
     assert seen["many"]["empty"] == seen["many"]["unreadable"]
     assert seen["few"]["unreadable"] == 0
-    with pytest.raises(UserError, match=r"corpus 'many' has 2 unreadable documents.*line 22: not a JSON object"):
+    with pytest.raises(UserError, match=r"corpus 'many' has 2 unreadable documents.*line 22 is not a JSON object"):
         list(make_data(max_unreadable_documents=1).train_updates(0, 1, 0, 300, {}, never))
 
 
@@ -299,7 +299,7 @@ def test_one_ahead_keeps_order_and_errors():
 ENDS_WHILE_AN_ITEM_IS_MADE = """
 import time
 import torch
-from recipe.streaming import one_ahead
+from recipe.base.workers import one_ahead
 
 def items():
     while True:

@@ -68,7 +68,7 @@ def test_blocks_are_the_documents_own_ids(corpus, encoder, tokenizer, tmp_path: 
 
 
 def test_store_does_not_depend_on_workers(corpus, encoder, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(token_store, "RUN_RECORDS", 7)
+    monkeypatch.setattr("recipe.data.encoders.RUN_RECORDS", 7)
     stores = [build(corpus, encoder, tmp_path / f"{n}", num_workers=n) for n in (None, 1, 3)]
     assert contents(stores[0]) == contents(stores[1]) == contents(stores[2])
     assert stores[0].counts() == stores[2].counts()
