@@ -18,8 +18,8 @@ from recipe.data.tokenizer import DocumentEncoder
 
 RUN_CHARACTERS, RUN_RECORDS = 500_000, 1000  # that a worker encodes and sends together; either is enough
 
-# Of a run of records what was counted, and of each document its ids, sentence ends and the checksum of its text.
-Encoded = tuple[Counter[str], list[tuple[np.ndarray, np.ndarray, int]]]
+EncodedDocument = tuple[np.ndarray, np.ndarray, int]  # its ids, sentence ends and the checksum of its text
+Encoded = tuple[Counter[str], list[EncodedDocument]]  # a run of records: what was counted, and the documents
 
 
 @dataclass(frozen=True)
