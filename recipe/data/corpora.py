@@ -253,7 +253,7 @@ def packing_of(file: str) -> str:
 
 
 def open_bytes(file: str) -> IO[bytes]:
-    """Open a file's bytes, decompressed. (Python's own reader of gzip is slower, and it has none of zstandard.)"""
+    """Open a file's bytes, decompressed by pyarrow. Python's reader of gzip is slower, and it has none of zstandard."""
     if packed := packing_of(file):
         return io.BufferedReader(pa.input_stream(file, compression=CODECS[packed]), 2**16)
     return open(file, "rb")

@@ -24,7 +24,7 @@ Encoded = tuple[Counter[str], list[EncodedDocument]]  # a run of records: what w
 
 @dataclass(frozen=True)
 class RunEncoder:
-    """A function that filters and encodes a run of records; sent to each worker process once."""
+    """A function that filters and encodes runs of records; sent to each worker process once."""
 
     name: str  # of the corpus
     encoder: DocumentEncoder
@@ -32,6 +32,7 @@ class RunEncoder:
     max_unreadable: int
 
     def __call__(self, records: list[Record]) -> Encoded:
+        """Filter and encode a run of records."""
         documents = DocumentFilter(self.name, self.max_unreadable, self.decontaminator)
         texts = [text for text in records if documents.accepts(text)]
         rows = [(ids, ends, text_checksum(text)) for text, (ids, ends) in zip(texts, self.encoder(texts), strict=True)]

@@ -5,6 +5,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
 
@@ -109,23 +110,14 @@ class Decontaminator:
         )
 
 
+@dataclass
 class DocumentFilter:
-    """A filter that accepts what can be trained on, and counts what it sees.
+    """A filter that accepts what can be trained on, and counts what it sees."""
 
-    Args:
-        name: of the corpus.
-        max_unreadable: malformed documents that may be passed over.
-        decontaminator: of the test sets.
-
-    Attributes:
-        counts: `documents` accepted, and `empty`, `unreadable` and `contaminated` ones.
-    """
-
-    def __init__(self, name: str, max_unreadable: int, decontaminator: Decontaminator) -> None:
-        self.name = name
-        self.max_unreadable = max_unreadable
-        self.decontaminator = decontaminator
-        self.counts: Counter[str] = Counter()
+    name: str  # of the corpus
+    max_unreadable: int  # malformed documents that may be passed over
+    decontaminator: Decontaminator
+    counts: Counter[str] = field(default_factory=Counter)  # `documents`, `empty`, `unreadable`, `contaminated`
 
     def accepts(self, text: str | UserError) -> TypeGuard[str]:
         """Say whether a document can be trained on, and count it.

@@ -27,7 +27,7 @@ DTYPES = {"segments": SEGMENT, "block_ends": np.dtype(np.int64), "labels": np.dt
 
 
 def map_array(path: Path, dtype: np.dtype) -> np.ndarray:
-    """Map a file into memory as an array. (`np.memmap` keeps the file open, and there may be thousands.)"""
+    """Map a file into memory as an array. `np.memmap` would keep the file open, and there may be thousands."""
     if not path.stat().st_size:
         return np.zeros(0, dtype)
     return np.frombuffer(pa.memory_map(str(path)).read_buffer(), dtype)

@@ -22,54 +22,32 @@ CONTINUES, RANDOM, SWAPPED, SINGLE = 0, 1, 1, -100
 
 
 class Packed(NamedTuple):
-    """The blocks of a unit.
+    """The blocks of a unit."""
 
-    Attributes:
-        segments: (segments,) of `SEGMENT`, starts in tokens of the unit, in the order of their blocks.
-        block_ends: (blocks,) int64 ends of the blocks among the segments.
-        labels: (blocks,) int8, for pairs (0 otherwise).
-    """
-
-    segments: np.ndarray
-    block_ends: np.ndarray
-    labels: np.ndarray
+    segments: np.ndarray  # (segments,) of `SEGMENT`, starts in tokens of the unit, in the order of their blocks
+    block_ends: np.ndarray  # (blocks,) int64 ends of the blocks among the segments
+    labels: np.ndarray  # (blocks,) int8, of pairs; 0 otherwise
 
 
 class Block(NamedTuple):
-    """A block with its special tokens.
+    """A block with its special tokens."""
 
-    Attributes:
-        input_ids: (length,) integers, special tokens included.
-        spans: (parts,) int32 lengths of its parts, which fill it.
-        label: of a pair.
-        documents: how many documents end in it.
-    """
-
-    input_ids: np.ndarray
-    spans: np.ndarray
-    label: int
-    documents: int
+    input_ids: np.ndarray  # (length,) integers, special tokens included
+    spans: np.ndarray  # (parts,) int32 lengths of its parts, which fill it
+    label: int  # of a pair
+    documents: int  # how many documents end in it
 
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """The format of blocks, and how they are made in it.
+    """The format of blocks, and how they are made in it."""
 
-    Attributes:
-        packing: `full_sentences`, `doc_sentences`, `contiguous`, `segment_pair`, `sentence_pair` or `sentence_order`.
-        max_seq_length: tokens in a block, special tokens included.
-        cls_token_id: stands at a block's start.
-        sep_token_id: stands at a block's end and between documents.
-        pair_special_tokens: special tokens of a pair: 4 for RoBERTa (`<s> A </s></s> B </s>`), 3 for BERT.
-        seed: of what is random about pairs.
-    """
-
-    packing: str
-    max_seq_length: int
-    cls_token_id: int
-    sep_token_id: int
-    pair_special_tokens: int
-    seed: int
+    packing: str  # `full_sentences`, `doc_sentences`, `contiguous`, `segment_pair`, `sentence_pair` or `sentence_order`
+    max_seq_length: int  # tokens in a block, special tokens included
+    cls_token_id: int  # stands at a block's start
+    sep_token_id: int  # stands at a block's end and between documents
+    pair_special_tokens: int  # special tokens of a pair: 4 for RoBERTa (`<s> A </s></s> B </s>`), 3 for BERT
+    seed: int  # of what is random about pairs
 
     def pack(self, document_ends: np.ndarray, sentence_ends: np.ndarray) -> Packed:
         """Cut a unit into blocks.
@@ -105,6 +83,7 @@ class BlockFormat:
         is_one_part = self.packing in ONE_PART_PACKINGS
         # The second part of a pair begins with the second `</s>` of RoBERTa, or with nothing.
         before = [] if is_one_part else sep * (self.pair_special_tokens - 3) if self.packing in PAIR_PACKINGS else cls
+        parts: list[tuple[np.ndarray | list[int], ...]]
         parts = [(before if number else cls, segment, sep) for number, segment in enumerate(ids)]
         input_ids = np.concatenate([piece for part in parts for piece in part], dtype=ids[0].dtype, casting="unsafe")
         spans = [len(input_ids)] if is_one_part else [sum(map(len, part)) for part in parts]

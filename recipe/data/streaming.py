@@ -76,53 +76,30 @@ class Remainder(NamedTuple):
 
 @dataclass
 class LaneReaderState:
-    """The state of a `LaneReader`: its next record, and what it has read and not packed.
-
-    Attributes:
-        remainder: what is not packed yet.
-        visit: the running pass over the corpus.
-        ordinal: which of the pass's shards is read.
-        record: the next one in that shard.
-        found: documents of the running pass.
-        characters: of these documents.
-        last_characters: of the documents of the pass before.
-        empty_passes: passes without a document, in a row.
-        made: blocks in all passes.
-        passes: how many were read, the running one in part.
-        counts: of the document filter.
-    """
+    """The state of a `LaneReader`, as a checkpoint holds it: its next record, and what it has read and not packed."""
 
     remainder: Remainder
-    visit: int = 0
-    ordinal: int = 0
-    record: int = 0
-    found: int = 0
-    characters: int = 0
-    last_characters: int = 0
-    empty_passes: int = 0
-    made: int = 0
-    passes: float = 0.0
-    counts: Counter[str] = field(default_factory=Counter)
+    visit: int = 0  # the running pass over the corpus
+    ordinal: int = 0  # which of the pass's shards is read
+    record: int = 0  # the next one in that shard
+    found: int = 0  # documents of the running pass
+    characters: int = 0  # of these documents
+    last_characters: int = 0  # of the documents of the pass before
+    empty_passes: int = 0  # passes without a document, in a row
+    made: int = 0  # blocks in all passes
+    passes: float = 0.0  # how many were read, the running one in part
+    counts: Counter[str] = field(default_factory=Counter)  # of the document filter
 
 
 class CorpusReader(NamedTuple):
-    """What all lanes have in common that read a corpus.
-
-    Attributes:
-        source: the corpus.
-        held_out: of each shard, how many records at its head are not trained on.
-        encoder: turns documents into tokens.
-        documents: makes a document filter.
-        format: of the blocks.
-        lane_characters: about how many a lane reads in a pass; 0 if not known.
-    """
+    """What all lanes have in common that read a corpus."""
 
     source: Source
-    held_out: dict[int, int]
+    held_out: dict[int, int]  # of each shard, how many records at its head are not trained on
     encoder: DocumentEncoder
-    documents: Callable[[], DocumentFilter]
+    documents: Callable[[], DocumentFilter]  # makes a document filter
     format: BlockFormat
-    lane_characters: float = 0.0
+    lane_characters: float = 0.0  # about how many a lane reads in a pass; 0 if not known
 
     @property
     def nothing(self) -> Remainder:
@@ -184,23 +161,17 @@ class CorpusReader(NamedTuple):
         return blocks[:num_blocks], record, True
 
 
+@dataclass
 class LaneReader:
-    """A reader of what one lane has of one corpus, without end.
+    """A reader of what one lane has of one corpus, without end."""
 
-    Args:
-        reader: of the corpus.
-        order: deals the shards.
-        corpus: number of the corpus.
-        lane: number of the lane.
-        state: where to resume.
-    """
+    reader: CorpusReader
+    order: LaneOrder  # deals the shards
+    corpus: int
+    lane: int
+    state: LaneReaderState  # where it resumes, and then where it is
 
-    def __init__(self, reader: CorpusReader, order: LaneOrder, corpus: int, lane: int, state: LaneReaderState) -> None:
-        self.reader = reader
-        self.order = order
-        self.corpus = corpus
-        self.lane = lane
-        self.state = state
+    def __post_init__(self) -> None:
         self.start_pass()
 
     def start_pass(self) -> None:
@@ -281,17 +252,11 @@ class BlockPacket(NamedTuple):
 
 @dataclass
 class Schedule:
-    """When each buffer is drawn from and refilled: the same for the worker that fills and the process that draws.
-
-    Attributes:
-        order: of the lanes.
-        buffer_sizes: for each corpus, blocks that a buffer holds before one is drawn.
-        rounds: of an update.
-    """
+    """When each buffer is drawn from and refilled: the same for the worker that fills and the process that draws."""
 
     order: LaneOrder
-    buffer_sizes: list[int]
-    rounds: int
+    buffer_sizes: list[int]  # for each corpus, blocks that a buffer holds before one is drawn
+    rounds: int  # of an update
 
     def draws(self, update: int, lanes: list[int]) -> Iterator[ReaderKey]:
         """Yield the buffer that each of an update's blocks from these lanes is drawn from."""
@@ -301,33 +266,16 @@ class Schedule:
                 yield lane, corpora[lane]
 
 
+@dataclass
 class LaneDataset(IterableDataset):
-    """The packets of some lanes: of each update, those that it needs. Workers share the lanes.
+    """The packets of some lanes: of each update, those that it needs. Workers share the lanes."""
 
-    Args:
-        readers: of the corpora.
-        schedule: says which buffer needs blocks when.
-        lanes: of this process.
-        states: of the readers that have been read from.
-        held: how many blocks of theirs are in buffers.
-        updates: for which to make blocks.
-    """
-
-    def __init__(
-        self,
-        readers: list[CorpusReader],
-        schedule: Schedule,
-        lanes: list[int],
-        states: dict[ReaderKey, LaneReaderState],
-        held: dict[ReaderKey, int],
-        updates: range,
-    ) -> None:
-        self.readers = readers
-        self.schedule = schedule
-        self.lanes = lanes
-        self.states = states
-        self.held = held
-        self.updates = updates
+    readers: list[CorpusReader]  # of the corpora
+    schedule: Schedule
+    lanes: list[int]  # of this process
+    states: dict[ReaderKey, LaneReaderState]  # of the lane readers that have been read from
+    held: dict[ReaderKey, int]  # how many blocks of theirs are in buffers
+    updates: range  # for which to make blocks
 
     def __iter__(self) -> Iterator[list[BlockPacket] | UserError]:
         """Yield the packets of each update, or an error as it is, since one raised in a worker would lose its type."""
@@ -356,15 +304,10 @@ class LaneDataset(IterableDataset):
 
 @dataclass
 class Buffer:
-    """The shuffle buffer of a `LaneReader`.
+    """The shuffle buffer of a `LaneReader`, whose blocks are numbered through all passes."""
 
-    Attributes:
-        state: of the reader after the blocks that were received.
-        blocks: (number, block) of those not drawn yet. A reader's blocks are numbered through all passes.
-    """
-
-    state: LaneReaderState
-    blocks: list[tuple[int, Block]] = field(default_factory=list)
+    state: LaneReaderState  # after the blocks that were received
+    blocks: list[tuple[int, Block]] = field(default_factory=list)  # (number, block) of those not drawn yet
 
     @property
     def drawn(self) -> int:
@@ -391,23 +334,14 @@ class Buffer:
         return self.blocks.pop()
 
 
+@dataclass
 class LaneBuffers:
-    """The shuffle buffers of the lanes of one process.
+    """The shuffle buffers of the lanes of one process."""
 
-    Args:
-        readers: of the corpora.
-        schedule: says which buffer is drawn from when.
-        lanes: of this process.
-        buffers: those that have been drawn from.
-    """
-
-    def __init__(
-        self, readers: list[CorpusReader], schedule: Schedule, lanes: list[int], buffers: dict[ReaderKey, Buffer]
-    ) -> None:
-        self.readers = readers
-        self.schedule = schedule
-        self.lanes = lanes
-        self.buffers = buffers
+    readers: list[CorpusReader]  # of the corpora
+    schedule: Schedule
+    lanes: list[int]  # of this process
+    buffers: dict[ReaderKey, Buffer]  # those that have been drawn from
 
     def pump(self, updates: range) -> LaneDataset:
         """Return the data set that makes what these updates will draw."""
@@ -456,7 +390,7 @@ def to_arrays(buffers: dict[ReaderKey, Buffer]) -> dict[str, Any]:
 
 
 def to_tensors(arrays: dict[str, Any]) -> dict[str, Any]:
-    """Turn what `to_arrays` returns into what a checkpoint holds. (Tensors of uint16 can be saved, but not pickled.)"""
+    """Turn what `to_arrays` returns into what a checkpoint holds. Tensors of uint16 can be saved, but not pickled."""
     return default_convert(arrays)
 
 

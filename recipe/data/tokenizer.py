@@ -25,7 +25,11 @@ from recipe.base.errors import UserError
 ROBERTA_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # `<mask>` comes after the merges
 BERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ALBERT_TOKENS = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
-FAST_CLASSES = {models.BPE: RobertaTokenizer, models.WordPiece: BertTokenizer, models.Unigram: AlbertTokenizer}
+FAST_CLASSES: dict[type[models.Model], type[PreTrainedTokenizerFast]] = {
+    models.BPE: RobertaTokenizer,
+    models.WordPiece: BertTokenizer,
+    models.Unigram: AlbertTokenizer,
+}
 MASK_TOKEN = AddedToken("<mask>", lstrip=True, rstrip=False, normalized=False, special=True)
 COMMON_WORDS, COMMON_WORD_COUNT = 100, 100  # words that must not be missing, and occurrences from which that holds
 ENCODED_CHARACTERS = 2_000_000  # encoded at once; an `Encoding` takes some 100 bytes a token
@@ -157,7 +161,8 @@ def check_saved_tokenizer(tokenizer: Tokenizer, output_dir: Path, texts: list[st
     if fast_class is RobertaTokenizer:
         special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "unk_token_id": 3}
         special |= {"cls_token_id": 0, "sep_token_id": 2, "mask_token_id": tokenizer.get_vocab_size() - 1}
-    for loader in (AutoTokenizer, fast_class):
+    loaders: tuple[Any, ...] = (AutoTokenizer, fast_class)
+    for loader in loaders:
         source = f"{loader.__name__}.from_pretrained({output_dir})"
         loaded = loader.from_pretrained(output_dir)
         if [loaded(text, verbose=False)["input_ids"] for text in texts] != expected:
