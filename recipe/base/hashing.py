@@ -1,10 +1,11 @@
 """Random choices as a function of what they are for: a hash of integers in place of a generator with a state.
 
-Whoever needs the choice number `n` of something computes it from `n`, in any process and in any order, and computes
-the same again after a restart. The mixing function is splitmix64's (Steele, Lea and Flood, 2014).
+A process that needs choice number `n` of something computes it from `n`, in any order, and computes the same again
+after a resume. The mixing function is splitmix64's (Steele, Lea and Flood, 2014).
 """
 
 import hashlib
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,20 @@ STEP = np.uint64(0x9E3779B97F4A7C15)
 FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
+class Purpose(IntEnum):
+    """What a choice about the order of the data is for, as the first key of its hash. No value may ever change."""
+
+    HELD_OUT = 0
+    PASS = 1
+    SHARDS = 2
+    PLACE = 3
+    ROTATION = 4
+    DRAW = 5
+    HELD_OUT_HEAD = 6
+
+
 def hash64(*keys: np.ndarray | int) -> np.ndarray:
-    """A uniform 64-bit hash of the keys, in their order.
+    """Hash the keys, in their order, to uniform 64-bit integers.
 
     Args:
         keys: integers or integer arrays whose shapes broadcast; negative ones wrap.
@@ -33,9 +46,10 @@ def hash64(*keys: np.ndarray | int) -> np.ndarray:
 
 
 def uniform(hashed: np.ndarray) -> np.ndarray:
-    """float64 in [0, 1) from the upper 53 bits of a hash."""
+    """Turn hashes into float64 in [0, 1), from their upper 53 bits."""
     return (hashed >> np.uint64(11)) * 2.0**-53
 
 
 def digest(*values: Any) -> str:
+    """Return the SHA-256 of values as they are printed."""
     return hashlib.sha256(repr(values).encode()).hexdigest()

@@ -13,21 +13,28 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-STOP_WAITING = threading.Event()  # set in a process that is to end: it does not wait for a source any more
+LAST_ITEM_SECONDS = 10  # for which the end of the process waits for an item that is being made
+STOP_WAITING = threading.Event()  # set in a process that is to end: it no longer waits for a source
+
+
+class InterruptedWaitError(Exception):
+    """The process was asked to stop while it waited for data."""
 
 
 def start_worker(_: int = 0) -> None:
-    """In a worker process: one thread, since the processes are the parallelism; and no end by the SIGTERM that
-    launchers send to whole groups of processes, which is for the process that trains, but only by that process's own.
+    """Prepare a worker process: one thread, since the processes are the parallelism, and its end in its parent's hands.
+
+    Launchers send SIGTERM to whole groups of processes. That is for the process that trains, so a worker ends only by
+    a SIGTERM from its own parent, or when its parent is gone.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if sys.platform == "linux":  # others cannot tell who sent a signal
+    if sys.platform == "linux":  # other systems do not say who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def exit_with_parent(parent: int) -> None:
-    """End with the parent, which may have been killed, or when it says so."""
+    """End this process when its parent has ended, perhaps killed, or sends it SIGTERM."""
     while os.getppid() == parent:
         sent = signal.sigtimedwait({signal.SIGTERM}, 5)
         if sent and sent.si_pid == parent:
@@ -38,55 +45,49 @@ def exit_with_parent(parent: int) -> None:
 
 
 def identity_collate(item: Any) -> Any:
+    """Return the item itself: a `collate_fn` that can be sent to workers."""
     return item
 
 
 def build_together(folder: Path, num_shards: int, process_index: int, is_done: Callable, make: Callable) -> None:
-    """Have `make(shard)` done for every shard for which `is_done(shard)` is false, together with whoever else is at it.
+    """Call `make(shard)` for each shard that is not done yet, together with all other processes that do the same.
 
     Args:
         folder: where the locks lie.
+        num_shards: how many shards there are.
         process_index: where to begin, so that processes do not all begin with the same shard.
+        is_done: tells of a shard whether it needs no work.
+        make: does the work of a shard.
     """
-    (folder / "locks").mkdir(parents=True, exist_ok=True)
-    busy = []
-    for number in range(num_shards):
-        shard = (number + process_index) % num_shards
-        lock = FileLock(folder / "locks" / f"{shard:05d}")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            busy.append(shard)
-            continue
-        try:
-            if not is_done(shard):
-                make(shard)
-        finally:
-            lock.release()
-    for shard in busy:
-        with FileLock(folder / "locks" / f"{shard:05d}"):
-            if not is_done(shard):  # its maker has died
-                make(shard)
-
-
-LAST_ITEM_SECONDS = 10  # that the end of the process waits for an item which is being made
-
-
-class InterruptedWaitError(Exception):
-    """The process was asked to stop while it waited for data."""
+    locks = folder / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    shards = [(number + process_index) % num_shards for number in range(num_shards)]
+    for timeout in (0, -1):  # first what nobody works on; then, once its maker is ready or dead, all the rest
+        busy = []
+        for shard in shards:
+            try:
+                lock = FileLock(locks / f"{shard:05d}").acquire(timeout=timeout)
+            except Timeout:
+                busy.append(shard)
+                continue
+            with lock:
+                if not is_done(shard):
+                    make(shard)
+        shards = busy
 
 
 def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Generator[Any]:
-    """The same items, the next of which is made in a thread while one is in use.
+    """Yield the same items, the next of which is made in a thread while one is in use.
 
-    When no more is asked for the thread is left to end by itself, since it may be waiting for a source. Before the
-    process ends it is waited for a little: Python stops threads wherever they are, which in torch aborts the process.
+    When no more items are asked for, the thread is left to end by itself, since it may be waiting for a source. The end
+    of the process waits for it a little: Python stops threads wherever they are, which inside torch aborts the process.
 
     Args:
-        is_stopping: looked at every half second while there is no item yet.
+        items: made in the thread.
+        is_stopping: asked every half second while there is no item yet.
 
     Raises:
-        InterruptedWaitError: it was true.
+        InterruptedWaitError: `is_stopping` was true.
     """
     made: queue.Queue = queue.Queue(maxsize=1)
     closed = threading.Event()
@@ -105,7 +106,7 @@ def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Generato
     def close(seconds: float) -> None:
         closed.set()
         with contextlib.suppress(queue.Empty):
-            made.get_nowait()  # which the thread may be waiting to put another behind
+            made.get_nowait()  # makes room for the item that the thread may be waiting to put
         thread.join(seconds)
 
     thread = threading.Thread(target=make, daemon=True)

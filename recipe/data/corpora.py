@@ -1,9 +1,11 @@
 """Open corpora: hub data sets or local files in, documents out.
 
-A corpus is a `Source`: shards of numbered records, where a record is a line, a row, a paragraph or a file. Whoever
-reads says at which record of a shard to begin and which part of the records it wants; records of others are passed
-over without being parsed. That is all that mixing, sharing and going on after an interruption need. Nothing here knows
-about tokens.
+A corpus is a `Source`: shards of numbered records, where a record is a line, a row, a paragraph or a file. A reader
+says at which record of a shard to begin and which part of the records it takes; the others are passed over without
+being parsed. That is all that mixing, sharing and resuming need. Nothing in this module knows about tokens.
+
+A new file format needs its suffix in one of the tuples below, and in `LocalSource.reader` how its raw records are read
+and how one of them is parsed.
 """
 
 import functools
@@ -11,40 +13,43 @@ import glob
 import io
 import itertools
 import json
-import lzma
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import IterableDataset, Value, load_dataset
+from datasets import IterableDataset, load_dataset
 from huggingface_hub import HfApi
 
 from recipe.arguments import CorpusArguments
-from recipe.base.errors import UserError
+from recipe.base.errors import UserError, describe_error
 from recipe.base.hashing import digest
 from recipe.base.workers import STOP_WAITING
 
 LINES, TEXTS, TABLES = (".jsonl", ".json"), (".txt",), (".parquet", ".arrow")
-PACKED_BY = {".gz": "gzip", ".zst": "zstd"}  # pyarrow's names
-# Bytes of English text for one compressed byte, measured at the tools' default levels; only default weights rest on it.
-COMPRESSION_RATIO = {".gz": 2.6, ".zst": 2.8, ".xz": 3.5}
-SUFFIXES = tuple(kind + packed for kind in LINES + TEXTS for packed in ("", *COMPRESSION_RATIO)) + TABLES
+CODECS = {".gz": "gzip", ".zst": "zstd"}  # pyarrow's names
+# Bytes of English text for one compressed byte, measured at the tools' default levels; only default weights use it.
+COMPRESSION_RATIO = {".gz": 2.6, ".zst": 2.8}
+SUFFIXES = tuple(kind + packed for kind in LINES + TEXTS for packed in ("", *CODECS)) + TABLES
+BYTES_TYPES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 
-
-# Small files that follow each other are one shard, up to this size: each ends in a short block. There are about so many
-# shards of them at the most, as each keeps some files mapped into memory.
+# Small files that follow each other are one shard, up to this size, since the last block of each shard is short. They
+# make at most about MAX_SHARDS shards, since each shard keeps some files mapped into memory.
 SHARD_BYTES, MAX_SHARDS = 1_000_000, 4096
-NO_TEXT = {"dataset_info.json", "state.json", "dataset_dict.json"}  # what `save_to_disk` writes beside its tables
-ROWS_AT_ONCE = 64  # of a table; a row may be a book
+TEXTLESS_FILES = {"dataset_info.json", "state.json", "dataset_dict.json"}  # written by `save_to_disk` beside its tables
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some editors write at the beginning of a file
+BATCH_ROWS = 64  # of a table, read at once; a row may be a book
+SAMPLE_BATCH_BYTES = 1_000_000  # of texts that a sample yields together
 RETRY_SECONDS = (1, 5, 30, 120, 300)  # waits before a source that failed is opened again
+
+Record = str | UserError  # a text, or why a record has none
 
 
 class SourceError(UserError):
-    """A source that could be opened has stopped answering, and went on so through all retries."""
+    """The error of a source that could be opened, has stopped answering, and did not recover in all retries."""
 
 
 class Part(NamedTuple):
@@ -54,6 +59,7 @@ class Part(NamedTuple):
     of: int = 1
 
     def has(self, index: int) -> bool:
+        """Say whether the record at an index is in this part."""
         return index % self.of == self.number
 
 
@@ -64,11 +70,11 @@ class Source(ABC):
     """A corpus as shards of records.
 
     Attributes:
-        corpus: what was opened.
-        num_shards: shards, in a fixed order.
+        corpus: the arguments that it was opened with.
+        num_shards: how many shards there are, in a fixed order.
         revision: the commit of a hub data set.
-        passing_errors: what may be gone at the next try.
-        shard_bytes: of each shard on disk; empty if not known.
+        passing_errors: errors that may be gone at the next try.
+        shard_bytes: the size of each shard on disk; empty if not known.
     """
 
     corpus: CorpusArguments
@@ -78,21 +84,21 @@ class Source(ABC):
     passing_errors: type[Exception] = OSError
 
     @abstractmethod
-    def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, str | UserError]]:
-        """See `read`; without its retries."""
+    def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, Record]]:
+        """Yield what `read` does, without its retries."""
 
-    def read(self, shard: int, first: int = 0, part: Part = WHOLE) -> Iterator[tuple[int, str | UserError]]:
-        """The records of a shard from number `first` on that `part` has.
+    def read(self, shard: int, first: int = 0, part: Part = WHOLE) -> Iterator[tuple[int, Record]]:
+        """Read the records of a shard from number `first` on that `part` has.
 
-        A connection or disk that fails is opened again at the record that it failed at, five times, after waits of 1
-        second to 5 minutes.
+        A source whose connection or disk fails is opened again at the record that it failed at, five times, after waits
+        of 1 second to 5 minutes.
 
         Yields:
             (number, text): "" where there is none, a `UserError` in its place where the record cannot be understood.
 
         Raises:
-            UserError: a damaged file, which would be damaged the next time too.
-            SourceError: a source that goes on failing.
+            UserError: a file is damaged, and would be the next time too.
+            SourceError: the source goes on failing.
         """
         waits, retries = iter(RETRY_SECONDS), 0
         while True:
@@ -105,17 +111,21 @@ class Source(ABC):
                 raise
             except self.passing_errors as error:
                 place = f"corpus {self.corpus.name!r}: {self.corpus.path}, shard {shard}, record {first}"
+                problem = describe_error(error)
                 if (wait := next(waits, None)) is None or STOP_WAITING.is_set():
-                    raise SourceError(
-                        f"{place} cannot be read, after {retries} retries: {type(error).__name__}: {error}"
-                    ) from error
-                print(f"{place}: {type(error).__name__}: {error}; opening it again in {wait} s", flush=True)
+                    raise SourceError(f"{place} cannot be read, after {retries} retries: {problem}") from error
+                print(f"{place} cannot be read: {problem}; opening it again in {wait} s", flush=True)
                 STOP_WAITING.wait(wait)
                 retries += 1
 
 
 class LocalSource(Source):
-    """Local files. A file is a shard; small ones that follow each other are one together."""
+    """A corpus of local files. A file is a shard; small ones that follow each other are one together.
+
+    Args:
+        corpus: the arguments that it was opened with.
+        files: in their order.
+    """
 
     def __init__(self, corpus: CorpusArguments, files: list[Path]) -> None:
         self.corpus = corpus
@@ -132,11 +142,12 @@ class LocalSource(Source):
         self.num_shards = len(self.shards)
         self.shard_bytes = tuple(sum(sizes[file] for file in shard) for shard in self.shards)
 
-    def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, str | UserError]]:
+    def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, Record]]:
+        """Yield what `read` does, without its retries."""
         files = self.shards[shard]
         start = 0
         for file in files:
-            # Only of a file that is a shard by itself is it known, without reading, where its numbers start.
+            # Only a file that is a shard by itself can skip records: where another's numbers start is known by reading.
             skip = first if len(files) == 1 else 0
             read, parse = self.reader(file)
             number = skip - 1
@@ -149,14 +160,14 @@ class LocalSource(Source):
                             yield start + number, error
             except UserError:
                 raise
-            except (EOFError, lzma.LZMAError, pa.ArrowException, OSError, ValueError) as error:
+            except (EOFError, pa.ArrowException, OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
-                    raise  # of the disk; without a number it is a decompressor's
-                raise damaged(file, error) from None
+                    raise  # the disk's error; a decompressor's has no number
+                raise damaged_file(file, error) from None
             start += number + 1
 
     def reader(self, file: str) -> tuple[Callable[[str, int], Iterator[Any]], Callable[[Any, str, int], str]]:
-        """How to read the raw records of a file from a number on, and how to parse one."""
+        """Choose how the raw records of a file are read from a number on, and how one of them is parsed."""
         column = self.corpus.text_column
         if file.endswith(TABLES):
             return functools.partial(read_table, column=column), parse_row
@@ -168,34 +179,33 @@ class LocalSource(Source):
 
 
 class HubSource(Source):
-    """A hub data set, read as a stream: nothing of its text is kept on disk."""
+    """A corpus on the hub, read as a stream: nothing of its text is kept on disk."""
 
-    passing_errors = Exception  # the connection is made of many libraries
+    passing_errors = Exception  # each of the many libraries of a connection has its own
 
     def __init__(self, corpus: CorpusArguments) -> None:
         self.corpus = corpus
         self.rows, self.revision = open_hub_corpus(corpus)
         self.num_shards = self.rows.num_shards
 
-    def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, str | UserError]]:
+    def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, Record]]:
+        """Yield what `read` does, without its retries."""
         rows = self.rows.shard(num_shards=self.num_shards, index=shard)
         # By batches, since iteration by rows would notice that it runs in a worker process and leave out what it takes
         # to be the share of other workers.
-        batches = (rows.skip(first) if first else rows).iter(batch_size=ROWS_AT_ONCE)
+        batches = (rows.skip(first) if first else rows).iter(batch_size=BATCH_ROWS)
         for index, text in enumerate((text for batch in batches for text in batch["text"]), start=first):
             if part.has(index):
-                if text is not None and not isinstance(text, str):
-                    kind = type(text).__name__
-                    yield index, UserError(f"{self.corpus.path}, shard {shard}, row {index + 1}: a {kind}, not text")
-                else:
-                    yield index, text or ""
+                is_text = text is None or isinstance(text, str)
+                problem = f"{self.corpus.path}, shard {shard}, row {index + 1} holds a {type(text).__name__}, not text"
+                yield index, (text or "") if is_text else UserError(problem)
 
 
 def local_files(corpus: CorpusArguments) -> list[Path] | None:
-    """The sorted local files of a corpus, or None when its path is a hub data set id.
+    """List the local files of a corpus, sorted, or return None when its path is a hub data set id.
 
     Raises:
-        UserError: the path is neither there nor a hub id, or holds no file that can be read.
+        UserError: the path neither exists nor is a hub id, or holds no file that can be read.
     """
     path = Path(corpus.path).expanduser()
     if path.is_file():
@@ -203,26 +213,27 @@ def local_files(corpus: CorpusArguments) -> list[Path] | None:
     elif path.is_dir():
         # `glob` follows links to folders and leaves out what is hidden.
         below = map(Path, sorted(set(glob.glob(f"{glob.escape(str(path))}/**", recursive=True))))
-        files = [f for f in below if f.is_file() and f.name.endswith(SUFFIXES) and f.name not in NO_TEXT]
+        files = [f for f in below if f.is_file() and f.name.endswith(SUFFIXES) and f.name not in TEXTLESS_FILES]
     elif glob.has_magic(corpus.path):
         files = [Path(file) for file in sorted(set(glob.glob(str(path), recursive=True))) if Path(file).is_file()]
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", corpus.path) and not corpus.path.endswith(SUFFIXES):
         return None
     else:
-        raise UserError(f"`path` of corpus {corpus.name!r}: {corpus.path} does not exist")
+        remedy = "give a file, a folder, a pattern or the id of a hub data set"
+        raise UserError(f"`path` of corpus {corpus.name!r}: {corpus.path} does not exist; {remedy}")
+    suffixes = ", ".join(SUFFIXES)
     if not files:
-        raise UserError(
-            f"`path` of corpus {corpus.name!r}: {corpus.path} holds no file ending in {', '.join(SUFFIXES)}"
-        )
+        raise UserError(f"`path` of corpus {corpus.name!r}: {corpus.path} holds no file that ends in one of {suffixes}")
     for file in files:
         if not file.name.endswith(SUFFIXES):
-            raise UserError(f"`path` of corpus {corpus.name!r}: {file} does not end in one of {', '.join(SUFFIXES)}")
+            raise UserError(f"`path` of corpus {corpus.name!r}: {file} does not end in one of {suffixes}")
     return files
 
 
 def source_fingerprint(corpus: CorpusArguments) -> str:
-    """Changes when the text does, without opening it: with the files' sizes and times, or the hub's revision. The name
-    of a revision, `main` too, stands for the text that was there when it was first read.
+    """Return what changes when the text does, without opening it: by the files' sizes and times, or the hub's revision.
+
+    The name of a revision, `main` too, stands for the text that it named when it was first read.
     """
     files = local_files(corpus)
     if files is None:
@@ -231,51 +242,52 @@ def source_fingerprint(corpus: CorpusArguments) -> str:
     return digest(corpus.text_column, corpus.sample_by, SHARD_BYTES, MAX_SHARDS, stamps)
 
 
-def damaged(file: str, error: Exception) -> UserError:
-    return UserError(f"{file}: damaged or incomplete ({error}); replace it or leave it out")
+def damaged_file(file: str, error: Exception) -> UserError:
+    """Word the error about a file that cannot be read to its end."""
+    return UserError(f"{file} is damaged or incomplete ({error}); replace it or leave it out")
 
 
 def packing_of(file: str) -> str:
-    """The suffix that says how a file is compressed, or ""."""
-    return next((suffix for suffix in COMPRESSION_RATIO if file.endswith(suffix)), "")
+    """Return the suffix that says how a file is compressed, or ""."""
+    return next((suffix for suffix in CODECS if file.endswith(suffix)), "")
 
 
-def open_bytes(file: str) -> Any:
-    """A file's bytes, decompressed. (Python's own reader of gzip is slower, and it has none of zstandard.)"""
-    if file.endswith(".xz"):
-        return lzma.open(file, "rb")
+def open_bytes(file: str) -> IO[bytes]:
+    """Open a file's bytes, decompressed by pyarrow. Python's reader of gzip is slower, and it has none of zstandard."""
     if packed := packing_of(file):
-        return io.BufferedReader(pa.input_stream(file, compression=PACKED_BY[packed]), 2**16)
+        return io.BufferedReader(pa.input_stream(file, compression=CODECS[packed]), 2**16)
     return open(file, "rb")
 
 
 def read_lines(file: str, skip: int) -> Iterator[bytes]:
+    """Yield the lines of a file but the first `skip`."""
     with open_bytes(file) as stream:
         yield from itertools.islice(stream, skip, None)
 
 
 def read_whole(file: str, skip: int) -> Iterator[bytes]:
+    """Yield a whole file as its only record, unless that is skipped."""
     if not skip:
         with open_bytes(file) as stream:
             yield stream.read()
 
 
 def read_paragraphs(file: str, skip: int) -> Iterator[bytes]:
-    """What stands between blank lines."""
+    """Yield what stands between blank lines, but the first `skip` of these paragraphs."""
     with open_bytes(file) as stream:
         groups = itertools.groupby(stream, key=lambda line: not line.strip())
         yield from itertools.islice((b"".join(lines) for is_blank, lines in groups if not is_blank), skip, None)
 
 
 def read_table(file: str, skip: int, column: str) -> Iterator[bytes | None]:
-    """The rows of a Parquet or Arrow file, of which whole row groups or batches are skipped unread."""
+    """Yield the rows of a Parquet or Arrow file but the first `skip`, of which whole row groups are not even read."""
     if file.endswith(".parquet"):
         table = pq.ParquetFile(file)
         check_column(table.schema_arrow, file, column)
         sizes = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
 
         def rows(number: int) -> Iterator[pa.RecordBatch]:
-            return table.iter_batches(ROWS_AT_ONCE, row_groups=[number], columns=[column])
+            return table.iter_batches(BATCH_ROWS, row_groups=[number], columns=[column])
     else:
         source = pa.memory_map(file)
         try:
@@ -288,7 +300,7 @@ def read_table(file: str, skip: int, column: str) -> Iterator[bytes | None]:
         sizes = [len(batch) for batch in batches]
 
         def rows(number: int) -> Iterator[pa.RecordBatch]:
-            return (batches[number].slice(start, ROWS_AT_ONCE) for start in range(0, sizes[number], ROWS_AT_ONCE))
+            return (batches[number].slice(start, BATCH_ROWS) for start in range(0, sizes[number], BATCH_ROWS))
 
     for number, size in enumerate(sizes):
         if skip >= size:
@@ -299,51 +311,48 @@ def read_table(file: str, skip: int, column: str) -> Iterator[bytes | None]:
         skip = 0
 
 
-BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
-
-
 def as_bytes(texts: pa.Array) -> pa.Array:
-    """Texts as bytes: not every writer checks its UTF-8, and what is passed over need not be decoded.
+    """View texts as bytes: not every writer checks its UTF-8, and what is passed over need not be decoded.
 
     Raises:
-        pa.ArrowInvalid: positions outside the file, to which a damaged one would send the reader.
+        pa.ArrowInvalid: the file is damaged and would send the reader to positions outside of it.
     """
-    values = texts.view(BYTES[texts.type])
+    values = texts.view(BYTES_TYPES[texts.type])
     values.validate(full=True)
     return values
 
 
 def check_column(schema: pa.Schema, place: str, column: str) -> None:
-    """
-    Raises:
-        UserError: there is no such column, or it does not hold text.
-    """
+    """Raise a `UserError` if a table has no such column, or it does not hold text."""
     if column not in schema.names:
-        raise UserError(f"{place}: no column {column!r} among {schema.names}; set the corpus's `text_column`")
+        raise UserError(f"{place} has no column {column!r} among {schema.names}; set the corpus's `text_column`")
     kind = schema.field(column).type
-    if kind not in BYTES:
+    if kind not in BYTES_TYPES:
         raise UserError(f"{place}: column {column!r} is {kind}, not text; set the corpus's `text_column`")
 
 
 def parse_row(value: bytes | None, file: str, number: int) -> str:
+    """Return the text of a table's row, "" for a null."""
     return decode(value or b"", f"{file}, row {number + 1}")
 
 
 def parse_text(raw: bytes, file: str, number: int) -> str:
-    return decode(raw.removeprefix(b"\xef\xbb\xbf"), f"{file}, document {number + 1}")
+    """Return the text of a document of a text file."""
+    return decode(raw.removeprefix(BYTE_ORDER_MARK), f"{file}, document {number + 1}")
 
 
 def decode(raw: bytes, place: str) -> str:
+    """Decode UTF-8, or raise a `UserError` that names the place."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not valid UTF-8 at byte {error.start} of it") from None
+        raise UserError(f"{place} is not valid UTF-8 at byte {error.start} of it; correct or remove it") from None
 
 
 def parse_line(line: bytes, file: str, number: int, column: str) -> str:
-    """The text of one JSON line, "" for a blank line or a null."""
+    """Return the text of one JSON line, "" for a blank line or a null."""
     place = f"{file}, line {number + 1}"
-    line = line.removeprefix(b"\xef\xbb\xbf")
+    line = line.removeprefix(BYTE_ORDER_MARK)
     if not line.strip():
         return ""
     try:
@@ -351,51 +360,41 @@ def parse_line(line: bytes, file: str, number: int, column: str) -> str:
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not a JSON object: {error}") from None
+        raise UserError(f"{place} is not a JSON object ({error}); write one object a line") from None
     if not isinstance(record, dict):
-        raise UserError(f"{place}: a {type(record).__name__} where a JSON object should be; write one object a line")
+        raise UserError(f"{place} is a {type(record).__name__}, not a JSON object; write one object a line")
     if column not in record:
-        raise UserError(f"{place}: no column {column!r} among {sorted(record)}; set the corpus's `text_column`")
-    text = record[column]
-    if text is not None and not isinstance(text, str):
+        raise UserError(f"{place} has no column {column!r} among {sorted(record)}; set the corpus's `text_column`")
+    text = "" if record[column] is None else record[column]
+    if not isinstance(text, str):
         raise UserError(f"{place}: column {column!r} holds a {type(text).__name__}, not text")
     try:
-        (text or "").encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{place}: a lone surrogate at character {error.start}, which UTF-8 cannot write") from None
-    return text or ""
+        raise UserError(f"{place} has a lone surrogate at character {error.start}, which UTF-8 cannot write") from None
+    return text
 
 
 def open_source(corpus: CorpusArguments) -> Source:
-    """
-    Raises:
-        UserError: there is no such corpus, on disk or on the hub.
-    """
+    """Open a corpus, or raise a `UserError` if there is none of that path, on disk or on the hub."""
     files = local_files(corpus)
     return HubSource(corpus) if files is None else LocalSource(corpus, files)
 
 
-def open_hub_corpus(corpus: CorpusArguments) -> tuple[IterableDataset, str]:
-    """A hub data set as a stream of rows with the one column `text`, and the commit that it is of."""
+def open_hub_corpus(corpus: CorpusArguments) -> tuple[IterableDataset, str | None]:
+    """Open a hub data set as a stream of rows with the one column `text`, and return the commit that it is of too."""
     try:
         commit = HfApi().dataset_info(corpus.path, revision=corpus.revision).sha
         rows = load_dataset(corpus.path, corpus.config_name, split=corpus.split, revision=commit, streaming=True)
     except Exception as error:
-        # Whatever `datasets` raises here, from a misspelt id to no network, the user needs to know which corpus it was.
+        # Whatever `datasets` raises, from a misspelt id to no network, the user needs to know which corpus it was.
         raise UserError(
             f"corpus {corpus.name!r}: hub data set {corpus.path} (config_name {corpus.config_name}, split "
             f"{corpus.split}, revision {corpus.revision}) cannot be opened, and no local path has that name: "
-            f"{type(error).__name__}: {error}"
+            f"{describe_error(error)}"
         ) from error
-    columns = rows.column_names or []
-    if columns and corpus.text_column not in columns:
-        raise UserError(
-            f"corpus {corpus.name!r}: {corpus.path} has no column {corpus.text_column!r} among {columns}; "
-            "set the corpus's `text_column`"
-        )
-    kind = rows.features[corpus.text_column] if rows.features else Value("string")
-    if kind not in (Value("string"), Value("large_string")):
-        raise UserError(f"corpus {corpus.name!r}: column {corpus.text_column!r} of {corpus.path} is {kind}, not text")
+    if rows.features:
+        check_column(rows.features.arrow_schema, f"corpus {corpus.name!r}: {corpus.path}", corpus.text_column)
     rows = rows.select_columns([corpus.text_column])
     return (rows if corpus.text_column == "text" else rows.rename_column(corpus.text_column, "text")), commit
 
@@ -404,7 +403,8 @@ def check_corpus(corpus: CorpusArguments, max_unreadable: int = 0) -> None:
     """Read one document of a corpus, before anything expensive.
 
     Args:
-        max_unreadable: malformed ones that may stand before it.
+        corpus: the arguments to open it with.
+        max_unreadable: malformed documents that may stand before it.
 
     Raises:
         UserError: the corpus cannot be opened or read, or holds no text.
@@ -422,17 +422,16 @@ def check_corpus(corpus: CorpusArguments, max_unreadable: int = 0) -> None:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(
-                f"corpus {corpus.name!r}: {corpus.path} cannot be read: {type(error).__name__}: {error}"
-            ) from error
-    raise UserError(f"corpus {corpus.name!r}: {corpus.path} holds no text")
+            problem = f"corpus {corpus.name!r}: {corpus.path} cannot be read: {describe_error(error)}"
+            raise UserError(problem) from error
+    raise UserError(f"corpus {corpus.name!r}: {corpus.path} holds no text; give documents that are not empty")
 
 
 def corpus_bytes(corpus: CorpusArguments) -> float:
-    """About how many bytes of text a corpus holds, without reading it: the default weight where tokens are not counted.
+    """Estimate a corpus's bytes of text without reading it: the default weight where tokens are not counted.
 
     Raises:
-        UserError: a hub data set whose size is not published.
+        UserError: the size of a hub data set is not published.
     """
     files = local_files(corpus)
     if files is not None:
@@ -444,6 +443,7 @@ def corpus_bytes(corpus: CorpusArguments) -> float:
 
 
 def file_bytes(file: str, column: str) -> float:
+    """Estimate how many bytes of text a local file holds."""
     size = Path(file).stat().st_size
     if not file.endswith(".parquet"):
         return size * COMPRESSION_RATIO.get(packing_of(file), 1)
@@ -451,17 +451,17 @@ def file_bytes(file: str, column: str) -> float:
         metadata = pq.ParquetFile(file).metadata
         leaves = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path == column]
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-        # Of a damaged file a group may have fewer columns, and to ask it for one that it has not is a crash.
+        # A group of a damaged file may have fewer columns; pyarrow crashes if asked for one that it does not have.
         return sum(g.column(leaf).total_uncompressed_size for g in groups for leaf in leaves if leaf < g.num_columns)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise damaged(file, error) from None
+        raise damaged_file(file, error) from None
 
 
 def sample_texts(corpora: list[CorpusArguments], max_bytes: int) -> Iterator[tuple[str, list[str], int]]:
-    """A weighted sample of all corpora in at most `max_bytes`, read as a stream.
+    """Read a weighted sample of all corpora, of at most `max_bytes`, as a stream.
 
     Each corpus gets its share of the budget by weight (by default: size) and spreads it evenly over its shards, since
-    the first shard of a sorted corpus looks like no other. What a short shard leaves falls to the later ones.
+    the first shard of a sorted corpus looks like no other. What a short shard leaves of its share goes to later ones.
 
     Yields:
         (corpus name, whole documents of about 1 MB together, their bytes).
@@ -470,21 +470,22 @@ def sample_texts(corpora: list[CorpusArguments], max_bytes: int) -> Iterator[tup
     for corpus, weight in zip(corpora, weights, strict=True):
         source = open_source(corpus)
         left = int(max_bytes * weight / sum(weights))
-        batch, batch_bytes = [], 0
+        batch: list[str] = []
+        batch_bytes = 0
         for shard in range(source.num_shards):
             for text, size in take_bytes(source.read(shard), left // (source.num_shards - shard)):
                 batch.append(text)
                 batch_bytes += size
                 left -= size
-                if batch_bytes >= 1_000_000:
+                if batch_bytes >= SAMPLE_BATCH_BYTES:
                     yield corpus.name, batch, batch_bytes
                     batch, batch_bytes = [], 0
         if batch:
             yield corpus.name, batch, batch_bytes
 
 
-def take_bytes(records: Iterator[tuple[int, str | UserError]], max_bytes: int) -> Iterator[tuple[str, int]]:
-    """(text, its bytes) from the head of a shard, `max_bytes` in all; the last text is cut to fit."""
+def take_bytes(records: Iterator[tuple[int, Record]], max_bytes: int) -> Iterator[tuple[str, int]]:
+    """Yield (text, its bytes) from the head of a shard, `max_bytes` in all; the last text is cut to fit."""
     for _, text in records:
         if isinstance(text, UserError):
             raise text

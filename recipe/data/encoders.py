@@ -4,7 +4,7 @@ import os
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
@@ -12,22 +12,19 @@ import numpy as np
 
 from recipe.base.errors import UserError
 from recipe.base.workers import start_worker
+from recipe.data.corpora import Record
 from recipe.data.hygiene import Decontaminator, DocumentFilter, text_checksum
 from recipe.data.tokenizer import DocumentEncoder
 
 RUN_CHARACTERS, RUN_RECORDS = 500_000, 1000  # that a worker encodes and sends together; either is enough
 
-
-# Of a run of records what was counted, and of each document its ids, sentence ends and the checksum of its text.
-Encoded = tuple[Counter[str], list[tuple[np.ndarray, np.ndarray, int]]]
-
-
-Record = str | UserError
+EncodedDocument = tuple[np.ndarray, np.ndarray, int]  # its ids, sentence ends and the checksum of its text
+Encoded = tuple[Counter[str], list[EncodedDocument]]  # a run of records: what was counted, and the documents
 
 
 @dataclass(frozen=True)
 class RunEncoder:
-    """Filters and encodes a run of records; sent to each worker process once."""
+    """A function that filters and encodes runs of records; sent to each worker process once."""
 
     name: str  # of the corpus
     encoder: DocumentEncoder
@@ -35,6 +32,7 @@ class RunEncoder:
     max_unreadable: int
 
     def __call__(self, records: list[Record]) -> Encoded:
+        """Filter and encode a run of records."""
         documents = DocumentFilter(self.name, self.max_unreadable, self.decontaminator)
         texts = [text for text in records if documents.accepts(text)]
         rows = [(ids, ends, text_checksum(text)) for text, (ids, ends) in zip(texts, self.encoder(texts), strict=True)]
@@ -46,15 +44,18 @@ class RunEncoder:
 
 
 class Encoders:
-    """Runs of records to tokens, several at a time, in their order.
+    """A pool that turns runs of records into tokens, several at a time, in their order.
 
     Whoever is free takes the next run: documents are of very different lengths, and there may be few in a shard.
 
     Args:
-        encode_run: what is done.
+        encode_run: what is done with a run.
         num_workers: processes to do it with; None: two threads of this one, so that while the tokenizer's own threads
             work on one run the sentences of another are found.
     """
+
+    pool: Executor
+    encode: Callable[[list[Record]], Encoded]
 
     def __init__(self, encode_run: RunEncoder, num_workers: int | None) -> None:
         self.ahead = 2 * (num_workers or 1)
@@ -66,7 +67,7 @@ class Encoders:
             self.pool.submit(os.getpid).result()  # has them forked now, before there are threads
 
     def run(self, times: int, function: Callable[[int], None]) -> None:
-        """`function(0)`, `function(1)` and so on, all at once; what one of them raises ends the others too."""
+        """Call `function(0)`, `function(1)` and so on, all at once; an error in one of them ends the others too."""
         with ThreadPoolExecutor(times) as threads:
             futures = [threads.submit(function, number) for number in range(times)]
             try:
@@ -76,7 +77,8 @@ class Encoders:
                 self.pool.shutdown(cancel_futures=True)
 
     def map(self, runs: Iterator[list[Record]]) -> Iterator[Encoded]:
-        """
+        """Encode runs, and yield them in their order.
+
         Raises:
             UserError: a worker process was killed.
         """
@@ -96,8 +98,9 @@ class Encoders:
 
 
 def runs_of(records: Iterable[tuple[int, Record]]) -> Iterator[list[Record]]:
-    """Records that follow each other, as many as have some hundred thousand characters."""
-    run, size = [], 0
+    """Group records that follow each other until they have some hundred thousand characters."""
+    run: list[Record] = []
+    size = 0
     for _, record in records:
         run.append(record)
         size += len(record) if isinstance(record, str) else 0
@@ -109,12 +112,16 @@ def runs_of(records: Iterable[tuple[int, Record]]) -> Iterator[list[Record]]:
 
 
 def start_encoder(encode_run: RunEncoder) -> None:
-    """Prepare a worker process; what it encodes with is kept there rather than sent with every run."""
+    """Prepare a worker process, which keeps what it encodes with rather than being sent it with every run."""
     global worker_encoder
     worker_encoder = encode_run
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that it works for tells it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too, but its parent is who ends it
     start_worker()
 
 
+worker_encoder: RunEncoder  # of a worker process
+
+
 def encode_in_worker(run: list[Record]) -> Encoded:
+    """Encode a run with what this worker process was prepared with."""
     return worker_encoder(run)

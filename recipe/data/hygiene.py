@@ -5,7 +5,9 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 import numpy as np
 
@@ -14,16 +16,16 @@ from recipe.base.errors import UserError
 OVERLAP_WORDS, MIN_OVERLAP_WORDS = 13, 8  # words in a row that count as an overlap (GPT-3, appendix C)
 PIECE_CHARACTERS, PIECE_OVERLAP_CHARACTERS = 1_000_000, 2_000  # characters of a document looked at together, and twice
 MAX_PRINTED_DOCUMENTS = 5  # malformed documents that each filter prints
-FILTER_BITS = 24  # of the table that tells most text apart from the test sets without looking closer
+TABLE_BITS = 24  # of the table that tells most text apart from the test sets without looking closer
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-cased words without punctuation, in one spelling where Unicode has several."""
+    """Split a text into lower-cased words without punctuation, in one spelling where Unicode has several."""
     return re.findall(r"\w+", unicodedata.normalize("NFKC", text).lower())
 
 
 class Decontaminator:
-    """Finds documents that share 13 words in a row with a sentence of a test set (GPT-3, appendix C).
+    """A finder of documents that share 13 words in a row with a sentence of a test set (GPT-3, appendix C).
 
     A sentence of 8 to 12 words counts if all of it occurs; shorter ones occur everywhere and do not count. Departures
     from GPT-3: the whole document is dropped, not the surroundings of the overlap, and no overlap is forgiven for
@@ -34,67 +36,68 @@ class Decontaminator:
             between spaces and punctuation: languages without spaces are not served.
 
     Raises:
-        UserError: a pattern without a file, a file that is not UTF-8 text, or no sentence of 8 words in them.
+        UserError: a pattern matches no file, a file is not UTF-8 text, or no sentence in them has 8 words.
     """
 
     def __init__(self, patterns: list[str]) -> None:
         self.vocabulary: dict[str, int] = {}
         self.overlaps: set[tuple[int, ...]] = set()
-        checksums = []
+        self.fingerprint: list[str] = []
         for pattern in patterns:
             path = Path(pattern).expanduser()
-            found = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
-            files = [file for file in found if Path(file).is_file()]
+            found = [path] if path.is_file() else map(Path, sorted(glob.glob(str(path), recursive=True)))
+            files = [file for file in found if file.is_file()]
             if not files:
-                raise UserError(f"`decontaminate_against`: {pattern} is no file")
+                raise UserError(f"`decontaminate_against`: {pattern} matches no file; correct it or leave it out")
             for file in files:
-                raw = Path(file).read_bytes()
-                checksums.append(hashlib.sha256(raw).hexdigest())
-                try:
-                    text = raw.decode("utf-8-sig")
-                except UnicodeDecodeError as error:
-                    problem = (
-                        f"{file} is not plain UTF-8 text (byte {error.start}); unpack it, or save it as .tsv or .txt"
-                    )
-                    raise UserError(f"`decontaminate_against`: {problem}") from None
-                for sentence in re.split(r"[\t\r\n]+", text):
-                    self.add(words_of(sentence))
-        if patterns and not self.overlaps:
+                self.add_file(file)
+        self.table = np.zeros(2**TABLE_BITS if patterns else 0, bool)
+        if not patterns:
+            return
+        if not self.overlaps:
             raise UserError(
-                f"`decontaminate_against`: no sentence of {MIN_OVERLAP_WORDS} words or more in {', '.join(patterns)}"
+                f"`decontaminate_against`: no sentence in {', '.join(patterns)} has {MIN_OVERLAP_WORDS} words or more; "
+                "give files that hold the test sets' sentences"
             )
-        self.fingerprint = checksums
         beginnings = {overlap[:MIN_OVERLAP_WORDS] for overlap in self.overlaps}
-        self.table = np.zeros(2**FILTER_BITS if patterns else 0, bool)
-        if patterns:
-            self.table[self.hash(*np.array(sorted(beginnings), np.uint64).T)] = True
+        self.table[self.hash(*np.array(sorted(beginnings), np.uint64).T)] = True
 
-    def add(self, words: list[str]) -> None:
-        ids = [self.vocabulary.setdefault(word, len(self.vocabulary) + 1) for word in words]
-        if len(ids) >= MIN_OVERLAP_WORDS:
-            length = min(len(ids), OVERLAP_WORDS)
-            self.overlaps.update(tuple(ids[at : at + length]) for at in range(len(ids) - length + 1))
+    def add_file(self, file: Path) -> None:
+        """Add the sentences of a file of a test set."""
+        raw = file.read_bytes()
+        self.fingerprint.append(hashlib.sha256(raw).hexdigest())
+        try:
+            text = raw.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"`decontaminate_against`: {file} is not plain UTF-8 text (byte {error.start}); unpack it, or save it "
+                "as .tsv or .txt"
+            ) from None
+        for sentence in re.split(r"[\t\r\n]+", text):
+            ids = [self.vocabulary.setdefault(word, len(self.vocabulary) + 1) for word in words_of(sentence)]
+            if len(ids) >= MIN_OVERLAP_WORDS:
+                length = min(len(ids), OVERLAP_WORDS)
+                self.overlaps.update(tuple(ids[at : at + length]) for at in range(len(ids) - length + 1))
 
     @staticmethod
     def hash(*columns: np.ndarray) -> np.ndarray:
-        """Where in the table a run of words is, of which each column holds one."""
+        """Say where in the table runs of words are, of which each column holds one word."""
         state = np.zeros((), np.uint64)
         with np.errstate(over="ignore"):
             for column in columns:
                 state = (state + column) * np.uint64(0x9E3779B97F4A7C15)
-        return state >> np.uint64(64 - FILTER_BITS)
+        return state >> np.uint64(64 - TABLE_BITS)
 
     def is_contaminated(self, text: str) -> bool:
+        """Say whether a document holds a sentence of a test set, looking at one piece of it at a time."""
         if not self.overlaps:
             return False
-        return any(
-            self.has_overlap(text[start : start + PIECE_CHARACTERS])
-            for start in range(
-                0, max(1, len(text) - PIECE_OVERLAP_CHARACTERS), PIECE_CHARACTERS - PIECE_OVERLAP_CHARACTERS
-            )
-        )
+        step = PIECE_CHARACTERS - PIECE_OVERLAP_CHARACTERS
+        starts = range(0, max(1, len(text) - PIECE_OVERLAP_CHARACTERS), step)
+        return any(self.has_overlap(text[start : start + PIECE_CHARACTERS]) for start in starts)
 
     def has_overlap(self, text: str) -> bool:
+        """Say whether a piece of text holds a sentence of a test set."""
         get = self.vocabulary.get
         ids = np.array([get(word, 0) for word in words_of(text)], np.uint64)  # 0: in no test set
         if len(ids) < MIN_OVERLAP_WORDS:
@@ -107,60 +110,55 @@ class Decontaminator:
         )
 
 
+@dataclass
 class DocumentFilter:
-    """Lets through what can be trained on, and counts.
+    """A filter that accepts what can be trained on, and counts what it sees."""
 
-    Args:
-        name: of the corpus.
-        max_unreadable: malformed documents that may be passed over.
-        decontaminator: of the test sets.
+    name: str  # of the corpus
+    max_unreadable: int  # malformed documents that may be passed over
+    decontaminator: Decontaminator
+    counts: Counter[str] = field(default_factory=Counter)  # `documents`, `empty`, `unreadable`, `contaminated`
 
-    Attributes:
-        counts: `documents` let through, and `empty`, `unreadable`, `contaminated` ones.
-    """
+    def accepts(self, text: str | UserError) -> TypeGuard[str]:
+        """Say whether a document can be trained on, and count it.
 
-    def __init__(self, name: str, max_unreadable: int, decontaminator: Decontaminator) -> None:
-        self.name = name
-        self.max_unreadable = max_unreadable
-        self.decontaminator = decontaminator
-        self.counts: Counter[str] = Counter()
-
-    def accepts(self, text: str | UserError) -> bool:
-        """
         Raises:
-            UserError: one malformed document too many.
+            UserError: it is malformed, and one too many of them.
         """
         if isinstance(text, UserError):
             self.counts["unreadable"] += 1
             if self.counts["unreadable"] <= MAX_PRINTED_DOCUMENTS:
-                print(f"passed over: {text}", flush=True)
+                print(f"passed over a malformed document: {text}", flush=True)
             check_unreadable(self.name, self.counts["unreadable"], self.max_unreadable, str(text))
             return False
         if not text or text.isspace():
-            self.counts["empty"] += 1
-            return False
-        if self.decontaminator.is_contaminated(text):
-            self.counts["contaminated"] += 1
-            return False
-        self.counts["documents"] += 1
-        return True
+            kind = "empty"
+        else:
+            kind = "contaminated" if self.decontaminator.is_contaminated(text) else "documents"
+        self.counts[kind] += 1
+        return kind == "documents"
 
 
-def check_unreadable(name: str, count: int, limit: int, what: str) -> None:
+def check_unreadable(name: str, count: int, limit: int, problem: str) -> None:
+    """Raise a `UserError` if a corpus has more malformed documents than the limit."""
     if count > limit:
         raise UserError(
             f"corpus {name!r} has {count} unreadable documents, more than `max_unreadable_documents` ({limit}) allows: "
-            f"{what}; mend it, or raise the limit to pass over such documents"
+            f"{problem}; correct the text, or raise the limit to pass over such documents"
         )
 
 
 def text_checksum(text: str) -> int:
-    """64 bits: among 50 million documents two different ones meet with a chance of one in 15,000."""
+    """Hash a text to 64 bits: among 50 million documents two different ones collide with a chance of one in 15,000."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def find_copies(checksums: np.ndarray) -> np.ndarray:
-    """(documents,) bool: which have the checksum of an earlier one. Takes 24 bytes a document beside the input."""
+    """Say which documents have the checksum of an earlier one, with 24 bytes a document beside the input.
+
+    Returns:
+        (documents,) bool.
+    """
     order = np.argsort(checksums, kind="stable")
     ordered = checksums[order]
     is_copy = np.zeros(len(checksums), bool)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -11,32 +12,41 @@ from transformers import DataCollatorForLanguageModeling
 from recipe.arguments.pretraining import PAIR_PACKINGS
 from recipe.base.hashing import hash64, uniform
 
-COUNT, CHOICE, REPLACEMENT, TOKEN = range(4)  # what a hash decides
 # What is counted of a row. The digest is of the block and of what is masked in it.
 ROW = ("corpus", "tokens", "documents", "masked", "pairs", "digest")
-STATIC_MASKS = 10  # of a block (paper, section 4.1: BERT's data was duplicated ten times)
+STATIC_MASKS = 10  # that a block has (paper, section 4.1: BERT's data was duplicated ten times)
+
+
+class MaskingPurpose(IntEnum):
+    """What a hash of a row decides, as the key after the row's own. No value may ever change."""
+
+    COUNT = 0
+    CHOICE = 1
+    REPLACEMENT = 2
+    TOKEN = 3
 
 
 @dataclass
 class DynamicMaskingCollator(DataCollatorForLanguageModeling):
-    """Blocks to a masked batch of fixed shape, in the format of the stock collator and model.
+    """A collator that makes a masked batch of fixed shape of blocks, in the format of the stock collator and model.
 
-    Which tokens are masked, and what replaces them, is a hash of (seed, corpus, block, visit, position): no matter
-    which process draws it, and with no generator to save.
+    Which tokens are masked, and what replaces them, is a hash of (seed, corpus, block, visit, position): it does not
+    depend on the process that draws it, and there is no generator to save.
 
     Departures from `DataCollatorForLanguageModeling`: each row masks `int(p * n + u)` of its `n` maskable tokens,
     `u` uniform in [0, 1), without replacement, in place of one coin a token: unbiased, with a number of masked tokens
     that differs by at most one between full rows (fairseq does the same). Random replacements are never special
     tokens: a `<pad>` inside a sentence would shift RoBERTa's positions. `position_ids` are given. There is no
-    `attention_mask` when no row has padding. It never calls `tokenizer.pad`.
+    `attention_mask` when no row has padding. `tokenizer.pad` is never called.
     Departure from fairseq: `<s>` and `</s>` are never masked.
 
     Attributes:
         max_seq_length: tokens in a row; shorter blocks are padded, longer ones of one part cut.
+        seed: of the run.
         packing: the format of the blocks, which decides what beside ids and labels a batch has.
         masking: `dynamic`, or `static`: the masks of a visit are those of ten visits before.
-        first_position: number of a row's first position. Padding has the one before (RoBERTa: the pad token's id), if
-            there is one.
+        first_position: number of a row's first position. Padding has the number before it (RoBERTa: the pad token's
+            id), if there is one.
     """
 
     max_seq_length: int = 512
@@ -47,19 +57,19 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        is_special = np.zeros(len(self.tokenizer), bool)
-        is_special[self.tokenizer.all_special_ids] = True
-        self.is_special = is_special
-        self.ordinary_ids = np.flatnonzero(~is_special)
+        self.is_special = np.zeros(len(self.tokenizer), bool)
+        self.is_special[self.tokenizer.all_special_ids] = True
+        self.ordinary_ids = np.flatnonzero(~self.is_special)
 
     def __call__(
         self, examples: Sequence[dict[str, Any]], return_tensors: str | None = None
     ) -> dict[str, torch.Tensor]:
-        """Collate and mask.
+        """Collate and mask examples.
 
         Args:
             examples: `input_ids` ((length,) integers, special tokens included), `corpus`, `block`, `visit` (int), and
                 `spans` ((parts,) integers), the lengths of its parts, `label` of a pair and `documents` that end in it.
+            return_tensors: no effect; PyTorch's, always.
 
         Returns:
             `input_ids`, `labels` (-100 where nothing is predicted), `position_ids`: (batch, max_seq_length) int64;
@@ -72,16 +82,16 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         input_ids = np.full((len(examples), self.max_seq_length), self.tokenizer.pad_token_id, np.int64)
         for row, example in zip(input_ids, examples, strict=True):
             row[: len(example["input_ids"])] = example["input_ids"]
-        keys = [np.array([example[name] for example in examples]) for name in ("corpus", "block", "visit")]
-
+        corpora, blocks, visits, documents = (
+            np.array([example[name] for example in examples]) for name in ("corpus", "block", "visit", "documents")
+        )
         positions = np.arange(self.max_seq_length)
         is_text = positions < lengths[:, None]
-        corpora, blocks, visits = keys
         row_keys = hash64(self.seed, corpora, blocks, visits % STATIC_MASKS if self.masking == "static" else visits)
         labels = self.mask_tokens(input_ids, row_keys)
         batch = {"input_ids": input_ids, "labels": labels}
         if self.packing == "doc_sentences":
-            batch["document_ids"] = self.number_parts(examples, first=1, padding=0)
+            batch["document_ids"] = self.number_parts(examples, first=1)
             starts = np.zeros_like(input_ids)
             for row, example in zip(starts, examples, strict=True):
                 ends = np.cumsum(example["spans"])
@@ -91,19 +101,18 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
             batch["attention_mask"] = is_text.astype(np.int64)
         pairs = np.zeros_like(lengths)
         if self.packing in PAIR_PACKINGS:
-            batch["token_type_ids"] = self.number_parts(examples, first=0, padding=0)
+            batch["token_type_ids"] = self.number_parts(examples, first=0)
             batch["pair_label"] = np.array([example["label"] for example in examples])
             pairs = batch["pair_label"] != -100
         batch["position_ids"] = np.where(is_text, positions + self.first_position, max(0, self.first_position - 1))
         is_masked = labels != -100
         digests = np.where(is_masked, hash64(row_keys[:, None], np.arange(self.max_seq_length), labels), 0).sum(1)
-        documents = np.array([example["documents"] for example in examples])
         rows = [corpora, lengths, documents, is_masked.sum(1), pairs, digests.astype(np.int64)]
         batch["rows"] = np.stack(rows, axis=1)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def cut(self, example: dict[str, Any]) -> dict[str, Any]:
-        """The head of a block that is too long, between `<s>` and `</s>` as the whole was."""
+        """Cut a block that is too long to its head, between `<s>` and `</s>` as the whole was."""
         if len(example["input_ids"]) <= self.max_seq_length:
             return example
         head, separator = example["input_ids"][: self.max_seq_length].copy(), self.tokenizer.sep_token_id
@@ -111,16 +120,16 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         documents = int(np.count_nonzero(head[:-1] == separator))
         return example | {"input_ids": head, "spans": np.array([len(head)], np.int32), "documents": documents}
 
-    def number_parts(self, examples: Sequence[dict[str, Any]], first: int, padding: int) -> np.ndarray:
-        """(batch, max_seq_length) int64: which part of its row a position is in, counted from `first`."""
-        numbers = np.full((len(examples), self.max_seq_length), padding, np.int64)
+    def number_parts(self, examples: Sequence[dict[str, Any]], first: int) -> np.ndarray:
+        """Return (batch, max_seq_length) int64: which part of its row a position is in, from `first`; 0 at padding."""
+        numbers = np.zeros((len(examples), self.max_seq_length), np.int64)
         for row, example in zip(numbers, examples, strict=True):
             parts = np.repeat(np.arange(first, first + len(example["spans"])), example["spans"])
             row[: len(parts)] = parts
         return numbers
 
     def mask_tokens(self, input_ids: np.ndarray, row_keys: np.ndarray) -> np.ndarray:
-        """Mask in place.
+        """Mask tokens in place.
 
         Args:
             input_ids: (batch, length) int64.
@@ -130,8 +139,9 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
             (batch, length) int64 labels.
         """
         maskable = ~self.is_special[input_ids]
-        counts = (self.mlm_probability * maskable.sum(1) + uniform(hash64(row_keys, COUNT))).astype(np.int64)
-        scores = hash64(row_keys[:, None], CHOICE, np.arange(input_ids.shape[1]))
+        rounding = uniform(hash64(row_keys, MaskingPurpose.COUNT))
+        counts = (self.mlm_probability * maskable.sum(1) + rounding).astype(np.int64)
+        scores = hash64(row_keys[:, None], MaskingPurpose.CHOICE, np.arange(input_ids.shape[1]))
         # The `counts` lowest scores of a row win. Only the lowest few need to be in order.
         scores[~maskable] = np.iinfo(np.uint64).max
         most = min(int(counts.max(initial=0)) + 1, input_ids.shape[1])
@@ -142,10 +152,11 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
 
         labels = np.full_like(input_ids, -100)
         labels[rows, columns] = input_ids[rows, columns]
-        fate = uniform(hash64(row_keys[rows], REPLACEMENT, columns))
+        fate = uniform(hash64(row_keys[rows], MaskingPurpose.REPLACEMENT, columns))
         is_masked = fate < self.mask_replace_prob
         is_random = ~is_masked & (fate < self.mask_replace_prob + self.random_replace_prob)
         input_ids[rows[is_masked], columns[is_masked]] = self.tokenizer.mask_token_id
-        drawn = hash64(row_keys[rows[is_random]], TOKEN, columns[is_random]) % np.uint64(len(self.ordinary_ids))
-        input_ids[rows[is_random], columns[is_random]] = self.ordinary_ids[drawn]
+        rows, columns = rows[is_random], columns[is_random]
+        drawn = hash64(row_keys[rows], MaskingPurpose.TOKEN, columns) % np.uint64(len(self.ordinary_ids))
+        input_ids[rows, columns] = self.ordinary_ids[drawn]
         return labels

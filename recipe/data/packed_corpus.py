@@ -14,41 +14,42 @@ import numpy as np
 import pyarrow as pa
 
 from recipe.arguments.pretraining import PAIR_PACKINGS
+from recipe.base.files import sync
 from recipe.base.hashing import digest
 from recipe.base.progress import progress_bar
 from recipe.base.workers import build_together
 from recipe.data.packing import SEGMENT, Block, BlockFormat, Packed
-from recipe.data.token_store import LEFT_OUT, TokenStore, naming_disk_errors, open_arrow, read_json, sync, write_json
+from recipe.data.token_store import LEFT_OUT, TokenStore, naming_disk_errors, open_arrow, read_json, write_json
 
 BLOCKS_FORMAT = 2  # part of the folder's name: raise it when the contents come out differently
-# Of the arrays of a view, which are files without a head.
+# The arrays of a view, which are files without a header.
 DTYPES = {"segments": SEGMENT, "block_ends": np.dtype(np.int64), "labels": np.dtype(np.int8)}
 
 
 def map_array(path: Path, dtype: np.dtype) -> np.ndarray:
-    """A mapped file as an array. (`np.memmap` keeps the file open, and there may be thousands.)"""
+    """Map a file into memory as an array. `np.memmap` would keep the file open, and there may be thousands."""
     if not path.stat().st_size:
         return np.zeros(0, dtype)
     return np.frombuffer(pa.memory_map(str(path)).read_buffer(), dtype)
 
 
-def flatten(chunk: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    """The values of a list array, not copied, and (rows + 1,) their offsets."""
+def unpack_list(chunk: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values of a list array, not copied, and (rows + 1,) their offsets."""
     offsets = chunk.offsets.to_numpy()
     return chunk.values.to_numpy(zero_copy_only=True)[offsets[0] : offsets[-1]], offsets - offsets[0]
 
 
 def pack_unit(ids: pa.ListArray, ends: pa.ListArray, is_kept: np.ndarray, make: Callable[..., Packed]) -> Packed:
-    """Pack the kept documents of a unit; starts of segments are in tokens of the whole unit."""
-    _, id_offsets = flatten(ids)
-    values, end_offsets = flatten(ends)
+    """Pack the kept documents of a unit; segments start at tokens of the whole unit."""
+    _, id_offsets = unpack_list(ids)
+    values, end_offsets = unpack_list(ends)
     lengths = np.diff(id_offsets).astype(np.int64)
     kept_lengths = lengths[is_kept]
     document_ends = np.cumsum(kept_lengths)
     sentences = np.diff(end_offsets)
     sentence_ends = values[np.repeat(is_kept, sentences)] + np.repeat(document_ends - kept_lengths, sentences[is_kept])
     packed = make(document_ends, sentence_ends)
-    # Documents that are left out stand between others.
+    # Documents that are left out stand between others, whose tokens they shift.
     shift = id_offsets[:-1][is_kept] - (document_ends - kept_lengths)
     document = np.searchsorted(document_ends, packed.segments["start"], side="right")
     packed.segments["start"] += shift[np.minimum(document, len(shift) - 1)]
@@ -61,7 +62,7 @@ class PackedCorpus:
     Args:
         store: the encoded corpus, complete.
         block_format: of the view.
-        copies: of each shard, which of its documents are left out as copies of others; None: none.
+        copies: for each shard, which of its documents are left out as copies of others; None for no document.
     """
 
     def __init__(self, store: TokenStore, block_format: BlockFormat, copies: list[np.ndarray] | None = None) -> None:
@@ -71,15 +72,16 @@ class PackedCorpus:
         made_with: list[Any] = [BLOCKS_FORMAT]
         if block_format.packing in PAIR_PACKINGS:
             made_with += [block_format.pair_special_tokens, block_format.seed]
-        made_with += [hashlib.sha256(np.concatenate(copies)).hexdigest()] if copies else []
+        made_with += [hashlib.sha256(np.concatenate(copies).tobytes()).hexdigest()] if copies else []
         name = f"{block_format.packing}-{block_format.max_seq_length}"
         self.path = store.path / f"{name}-{digest(*made_with)[:8]}"
 
     def folder(self, shard: int) -> Path:
+        """Return the folder of a shard's arrays."""
         return self.path / f"shard-{shard:05d}"
 
     def build(self, process_index: int) -> None:
-        """Make what is not there yet of the view, together with all processes that do the same; then open it."""
+        """Add the shards that are missing, together with all processes that do the same; then open the view."""
         num_shards = self.store.num_shards
         if not all(self.folder(shard).is_dir() for shard in range(num_shards)):
             with (
@@ -92,10 +94,11 @@ class PackedCorpus:
                     bar.update()
 
                 build_together(self.path, num_shards, process_index, lambda shard: self.folder(shard).is_dir(), make)
-        self.copies = None  # are not needed any more, nor sent to workers
+        self.copies = None  # no longer needed, and not to be sent to workers
         self.open()
 
     def pack_shard(self, shard: int) -> None:
+        """Pack a shard and write its arrays."""
         table = open_arrow(self.store.arrow(shard))
         is_kept = ~self.copies[shard] if self.copies else np.ones(len(table), bool)
         units = [Packed(*(np.zeros(0, dtype) for dtype in DTYPES.values()))]
@@ -108,7 +111,7 @@ class PackedCorpus:
                 units.append(unit._replace(block_ends=unit.block_ends + num_segments))
                 num_segments += len(unit.segments)
             documents += len(batch)
-            tokens += len(flatten(batch["input_ids"])[0])
+            tokens += len(unpack_list(batch["input_ids"])[0])
         packed = Packed(*map(np.concatenate, zip(*units, strict=True)))
         for leftover in self.path.glob(f".{self.folder(shard).name}.*"):  # of a killed process
             shutil.rmtree(leftover)
@@ -123,6 +126,7 @@ class PackedCorpus:
         temporary.rename(self.folder(shard))
 
     def open(self) -> None:
+        """Map the arrays of all shards into memory."""
         folders = [self.folder(shard) for shard in range(self.store.num_shards)]
         self.shards = [ShardBlocks(self.store.arrow(shard), folder) for shard, folder in enumerate(folders)]
         self.first_blocks = [0, *itertools.accumulate(len(shard.block_ends) for shard in self.shards)]
@@ -144,28 +148,29 @@ class PackedCorpus:
         return self.first_blocks[-1]
 
     def count_labels(self) -> Counter[int]:
-        """How many blocks have which label."""
+        """Count the blocks of each label."""
         labels, counts = np.unique(np.concatenate([shard.labels for shard in self.shards]), return_counts=True)
         return Counter(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
 
     def block(self, number: int) -> Block:
+        """Read a block, in constant time."""
         shard = bisect.bisect_right(self.first_blocks, number) - 1
         return self.format.assemble(*self.shards[shard].read(number - self.first_blocks[shard]))
 
 
 class ShardBlocks:
-    """The mapped tables of one shard."""
+    """The arrays of one shard, mapped into memory."""
 
     def __init__(self, arrow: Path, folder: Path) -> None:
         batches = open_arrow(arrow).to_batches()
-        self.units = [flatten(batch["input_ids"])[0] for batch in batches]
+        self.units = [unpack_list(batch["input_ids"])[0] for batch in batches]
         self.unit_starts = [0, *itertools.accumulate(map(len, self.units))]
         self.segments, self.block_ends, self.labels = (
             map_array(folder / f"{name}.bin", dtype) for name, dtype in DTYPES.items()
         )
 
     def read(self, number: int) -> tuple[list[np.ndarray], np.ndarray, int]:
-        """Ids of each segment of a block, which of them end a document, and the block's label."""
+        """Return the ids of each segment of a block, which of them end a document, and the block's label."""
         first = int(self.block_ends[number - 1]) if number else 0
         segments = self.segments[first : int(self.block_ends[number])]
         starts, lengths = segments["start"].tolist(), segments["length"].tolist()

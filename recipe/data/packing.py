@@ -1,4 +1,4 @@
-"""What makes a block: integer work over the lengths of documents and sentences.
+"""How blocks are made: integer work over the lengths of documents and sentences.
 
 1. `BlockFormat.pack` takes one unit of a corpus, some millions of tokens, and cuts it into segments, each of one
    document. A block is a few segments; every token of the unit is in exactly one of them.
@@ -16,51 +16,38 @@ from recipe.arguments.pretraining import ONE_PART_PACKINGS, PAIR_PACKINGS
 from recipe.base.hashing import hash64
 
 SEGMENT = np.dtype([("start", np.int64), ("length", np.int32), ("ends_document", np.bool_)])
-# Whether the second part of a pair follows the first, is from elsewhere, or they are swapped; nothing to tell of one.
+# Labels of blocks: the second part of a pair follows the first, is from elsewhere, or the two are swapped; or the block
+# has one part and nothing to predict of it.
 CONTINUES, RANDOM, SWAPPED, SINGLE = 0, 1, 1, -100
 
 
 class Packed(NamedTuple):
-    """The blocks of a unit.
+    """The blocks of a unit."""
 
-    `segments`: (segments,) of `SEGMENT`, starts in tokens of the unit, in the order of their blocks; `block_ends`:
-    (blocks,) int64 ends of the blocks among the segments; `labels`: (blocks,) int8, for pairs (0 otherwise).
-    """
-
-    segments: np.ndarray
-    block_ends: np.ndarray
-    labels: np.ndarray
+    segments: np.ndarray  # (segments,) of `SEGMENT`, starts in tokens of the unit, in the order of their blocks
+    block_ends: np.ndarray  # (blocks,) int64 ends of the blocks among the segments
+    labels: np.ndarray  # (blocks,) int8, of pairs; 0 otherwise
 
 
 class Block(NamedTuple):
-    """`input_ids`: (length,) special tokens included; `spans`: (parts,) int32 lengths of its parts, which fill it;
-    `label` of a pair; `documents`: how many documents end in it.
-    """
+    """A block with its special tokens."""
 
-    input_ids: np.ndarray
-    spans: np.ndarray
-    label: int
-    documents: int
+    input_ids: np.ndarray  # (length,) integers, special tokens included
+    spans: np.ndarray  # (parts,) int32 lengths of its parts, which fill it
+    label: int  # of a pair
+    documents: int  # how many documents end in it
 
 
 @dataclass(frozen=True)
 class BlockFormat:
-    """What blocks are like.
+    """The format of blocks, and how they are made in it."""
 
-    Attributes:
-        packing: `full_sentences`, `doc_sentences`, `contiguous`, `segment_pair`, `sentence_pair` or `sentence_order`.
-        max_seq_length: tokens in a block, special tokens included.
-        cls_token_id, sep_token_id: what stands at a block's start, and at its end and between documents.
-        pair_special_tokens: of a pair, 4 for RoBERTa (`<s> A </s></s> B </s>`), 3 for BERT.
-        seed: for what is random about pairs.
-    """
-
-    packing: str
-    max_seq_length: int
-    cls_token_id: int
-    sep_token_id: int
-    pair_special_tokens: int
-    seed: int
+    packing: str  # `full_sentences`, `doc_sentences`, `contiguous`, `segment_pair`, `sentence_pair` or `sentence_order`
+    max_seq_length: int  # tokens in a block, special tokens included
+    cls_token_id: int  # stands at a block's start
+    sep_token_id: int  # stands at a block's end and between documents
+    pair_special_tokens: int  # special tokens of a pair: 4 for RoBERTa (`<s> A </s></s> B </s>`), 3 for BERT
+    seed: int  # of what is random about pairs
 
     def pack(self, document_ends: np.ndarray, sentence_ends: np.ndarray) -> Packed:
         """Cut a unit into blocks.
@@ -93,24 +80,23 @@ class BlockFormat:
             label: of a pair.
         """
         cls, sep = [self.cls_token_id], [self.sep_token_id]
-        documents = int(np.count_nonzero(ends_document))
-        if self.packing in ONE_PART_PACKINGS:
-            parts = [part for segment in ids for part in (sep, segment)]
-            input_ids = np.concatenate([cls, *parts[1:], sep], dtype=ids[0].dtype, casting="unsafe")
-            return Block(input_ids, np.array([len(input_ids)], np.int32), label, documents)
+        is_one_part = self.packing in ONE_PART_PACKINGS
         # The second part of a pair begins with the second `</s>` of RoBERTa, or with nothing.
-        before = sep * (self.pair_special_tokens - 3) if self.packing in PAIR_PACKINGS else cls
-        spans = [[*(before if number else cls), *segment, *sep] for number, segment in enumerate(ids)]
-        input_ids = np.concatenate(spans, dtype=ids[0].dtype, casting="unsafe")
-        return Block(input_ids, np.array([len(span) for span in spans], np.int32), label, documents)
+        before = [] if is_one_part else sep * (self.pair_special_tokens - 3) if self.packing in PAIR_PACKINGS else cls
+        parts: list[tuple[np.ndarray | list[int], ...]]
+        parts = [(before if number else cls, segment, sep) for number, segment in enumerate(ids)]
+        input_ids = np.concatenate([piece for part in parts for piece in part], dtype=ids[0].dtype, casting="unsafe")
+        spans = [len(input_ids)] if is_one_part else [sum(map(len, part)) for part in parts]
+        return Block(input_ids, np.array(spans, np.int32), label, int(np.count_nonzero(ends_document)))
 
 
 def starts_of(ends: np.ndarray) -> np.ndarray:
+    """Return where each part starts, given where each ends."""
     return np.concatenate([[0], ends[:-1]])
 
 
 def pack_full_sentences(document_ends: np.ndarray, sentence_ends: np.ndarray, room: int) -> np.ndarray:
-    """FULL-SENTENCES: as many whole sentences as fit, across the ends of documents.
+    """Pack FULL-SENTENCES: as many whole sentences as fit, across the ends of documents.
 
     A block is closed when the next sentence does not fit; a document's end inside it costs one `</s>`. A sentence
     longer than a block is cut into full blocks and a rest that packing goes on with.
@@ -126,7 +112,7 @@ def pack_full_sentences(document_ends: np.ndarray, sentence_ends: np.ndarray, ro
 
 
 def group_sentences(document_ends: np.ndarray, sentence_ends: np.ndarray, room: int) -> np.ndarray:
-    """Ends of segments of as many whole sentences of one document as fit."""
+    """Return the ends of segments of as many whole sentences of one document as fit."""
     ends = cut_long(sentence_ends, room)
     document = np.searchsorted(document_ends, ends, side="left")
     last_of_document = np.searchsorted(ends, document_ends[document], side="right")
@@ -135,8 +121,7 @@ def group_sentences(document_ends: np.ndarray, sentence_ends: np.ndarray, room: 
 
 
 def follow(following: np.ndarray) -> np.ndarray:
-    """From the first sentence on: the last sentence of each group, where `following[s]` is the first sentence after a
-    group that begins with `s`."""
+    """Return the last sentence of each group, where `following[s]` is the first after a group that begins with `s`."""
     jumps, sentence, last = following.tolist(), 0, []
     while sentence < len(jumps):
         sentence = jumps[sentence]
@@ -156,6 +141,7 @@ def cut_long(ends: np.ndarray, room: int) -> np.ndarray:
 
 
 def make_segments(starts: np.ndarray, ends: np.ndarray, document_ends: np.ndarray) -> np.ndarray:
+    """Make a table of segments, and say which of them end a document."""
     segments = np.empty(len(ends), SEGMENT)
     segments["start"], segments["length"] = starts, ends - starts
     at = np.minimum(np.searchsorted(document_ends, ends), len(document_ends) - 1)
@@ -164,47 +150,48 @@ def make_segments(starts: np.ndarray, ends: np.ndarray, document_ends: np.ndarra
 
 
 def cut_at_documents(block_ends: np.ndarray, document_ends: np.ndarray) -> Packed:
+    """Cut blocks that follow each other into segments of one document each."""
     ends = np.union1d(block_ends, document_ends)
     segments = make_segments(starts_of(ends), ends, document_ends)
     return Packed(segments, np.searchsorted(ends, block_ends) + 1, np.zeros(len(block_ends), np.int8))
 
 
 def pack_contiguous(document_ends: np.ndarray, room: int) -> Packed:
-    """Fill every block to the last position, whatever is cut; `</s>` between documents."""
-    starts, ends, block_ends = [], [], []
+    """Fill every block to the last position, whatever is cut, with `</s>` between documents."""
+    ends: list[int] = []
+    block_ends: list[int] = []
     position, left = 0, room
     for document_end in document_ends.tolist():
         while position < document_end:
             end = min(document_end, position + left)
-            starts.append(position)
-            ends.append(end)
             left -= end - position
             position = end
+            ends.append(end)
             if not left:
                 block_ends.append(len(ends))
                 left = room
         if left < room:
             left -= 1
             if not left:
-                # One place was left and the separator takes it: an empty segment behind it.
-                starts.append(position)
+                # One position was left and the separator takes it: an empty segment follows it.
                 ends.append(position)
                 block_ends.append(len(ends))
                 left = room
     if left < room:
         block_ends.append(len(ends))
-    segments = make_segments(np.array(starts, np.int64), np.array(ends, np.int64), document_ends)
+    all_ends = np.array(ends, np.int64)
+    segments = make_segments(starts_of(all_ends), all_ends, document_ends)
     return Packed(segments, np.array(block_ends, np.int64), np.zeros(len(block_ends), np.int8))
 
 
 def share_blocks(ends: np.ndarray, document_ends: np.ndarray, max_seq_length: int) -> Packed:
-    """DOC-SENTENCES: several segments share a block, each with its own `<s>` and `</s>`, best fit first.
+    """Pack DOC-SENTENCES: several segments share a block, each with its own `<s>` and `</s>`, best fit first.
 
-    The paper lets short blocks be short and enlarges the batch; sharing keeps the tokens of an update as many.
+    The paper lets short blocks be short and enlarges the batch; sharing keeps the number of tokens in an update.
     """
     starts = starts_of(ends)
     costs = ends - starts + 2
-    # Blocks by the room that they have left, and, as the bits of a number, which rooms there are.
+    # Blocks by the room that they have left, and, as the bits of a number, for which rooms there are any.
     blocks_with: list[list[int]] = [[] for _ in range(max_seq_length + 1)]
     rooms, blocks = 0, 0
     block_of = np.empty(len(ends), np.int64)
@@ -230,7 +217,7 @@ def share_blocks(ends: np.ndarray, document_ends: np.ndarray, max_seq_length: in
 def pair_segments(
     document_ends: np.ndarray, sentence_ends: np.ndarray, room: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """SEGMENT-PAIR: whole sentences of one document up to a block's room, parted at a random one of their ends.
+    """Cut SEGMENT-PAIRs: whole sentences of one document up to a block's room, parted at a random one of their ends.
 
     Returns:
         (pairs,) each: where the first and the second part end. A single short sentence has no second part (its two ends
@@ -248,11 +235,12 @@ def pair_segments(
 def pair_sentences(
     document_ends: np.ndarray, sentence_ends: np.ndarray, room: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """SENTENCE-PAIR: two sentences of one document that follow each other; the last of an odd number has no second.
+    """Cut SENTENCE-PAIRs: two sentences of one document that follow each other; the last of an odd number is single.
+
     Blocks come out much shorter than their room, so give short ones and many (the paper enlarges the batch).
 
     Returns:
-        see `pair_segments`.
+        what `pair_segments` returns.
     """
     ends = cut_long(sentence_ends, room // 2)
     document = np.searchsorted(document_ends, ends, side="left")
@@ -277,7 +265,7 @@ def pair_up(middles: np.ndarray, ends: np.ndarray, document_ends: np.ndarray, ro
     is_single = middles == ends
 
     drawn = np.flatnonzero(~is_single & (hash64(seed, starts, 1) % np.uint64(2) == 0))
-    # By length; those of one length in a random order, or neighbours would be of the same document.
+    # In the order of length; those of one length in a random order, or neighbours would be of the same document.
     drawn = drawn[np.lexsort((hash64(seed, starts[drawn], 2), (ends - middles)[drawn]))]
     one, two = drawn[: len(drawn) // 2 * 2 : 2], drawn[1::2]
     fits = (middles - starts)[one] + (ends - middles)[two] <= room
@@ -294,7 +282,7 @@ def pair_up(middles: np.ndarray, ends: np.ndarray, document_ends: np.ndarray, ro
     one, two = one[document[one] != document[two]], two[document[one] != document[two]]
     labels[one] = RANDOM
 
-    # Two places for each pair; those that stay empty, or whose segment went to another pair, are left out.
+    # Each pair has two places; those that stay empty, or whose segment went to another pair, are left out.
     segment_starts, segment_ends = np.stack([starts, middles[second_of]], 1), np.stack([middles, ends[second_of]], 1)
     segment_starts[one, 1], segment_ends[one, 1] = starts[two], ends[two]
     is_block = np.ones(len(ends), bool)
@@ -316,7 +304,7 @@ def swap(middles: np.ndarray, ends: np.ndarray, document_ends: np.ndarray, seed:
 
 
 def lay_out(starts: np.ndarray, ends: np.ndarray, labels: np.ndarray, document_ends: np.ndarray) -> Packed:
-    """Blocks of the two segments (blocks, 2) of each, or of one where the other is empty."""
-    is_there = ends > starts
-    segments = make_segments(starts[is_there], ends[is_there], document_ends)
-    return Packed(segments, np.cumsum(is_there.sum(1)), labels)
+    """Make blocks of the two segments (blocks, 2) of each, or of one where the other is empty."""
+    has_tokens = ends > starts
+    segments = make_segments(starts[has_tokens], ends[has_tokens], document_ends)
+    return Packed(segments, np.cumsum(has_tokens.sum(1)), labels)

@@ -7,20 +7,21 @@
 A run's whole position in its data is therefore one integer.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from recipe.base.hashing import hash64
+from recipe.base.hashing import Purpose, hash64
 
-MAX_PERIOD = 2**16  # positions after which the pattern of corpora repeats; its table is kept in memory
+PERIOD_POSITIONS = 2**16  # after which the pattern of corpora repeats, at the latest; its table is kept in memory
 FEISTEL_ROUNDS = 6
-HELD_OUT, PASS, SHARDS, PLACE, ROTATION = range(5)  # what a hash or permutation is for, as part of its key
 
 
 def permute(index: np.ndarray, size: int, *key: np.ndarray | int) -> np.ndarray:
-    """A keyed permutation of `range(size)`, applied to each index.
+    """Apply a keyed permutation of `range(size)` to each index.
 
-    A Feistel network over the next power of four, walked along its cycle until it lands inside (Black and Rogaway,
-    2002): on average fewer than four steps, and no memory.
+    It is a Feistel network over the next power of four, walked along its cycle until it lands inside (Black and
+    Rogaway, 2002): on average fewer than four steps, and no memory.
 
     Args:
         index: integers in `range(size)`.
@@ -41,7 +42,7 @@ def permute(index: np.ndarray, size: int, *key: np.ndarray | int) -> np.ndarray:
     return result.astype(np.int64)
 
 
-def apportion(total: int, weights: list[float]) -> list[int]:
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
     """Split a whole number by weight, largest remainders first (Hamilton's method)."""
     exact = np.array(weights, np.float64) / np.sum(weights) * total
     shares = np.floor(exact).astype(np.int64)
@@ -50,8 +51,13 @@ def apportion(total: int, weights: list[float]) -> list[int]:
     return shares.tolist()
 
 
+def quotas_by_weight(weights: Sequence[float]) -> list[int]:
+    """Split a period of positions by weight, with a place for every corpus, whatever its weight."""
+    return [1 + extra for extra in apportion(PERIOD_POSITIONS - len(weights), weights)]
+
+
 def interleave(quotas: list[int]) -> np.ndarray:
-    """A sequence with corpus `c` in it `quotas[c]` times, each corpus evenly spread.
+    """Make a sequence that holds corpus `c` `quotas[c]` times, each corpus evenly spread.
 
     Each begins at another phase (the golden ratio's multiples lie nowhere close together), or corpora of the same quota
     would all be due at the same places.
@@ -76,18 +82,16 @@ class BlockOrder:
         seed: of the run.
     """
 
-    def __init__(self, num_blocks: list[int], num_held_out: list[int], weights: list[float] | None, seed: int) -> None:
+    def __init__(
+        self, num_blocks: list[int], num_held_out: list[int], weights: Sequence[float] | None, seed: int
+    ) -> None:
         self.num_blocks = np.array(num_blocks, np.int64)
         self.num_held_out = np.array(num_held_out, np.int64)
         self.num_train = self.num_blocks - self.num_held_out
         self.seed = seed
-        total = int(self.num_train.sum())
-        if weights is None and total <= MAX_PERIOD:
-            quotas = self.num_train.tolist()
-        else:
-            shares = self.num_train.tolist() if weights is None else weights
-            # Whatever its weight, every corpus has a place.
-            quotas = [1 + extra for extra in apportion(MAX_PERIOD - len(shares), shares)]
+        sizes = self.num_train.tolist()
+        is_one_pass = weights is None and sum(sizes) <= PERIOD_POSITIONS
+        quotas = sizes if is_one_pass else quotas_by_weight(sizes if weights is None else weights)
         self.quotas = np.array(quotas, np.int64)
         self.pattern = interleave(quotas)
         # How many earlier places of the pattern belong to the same corpus.
@@ -96,7 +100,7 @@ class BlockOrder:
             self.rank[self.pattern == corpus] = np.arange(quotas[corpus])
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The blocks at these positions of the run.
+        """Find the blocks at positions of the run.
 
         Args:
             positions: (n,) integers, 0 or more, without end.
@@ -109,20 +113,21 @@ class BlockOrder:
         visits, within = np.divmod(cycle * self.quotas[corpora] + self.rank[place], self.num_train[corpora])
         blocks = np.empty_like(within)
         for corpus in np.unique(corpora):
-            here = corpora == corpus
-            shuffled = permute(within[here], int(self.num_train[corpus]), PASS, self.seed, corpus, visits[here])
-            blocks[here] = self._split(corpus, self.num_held_out[corpus] + shuffled)
+            of_corpus = corpora == corpus
+            key = (Purpose.PASS, self.seed, corpus, visits[of_corpus])
+            shuffled = permute(within[of_corpus], int(self.num_train[corpus]), *key)
+            blocks[of_corpus] = self._split(corpus, self.num_held_out[corpus] + shuffled)
         return corpora, visits, blocks
 
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """(corpus, block) of every held-out block, (n,) int64 each."""
+        """Return the (corpus, block) of every held-out block, (n,) int64 each."""
         corpora = np.repeat(np.arange(len(self.num_held_out)), self.num_held_out)
         blocks = [self._split(c, np.arange(held)) for c, held in enumerate(self.num_held_out)]
         return corpora, np.concatenate(blocks)
 
     def _split(self, corpus: int, index: np.ndarray) -> np.ndarray:
         """Shuffle a corpus's blocks once for the run: the first ones are held out, the others trained on."""
-        return permute(index, int(self.num_blocks[corpus]), HELD_OUT, self.seed, corpus)
+        return permute(index, int(self.num_blocks[corpus]), Purpose.HELD_OUT, self.seed, corpus)
 
 
 class LaneOrder:
@@ -134,33 +139,32 @@ class LaneOrder:
         seed: of the run.
     """
 
-    def __init__(self, num_lanes: int, shares: list[float], seed: int) -> None:
+    def __init__(self, num_lanes: int, shares: Sequence[float], seed: int) -> None:
         self.num_lanes = num_lanes
         self.seed = seed
-        self.quotas = np.array([1 + extra for extra in apportion(MAX_PERIOD - len(shares), shares)])
-        self.pattern = interleave(self.quotas.tolist())
+        self.pattern = interleave(quotas_by_weight(shares))
 
     def corpora(self, number: int) -> np.ndarray:
-        """(lanes,) int64: which corpus each lane's block of a round is from.
+        """Return (lanes,) int64: which corpus each lane's block of a round is from.
 
         The quota pattern runs on from round to round, each time dealt out from another lane on: a fixed one would leave
         a lane with always the same corpus.
         """
-        first = int(hash64(ROTATION, self.seed, number) % np.uint64(self.num_lanes))
+        first = int(hash64(Purpose.ROTATION, self.seed, number) % np.uint64(self.num_lanes))
         place = np.roll(np.arange(self.num_lanes), first)
         return self.pattern[(number * self.num_lanes + place) % len(self.pattern)]
 
     def deal(self, corpus: int, visit: int, lane: int, num_shards: int) -> list[tuple[int, int, int]]:
-        """What a lane reads in one pass over a corpus.
+        """Say what a lane reads in one pass over a corpus.
 
         Returns:
             (shard, number, of): the `number`-th of every `of` records of a shard, 0 of 1 being all. Each pass deals
             anew; over all lanes it covers every record once.
         """
         key = (self.seed, corpus, visit)
-        shards = permute(np.arange(num_shards), num_shards, SHARDS, *key)
+        shards = permute(np.arange(num_shards), num_shards, Purpose.SHARDS, *key)
         if num_shards >= self.num_lanes:
             return [(int(shard), 0, 1) for shard in shards[lane :: self.num_lanes]]
-        place = int(permute(np.array([lane]), self.num_lanes, PLACE, *key)[0])
+        place = int(permute(np.array([lane]), self.num_lanes, Purpose.PLACE, *key)[0])
         number, at = divmod(place, num_shards)
         return [(int(shards[at]), number, len(range(at, self.num_lanes, num_shards)))]

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.base.errors import UserError
-from recipe.base.hashing import digest
+from recipe.base.hashing import Purpose, digest
 from recipe.base.workers import identity_collate, one_ahead, start_worker
 from recipe.data.batches import COUNTED, Counts, Rank, Resume, TrainingData, UpdateData, given_weights
 from recipe.data.corpora import corpus_bytes, open_source
@@ -23,7 +23,6 @@ from recipe.data.token_store import LEFT_OUT
 
 UNIGRAM_BLOCKS = 2_000  # blocks of training text that the unigram baseline is counted on; they are tokenised for it
 MAX_HELD_OUT_SHARDS = 8  # of a corpus, whose heads are held out, if those are long enough
-HEADS = 6  # what a permutation is for, as part of its key
 
 
 class StreamedData(TrainingData):
@@ -77,7 +76,7 @@ class StreamedData(TrainingData):
         """
         reader, held = self.readers[corpus], self.held[corpus]
         num_shards, num_whole = reader.source.num_shards, 0
-        shards = permute(np.arange(num_shards), num_shards, HEADS, self.args.seed, corpus).tolist()
+        shards = permute(np.arange(num_shards), num_shards, Purpose.HELD_OUT_HEAD, self.args.seed, corpus).tolist()
         for number, shard in enumerate(shards):
             missing = num_blocks - len(held)
             if missing <= 0:

@@ -1,14 +1,16 @@
-"""The streaming mode: tokenise and pack while training, keep nothing on disk, and go on exactly where it stopped.
+"""The streaming mode: tokenise and pack while training, keep nothing on disk, and resume exactly.
 
 1. The shards of the corpora are dealt to lanes, anew for each pass (`LaneOrder`). A `LaneReader` reads what one lane
    has of one corpus: it encodes and packs some documents at a time and keeps what does not fill a block yet.
 2. Worker processes run the readers of their lanes (`LaneDataset`). Which corpus each lane needs a block of, and when,
    is a function of the update, so that a worker sends just what each update will need, before it is asked.
-3. The training process keeps the blocks in one shuffle buffer for each reader (`LaneBuffers`) and draws from those. All
-   that has been received, and where each reader stood when it was sent, is therefore here: that is the checkpoint,
-   whatever the workers may have read ahead.
+3. The training process keeps the blocks in one shuffle buffer for each reader (`LaneBuffers`) and draws from those. It
+   therefore holds all blocks that it has received, and the state of each reader when it sent them: that is the
+   checkpoint, whatever the workers may have read ahead.
 
-Lanes do not know of processes or workers: a checkpoint of two processes goes on with one or four.
+Lanes do not depend on processes or workers: a checkpoint of two processes is resumed by one or four.
+
+(`datasets` does not save what is in its shuffle buffers: after a resume it fills them anew, and other blocks come.)
 """
 
 from collections import Counter, defaultdict, deque
@@ -18,20 +20,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, default_convert, get_worker_info
 
 from recipe.arguments.pretraining import ONE_PART_PACKINGS
 from recipe.base.errors import UserError
-from recipe.base.hashing import hash64
-from recipe.data.corpora import Part, Source
+from recipe.base.hashing import Purpose, hash64
+from recipe.data.corpora import Part, Record, Source
 from recipe.data.hygiene import DocumentFilter
 from recipe.data.packing import Block, BlockFormat
 from recipe.data.sampling import LaneOrder
 from recipe.data.tokenizer import DocumentEncoder
 
 REFILL_CHARACTERS = 200_000  # read at once: some 90 blocks of 512
-EMPTY_PASSES = 20  # in a row, after which a lane gives up on a corpus
-DRAW = 5  # what a hash is for, as part of its key, beside those of recipe/sampling.py
+MAX_EMPTY_PASSES = 20  # in a row, after which a lane gives up on a corpus
+
+ReaderKey = tuple[int, int]  # of a `LaneReader`, its state or its buffer: (lane, corpus)
 
 
 class Blocks(NamedTuple):
@@ -46,6 +49,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def join(cls, blocks: list[Block], dtype: np.dtype) -> "Blocks":
+        """Join blocks, whose ids are of `dtype`."""
         return cls(
             np.concatenate([np.zeros(0, dtype), *(block.input_ids for block in blocks)]),
             np.array([len(block.input_ids) for block in blocks], np.int32),
@@ -56,8 +60,9 @@ class Blocks(NamedTuple):
         )
 
     def split(self) -> list[Block]:
-        ids = np.split(self.input_ids, np.cumsum(self.lengths)[:-1]) if len(self.lengths) else []
-        spans = np.split(self.spans, np.cumsum(self.span_counts)[:-1]) if len(self.lengths) else []
+        """Return the single blocks, which share these arrays."""
+        ids = np.split(self.input_ids, np.cumsum(self.lengths))[:-1]
+        spans = np.split(self.spans, np.cumsum(self.span_counts))[:-1]
         return [Block(*parts) for parts in zip(ids, spans, self.labels.tolist(), self.documents.tolist(), strict=True)]
 
 
@@ -71,57 +76,50 @@ class Remainder(NamedTuple):
 
 @dataclass
 class LaneReaderState:
-    """Where a feed stands: its next record, and what it has read and not packed.
-
-    `visit` and `ordinal`: the pass and which of its shards; `found` and `characters`: documents and characters since it
-    began; `last_characters`: of the pass before; `made`: blocks in all; `passes`: read, the running one in part;
-    `counts`: of the filter.
-    """
+    """The state of a `LaneReader`, as a checkpoint holds it: its next record, and what it has read and not packed."""
 
     remainder: Remainder
-    visit: int = 0
-    ordinal: int = 0
-    record: int = 0
-    found: int = 0
-    characters: int = 0
-    last_characters: int = 0
-    empty_passes: int = 0
-    made: int = 0
-    passes: float = 0.0
-    counts: Counter[str] = field(default_factory=Counter)
+    visit: int = 0  # the running pass over the corpus
+    ordinal: int = 0  # which of the pass's shards is read
+    record: int = 0  # the next one in that shard
+    found: int = 0  # documents of the running pass
+    characters: int = 0  # of these documents
+    last_characters: int = 0  # of the documents of the pass before
+    empty_passes: int = 0  # passes without a document, in a row
+    made: int = 0  # blocks in all passes
+    passes: float = 0.0  # how many were read, the running one in part
+    counts: Counter[str] = field(default_factory=Counter)  # of the document filter
 
 
 class CorpusReader(NamedTuple):
-    """What all feeds of a corpus have in common.
-
-    `held_out`: of each shard, how many records at its head are not trained on; `documents` makes a filter;
-    `lane_characters`: about how many a lane reads in a pass, 0 if not known.
-    """
+    """What all lanes have in common that read a corpus."""
 
     source: Source
-    held_out: dict[int, int]
+    held_out: dict[int, int]  # of each shard, how many records at its head are not trained on
     encoder: DocumentEncoder
-    documents: Callable[[], DocumentFilter]
+    documents: Callable[[], DocumentFilter]  # makes a document filter
     format: BlockFormat
-    lane_characters: float = 0.0
+    lane_characters: float = 0.0  # about how many a lane reads in a pass; 0 if not known
 
     @property
     def nothing(self) -> Remainder:
+        """Return an empty remainder."""
         return Remainder(np.zeros(0, self.encoder.dtype), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
     def pack_texts(self, texts: list[str], before: Remainder, is_last: bool = False) -> tuple[list[Block], Remainder]:
-        """Blocks of what was left and these texts, and what is left now: in formats that go on from document to
-        document the last block, which a next document may still fit into.
+        """Pack texts behind what remained before, and return the blocks and what remains now.
+
+        In formats that go on from document to document that is the last block, which more text may still fit into;
+        unless `is_last`, after which there is none.
         """
         ids, documents, sentences = [before.input_ids], [before.document_ends], [before.sentence_ends]
         length = len(before.input_ids)
         for document, ends in self.encoder(texts):
-            if not len(document):  # a normalizer left nothing of it
-                continue
-            ids.append(document)
-            sentences.append(ends + length)
-            length += len(document)
-            documents.append(np.array([length]))
+            if len(document):  # a normalizer may leave nothing of a text
+                ids.append(document)
+                sentences.append(ends + length)
+                length += len(document)
+                documents.append(np.array([length]))
         unit = Remainder(*map(np.concatenate, (ids, documents, sentences)))
         if not length:
             return [], unit
@@ -144,12 +142,13 @@ class CorpusReader(NamedTuple):
         return blocks, rest
 
     def read_head(self, shard: int, first: int, num_blocks: int) -> tuple[list[Block], int, bool]:
-        """Blocks of the documents from record `first` of a shard on.
+        """Pack the documents from record `first` of a shard on.
 
         Returns:
             `num_blocks` blocks, or fewer; the record after the last one read; whether the shard was at its end.
         """
-        documents, blocks, rest = self.documents(), [], self.nothing
+        documents, rest = self.documents(), self.nothing
+        blocks: list[Block] = []
         record = first
         for index, text in self.source.read(shard, first):
             if len(blocks) >= num_blocks:
@@ -162,85 +161,88 @@ class CorpusReader(NamedTuple):
         return blocks[:num_blocks], record, True
 
 
+@dataclass
 class LaneReader:
-    """What one lane reads of one corpus, without end.
+    """A reader of what one lane has of one corpus, without end."""
 
-    Args:
-        reader: of the corpus.
-        order: deals the shards.
-        corpus, lane: numbers.
-        state: where to go on.
-    """
+    reader: CorpusReader
+    order: LaneOrder  # deals the shards
+    corpus: int
+    lane: int
+    state: LaneReaderState  # where it resumes, and then where it is
 
-    def __init__(self, reader: CorpusReader, order: LaneOrder, corpus: int, lane: int, state: LaneReaderState) -> None:
-        self.reader = reader
-        self.order = order
-        self.corpus = corpus
-        self.lane = lane
-        self.state = state
+    def __post_init__(self) -> None:
         self.start_pass()
-        self.records: Iterator[tuple[int, str | UserError]] | None = None
 
     def start_pass(self) -> None:
-        """The limit of malformed documents is one for each lane and pass (and begins anew after a resume)."""
+        """Deal the shards of a pass, or of what is left of it. Malformed documents are counted anew."""
         self.documents = self.reader.documents()
         self.counted: Counter[str] = Counter()
-        self.adapter = self.order.deal(self.corpus, self.state.visit, self.lane, self.reader.source.num_shards)
+        self.parts = self.order.deal(self.corpus, self.state.visit, self.lane, self.reader.source.num_shards)
+        self.records: Iterator[tuple[int, Record]] | None = None
 
-    def settle_counts(self) -> None:
+    def add_counts(self) -> None:
+        """Add what the filter has counted since the last call to the state."""
         self.state.counts = self.state.counts + (self.documents.counts - self.counted)
         self.counted = self.documents.counts.copy()
 
     def texts(self) -> list[str]:
-        """The next documents, some 200,000 characters together.
+        """Read the next documents, some 200,000 characters together.
 
         Raises:
             UserError: pass after pass there is nothing for this lane.
         """
-        state, texts, size = self.state, [], 0
+        state, size = self.state, 0
+        texts: list[str] = []
         while size < REFILL_CHARACTERS:
             if self.records is None:
-                shard, *part = self.adapter[state.ordinal]
+                shard, *part = self.parts[state.ordinal]
                 first = max(state.record, self.reader.held_out.get(shard, 0))
                 self.records = self.reader.source.read(shard, first, Part(*part))
-            index, text = next(self.records, (None, ""))
-            if index is not None:
+            for index, text in self.records:
                 state.record = index + 1
                 if self.documents.accepts(text):
                     texts.append(text)
                     size += len(text)
                     state.found += 1
                     state.characters += len(text)
-                continue
-            self.records = None
-            state.record, state.ordinal = 0, state.ordinal + 1
-            if state.ordinal == len(self.adapter):
-                state.empty_passes = 0 if state.found else state.empty_passes + 1
-                state.last_characters = state.characters
-                state.visit, state.ordinal, state.found, state.characters = state.visit + 1, 0, 0, 0
-                self.settle_counts()
-                self.start_pass()
-                if state.empty_passes == EMPTY_PASSES:
-                    raise UserError(
-                        f"corpus {self.reader.source.corpus.name!r}: lane {self.lane} found no document in "
-                        f"{EMPTY_PASSES} passes; it has too few for {self.order.num_lanes} `num_lanes`"
-                    )
+                    if size >= REFILL_CHARACTERS:
+                        break
+            else:
+                self.records = None
+                state.record, state.ordinal = 0, state.ordinal + 1
+                if state.ordinal == len(self.parts):
+                    self.end_pass()
         return texts
 
+    def end_pass(self) -> None:
+        """Begin the next pass, or raise a `UserError` if too many had no document."""
+        state = self.state
+        state.empty_passes = 0 if state.found else state.empty_passes + 1
+        state.last_characters = state.characters
+        state.visit, state.ordinal, state.found, state.characters = state.visit + 1, 0, 0, 0
+        self.add_counts()
+        self.start_pass()
+        if state.empty_passes == MAX_EMPTY_PASSES:
+            raise UserError(
+                f"corpus {self.reader.source.corpus.name!r}: lane {self.lane} found no document in {MAX_EMPTY_PASSES} "
+                f"passes; the corpus has too few for {self.order.num_lanes} `num_lanes`, so lower that or add text"
+            )
+
     def refill(self) -> tuple[Blocks, LaneReaderState]:
-        """Some new blocks, or none yet, and where the feed stands after them."""
-        blocks, remainder = self.reader.pack_texts(self.texts(), self.state.remainder)
-        self.state.remainder = remainder
-        self.state.made += len(blocks)
-        whole = self.state.last_characters or self.reader.lane_characters
-        part = self.state.characters / whole if whole else self.state.ordinal / len(self.adapter)
-        self.state.passes = self.state.visit + min(part, 0.999)
-        self.settle_counts()
-        return Blocks.join(blocks, self.reader.encoder.dtype), replace(self.state)
+        """Make some new blocks, or none yet, and return them and the state after them."""
+        state = self.state
+        blocks, state.remainder = self.reader.pack_texts(self.texts(), state.remainder)
+        state.made += len(blocks)
+        expected = state.last_characters or self.reader.lane_characters
+        part = state.characters / expected if expected else state.ordinal / len(self.parts)
+        state.passes = state.visit + min(part, 0.999)
+        self.add_counts()
+        return Blocks.join(blocks, self.reader.encoder.dtype), replace(state)
 
 
 class BlockPacket(NamedTuple):
-    """What a worker sends: new blocks of a feed, and where it stood after them."""
+    """What a worker sends: new blocks of a `LaneReader`, and its state after them."""
 
     lane: int
     corpus: int
@@ -250,148 +252,116 @@ class BlockPacket(NamedTuple):
 
 @dataclass
 class Schedule:
-    """When each feed is drawn from and refilled: the same for the worker that fills and the process that draws.
-
-    `buffer_sizes`: blocks that a feed of each corpus holds before one is drawn; `rounds`: of an update.
-    """
+    """When each buffer is drawn from and refilled: the same for the worker that fills and the process that draws."""
 
     order: LaneOrder
-    buffer_sizes: list[int]
-    rounds: int
+    buffer_sizes: list[int]  # for each corpus, blocks that a buffer holds before one is drawn
+    rounds: int  # of an update
 
-    def draws(self, update: int, lanes: list[int]) -> Iterator[tuple[int, int]]:
-        """(lane, corpus) of an update's blocks from these lanes."""
+    def draws(self, update: int, lanes: list[int]) -> Iterator[ReaderKey]:
+        """Yield the buffer that each of an update's blocks from these lanes is drawn from."""
         for number in range(update * self.rounds, (update + 1) * self.rounds):
             corpora = self.order.corpora(number).tolist()
             for lane in lanes:
                 yield lane, corpora[lane]
 
 
+@dataclass
 class LaneDataset(IterableDataset):
-    """The feeds of some lanes: of each update, the refills that it needs. Workers share the lanes.
+    """The packets of some lanes: of each update, those that it needs. Workers share the lanes."""
 
-    Args:
-        readers: of the corpora.
-        schedule: says which feed needs blocks when.
-        lanes: of this process.
-        states: where feeds stand that have been read from, by (lane, corpus).
-        held: how many blocks of theirs are in buffers.
-        updates: which to fill.
-    """
-
-    def __init__(
-        self,
-        readers: list[CorpusReader],
-        schedule: Schedule,
-        lanes: list[int],
-        states: dict[tuple[int, int], LaneReaderState],
-        held: dict[tuple[int, int], int],
-        updates: range,
-    ) -> None:
-        self.readers = readers
-        self.schedule = schedule
-        self.lanes = lanes
-        self.states = states
-        self.held = held
-        self.updates = updates
+    readers: list[CorpusReader]  # of the corpora
+    schedule: Schedule
+    lanes: list[int]  # of this process
+    states: dict[ReaderKey, LaneReaderState]  # of the lane readers that have been read from
+    held: dict[ReaderKey, int]  # how many blocks of theirs are in buffers
+    updates: range  # for which to make blocks
 
     def __iter__(self) -> Iterator[list[BlockPacket] | UserError]:
-        """
-        Yields:
-            the refills of an update; an error as it is, since raised in a worker it would lose its type.
-        """
+        """Yield the packets of each update, or an error as it is, since one raised in a worker would lose its type."""
         worker = get_worker_info()
         lanes = self.lanes[worker.id :: worker.num_workers] if worker else self.lanes
         held = Counter(self.held)
-        feeds: dict[tuple[int, int], LaneReader] = {}
+        lane_readers: dict[ReaderKey, LaneReader] = {}
         for update in self.updates:
-            refills = []
+            packets = []
             try:
-                for where in self.schedule.draws(update, lanes):
-                    if where not in feeds:
-                        lane, corpus = where
+                for key in self.schedule.draws(update, lanes):
+                    if key not in lane_readers:
+                        lane, corpus = key
                         reader = self.readers[corpus]
-                        state = self.states.get(where) or LaneReaderState(reader.nothing)
-                        feeds[where] = LaneReader(reader, self.schedule.order, corpus, lane, replace(state))
-                    while held[where] < self.schedule.buffer_sizes[where[1]]:
-                        refills.append(BlockPacket(*where, *feeds[where].refill()))
-                        held[where] += len(refills[-1].blocks.lengths)
-                    held[where] -= 1
+                        state = self.states.get(key) or LaneReaderState(reader.nothing)
+                        lane_readers[key] = LaneReader(reader, self.schedule.order, corpus, lane, replace(state))
+                    while held[key] < self.schedule.buffer_sizes[key[1]]:
+                        packets.append(BlockPacket(*key, *lane_readers[key].refill()))
+                        held[key] += len(packets[-1].blocks.lengths)
+                    held[key] -= 1
             except UserError as error:
                 yield error
                 return
-            yield refills
+            yield packets
 
 
 @dataclass
 class Buffer:
-    """The shuffle buffer of a feed: (number, block) of those received and not drawn, and where the feed stood then.
-    Numbers count a feed's blocks through all passes.
-    """
+    """The shuffle buffer of a `LaneReader`, whose blocks are numbered through all passes."""
 
-    state: LaneReaderState
-    blocks: list[tuple[int, Block]] = field(default_factory=list)
+    state: LaneReaderState  # after the blocks that were received
+    blocks: list[tuple[int, Block]] = field(default_factory=list)  # (number, block) of those not drawn yet
 
     @property
     def drawn(self) -> int:
+        """Return how many blocks have been drawn."""
         return self.state.made - len(self.blocks)
 
     @property
     def passes(self) -> float:
-        """Over the feed's part of its corpus, as far as it has been drawn."""
+        """Return how often the lane's part of its corpus has been drawn."""
         return self.state.passes * self.drawn / max(1, self.state.made)
 
-    def receive(self, refill: BlockPacket) -> None:
-        first = refill.state.made - len(refill.blocks.lengths)
-        # Copies, or the last block to be drawn would keep all of its refill in memory.
-        new = [block._replace(input_ids=block.input_ids.copy()) for block in refill.blocks.split()]
+    def receive(self, packet: BlockPacket) -> None:
+        """Add the blocks of a packet."""
+        first = packet.state.made - len(packet.blocks.lengths)
+        # Copies, or the last block to be drawn would keep all of its packet in memory.
+        new = [block._replace(input_ids=block.input_ids.copy()) for block in packet.blocks.split()]
         self.blocks += enumerate(new, start=first)
-        self.state = refill.state
+        self.state = packet.state
 
     def draw(self, *key: int) -> tuple[int, Block]:
-        at = int(hash64(DRAW, *key, self.drawn) % np.uint64(len(self.blocks)))
+        """Take out a (number, block) that is a hash of the key and of how many were drawn before."""
+        at = int(hash64(Purpose.DRAW, *key, self.drawn) % np.uint64(len(self.blocks)))
         self.blocks[at], self.blocks[-1] = self.blocks[-1], self.blocks[at]
         return self.blocks.pop()
 
-    def copy(self) -> "Buffer":
-        return replace(self, blocks=self.blocks.copy())
 
-
+@dataclass
 class LaneBuffers:
-    """The lanes of one process, and how far they are.
+    """The shuffle buffers of the lanes of one process."""
 
-    Args:
-        readers, schedule: see `LaneDataset`.
-        lanes: of this process.
-        buffers: of those that have been drawn from.
-    """
-
-    def __init__(
-        self,
-        readers: list[CorpusReader],
-        schedule: Schedule,
-        lanes: list[int],
-        buffers: dict[tuple[int, int], Buffer],
-    ) -> None:
-        self.readers = readers
-        self.schedule = schedule
-        self.lanes = lanes
-        self.buffers = buffers
+    readers: list[CorpusReader]  # of the corpora
+    schedule: Schedule
+    lanes: list[int]  # of this process
+    buffers: dict[ReaderKey, Buffer]  # those that have been drawn from
 
     def pump(self, updates: range) -> LaneDataset:
-        states = {where: buffer.state for where, buffer in self.buffers.items()}
-        held = {where: len(buffer.blocks) for where, buffer in self.buffers.items()}
+        """Return the data set that makes what these updates will draw."""
+        states = {key: buffer.state for key, buffer in self.buffers.items()}
+        held = {key: len(buffer.blocks) for key, buffer in self.buffers.items()}
         return LaneDataset(self.readers, self.schedule, self.lanes, states, held, updates)
 
-    def draw(self, update: int, refills: list[BlockPacket]) -> list[tuple[int, int, Block]]:
-        """The blocks of an update from these lanes: (corpus, number, block), numbers unique in a corpus.
+    def draw(self, update: int, packets: list[BlockPacket]) -> list[tuple[int, int, Block]]:
+        """Draw the blocks of an update from these lanes.
 
         Args:
-            refills: all that the pump has for this update.
+            update: number of the update.
+            packets: all that `pump` has made for this update.
+
+        Returns:
+            (corpus, number, block) of each; numbers are unique in a corpus.
         """
-        arrived: dict[tuple[int, int], deque[BlockPacket]] = defaultdict(deque)
-        for refill in refills:
-            arrived[refill.lane, refill.corpus].append(refill)
+        arrived: dict[ReaderKey, deque[BlockPacket]] = defaultdict(deque)
+        for packet in packets:
+            arrived[packet.lane, packet.corpus].append(packet)
         drawn = []
         for lane, corpus in self.schedule.draws(update, self.lanes):
             buffer = self.buffers.setdefault((lane, corpus), Buffer(LaneReaderState(self.readers[corpus].nothing)))
@@ -401,13 +371,13 @@ class LaneBuffers:
             drawn.append((corpus, number * self.schedule.order.num_lanes + lane, block))
         return drawn
 
-    def snapshot(self) -> dict[tuple[int, int], Buffer]:
-        """All of it as it is now; later draws do not change the copy."""
-        return {where: buffer.copy() for where, buffer in self.buffers.items()}
+    def snapshot(self) -> dict[ReaderKey, Buffer]:
+        """Return a copy of the buffers that later draws do not change."""
+        return {key: replace(buffer, blocks=buffer.blocks.copy()) for key, buffer in self.buffers.items()}
 
 
-def to_arrays(buffers: dict[tuple[int, int], Buffer]) -> dict[str, Any]:
-    """Buffers as arrays and plain values, to be sent to the process that writes the checkpoint."""
+def to_arrays(buffers: dict[ReaderKey, Buffer]) -> dict[str, Any]:
+    """Turn buffers into arrays and plain values, to be sent to the process that writes the checkpoint."""
     return {
         f"{lane}.{corpus}": {
             "state": vars(buffer.state)
@@ -419,29 +389,20 @@ def to_arrays(buffers: dict[tuple[int, int], Buffer]) -> dict[str, Any]:
     }
 
 
-def convert(values: Any, array: type, function: Callable[[Any], Any]) -> Any:
-    """The same nested dictionaries and lists with every `array` in them converted."""
-    if isinstance(values, dict):
-        return {name: convert(value, array, function) for name, value in values.items()}
-    if isinstance(values, list):
-        return [convert(value, array, function) for value in values]
-    return function(values) if isinstance(values, array) else values
-
-
 def to_tensors(arrays: dict[str, Any]) -> dict[str, Any]:
-    """What `to_arrays` gives as a checkpoint holds it. (Tensors of uint16 can be saved, but not pickled.)"""
-    return convert(arrays, np.ndarray, torch.from_numpy)
+    """Turn what `to_arrays` returns into what a checkpoint holds. Tensors of uint16 can be saved, but not pickled."""
+    return default_convert(arrays)
 
 
-def from_tensors(saved: dict[str, Any], lanes: list[int]) -> dict[tuple[int, int], Buffer]:
-    """The buffers of some lanes from a checkpoint."""
+def from_tensors(saved: dict[str, Any], lanes: list[int]) -> dict[ReaderKey, Buffer]:
+    """Turn what a checkpoint holds into the buffers of some lanes."""
     buffers = {}
     for key, value in saved.items():
         lane, corpus = map(int, key.split("."))
         if lane in lanes:
-            value = convert(value, torch.Tensor, torch.Tensor.numpy)
-            state = value["state"]
-            state |= {"remainder": Remainder(*state["remainder"]), "counts": Counter(state["counts"])}
-            numbered = list(zip(value["numbers"][0].tolist(), Blocks(*value["blocks"]).split(), strict=True))
-            buffers[lane, corpus] = Buffer(LaneReaderState(**state), numbered)
+            remainder = Remainder(*map(torch.Tensor.numpy, value["state"]["remainder"]))
+            changed = {"remainder": remainder, "counts": Counter(value["state"]["counts"])}
+            blocks = Blocks(*map(torch.Tensor.numpy, value["blocks"])).split()
+            numbered = list(zip(value["numbers"][0].tolist(), blocks, strict=True))
+            buffers[lane, corpus] = Buffer(LaneReaderState(**value["state"] | changed), numbered)
     return buffers

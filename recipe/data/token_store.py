@@ -8,12 +8,13 @@
     <token_store_dir>/books-1f6c…/
       store.json                   what it was made of and with
       shard-00000.arrow            `input_ids`, `sentence_ends`, `checksum` of the text
-      shard-00000.json             documents, tokens and what was left out; written last
+      shard-00000.json             counts of documents, of tokens and of what was left out; written last
       full_sentences-512-9b2e…/shard-00000/{segments,block_ends,labels}.bin, counts.json
 
-All processes on all nodes do this side by side: each takes a shard that nobody works on (a lock tells) until none is
-left, then waits for those of the others. Nothing passes between them but files, so that no collective runs into its
-time limit, a killed process leaves its lock and all finished shards behind, and the result depends on nobody.
+All processes on all nodes do this side by side: each takes a shard whose lock nobody holds until none is left, then
+waits for those of the others. Nothing passes between them but files, so that no collective runs into its time limit, a
+killed process leaves its lock and all finished shards behind, and the result does not depend on who did what.
+(`datasets.map` would be shorter; it does not share a corpus among the processes of several nodes.)
 """
 
 import errno
@@ -34,45 +35,33 @@ from filelock import FileLock
 
 from recipe.arguments import CorpusArguments
 from recipe.base.errors import UserError, raising_damaged_file
-from recipe.base.files import nearest_existing_parent
+from recipe.base.files import nearest_existing_parent, sync, write_atomically
 from recipe.base.hashing import digest
 from recipe.base.progress import progress_bar
 from recipe.base.workers import build_together
 from recipe.data.corpora import Source, corpus_bytes, local_files, open_source, source_fingerprint
-from recipe.data.encoders import Encoded, Encoders, RunEncoder, runs_of
+from recipe.data.encoders import Encoded, EncodedDocument, Encoders, RunEncoder, runs_of
 from recipe.data.hygiene import Decontaminator, check_unreadable
 from recipe.data.tokenizer import DocumentEncoder
 
 STORE_FORMAT = 1  # part of the folder's name: raise it when the contents come out differently
 UNIT_TOKENS = 4_000_000  # that a unit has at least, if its shard has; one block of it is short
-LEFT_OUT = ("empty", "unreadable", "contaminated")  # documents that a store does not have, by reason
-# Of a token store for each byte of text, at the least: two a token, the longest of which have some 5 bytes.
-STORE_BYTES = 0.4
+LEFT_OUT = ("empty", "unreadable", "contaminated")  # why documents are left out of a store
+STORE_BYTES_PER_TEXT_BYTE = 0.4  # at the least: two bytes a token, and a token has about 5 bytes of text at the most
 
 
 def write_shard(path: Path, runs: Iterator[Encoded], dtype: np.dtype) -> None:
-    """Write the documents of runs, whose ids are of `dtype`, to `path`, and their counts beside it."""
+    """Write the documents of runs, whose ids are of `dtype`, to `path`, and then their counts beside it."""
     ids_type = pa.list_(pa.from_numpy_dtype(dtype))
     schema = pa.schema({"input_ids": ids_type, "sentence_ends": pa.list_(pa.int32()), "checksum": pa.uint64()})
     counts: Counter[str] = Counter(dict.fromkeys(("documents", "tokens", *LEFT_OUT), 0))
-    for leftover in path.parent.glob(f".{path.name}.*"):  # of a killed process
+    for leftover in path.parent.glob(f".{path.stem}.*"):  # of a killed process
         leftover.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            rows, size = [], 0
-            for counted, documents in runs:
-                counts.update(counted)
-                for ids, ends, checksum in documents:
-                    rows.append((ids, ends, checksum))
-                    size += len(ids)
-                    if size >= UNIT_TOKENS:
-                        writer.write(to_batch(rows, schema))
-                        counts["tokens"] += size
-                        rows, size = [], 0
-            if rows:
+            for rows in units_of(runs, counts):
                 writer.write(to_batch(rows, schema))
-                counts["tokens"] += size
         sync(temporary)
         temporary.rename(path)
         write_json(path.with_suffix(".json"), dict(counts))
@@ -80,45 +69,53 @@ def write_shard(path: Path, runs: Iterator[Encoded], dtype: np.dtype) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def to_batch(rows: list[tuple[np.ndarray, np.ndarray, int]], schema: pa.Schema) -> pa.RecordBatch:
+def units_of(runs: Iterator[Encoded], counts: Counter[str]) -> Iterator[list[EncodedDocument]]:
+    """Group the documents of runs into units, and add to `counts` what was counted of them, and their tokens."""
+    rows: list[EncodedDocument] = []
+    size = 0
+    for counted, documents in runs:
+        counts.update(counted)
+        for row in documents:
+            rows.append(row)
+            size += len(row[0])
+            counts["tokens"] += len(row[0])
+            if size >= UNIT_TOKENS:
+                yield rows
+                rows, size = [], 0
+    if rows:
+        yield rows
+
+
+def to_batch(rows: list[EncodedDocument], schema: pa.Schema) -> pa.RecordBatch:
+    """Turn encoded documents into a batch of an Arrow file."""
     ids, ends, checksums = zip(*rows, strict=True)
-    return pa.record_batch(
-        [
-            list_array(ids, schema.field("input_ids").type),
-            list_array(ends, schema.field("sentence_ends").type),
-            pa.array(np.array(checksums, np.uint64)),
-        ],
-        schema=schema,
-    )
+    arrays = [
+        list_array(ids, schema.field("input_ids").type),
+        list_array(ends, schema.field("sentence_ends").type),
+        pa.array(np.array(checksums, np.uint64)),
+    ]
+    return pa.record_batch(arrays, schema=schema)
 
 
 def list_array(rows: tuple[np.ndarray, ...], kind: pa.ListType) -> pa.ListArray:
+    """Join arrays to one of Arrow's, of which each is a row."""
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
     values = np.concatenate(rows).astype(kind.value_type.to_pandas_dtype(), copy=False)
     return pa.ListArray.from_arrays(offsets, values)
 
 
-def sync(path: Path) -> None:
-    """Have a file reach the disk before its name does."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Under the lock of whoever writes `path`: two must not do so at once."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(values, indent=1))
-    sync(temporary)
-    temporary.rename(path)
+    """Write values to a file that is complete or absent."""
+    write_atomically(path, json.dumps(values, indent=1))
 
 
 class TokenStore:
     """The encoded documents of a corpus.
 
     Args:
-        corpus: what it is of; its `path` may be the folder of a store itself.
-        encoder: what it is made with.
-        decontaminator: what is left out of it.
+        corpus: whose documents they are; its `path` may be the folder of a store itself.
+        encoder: turns the documents into tokens.
+        decontaminator: decides which documents are left out.
         root: folder of the stores.
 
     Raises:
@@ -154,35 +151,39 @@ class TokenStore:
 
     @property
     def num_shards(self) -> int:
+        """Return how many shards the store has when it is complete."""
         return read_json(self.path / "store.json")["num_shards"]
 
     def arrow(self, shard: int) -> Path:
+        """Return the file of a shard's documents."""
         return self.path / f"shard-{shard:05d}.arrow"
 
     def is_done(self, shard: int) -> bool:
+        """Say whether a shard is in the store."""
         return self.arrow(shard).with_suffix(".json").is_file()
 
     @property
     def is_complete(self) -> bool:
+        """Say whether all shards are in the store."""
         return (self.path / "store.json").is_file() and all(map(self.is_done, range(self.num_shards)))
 
     def counts(self) -> Counter[str]:
-        """Documents and tokens in the store, and documents that were left out, by reason."""
+        """Count the documents and tokens in the store, and the documents that were left out, by reason."""
         total: Counter[str] = Counter()
         for shard in range(self.num_shards):
             total.update(read_json(self.arrow(shard).with_suffix(".json")))
         return total
 
     def checksums(self) -> list[np.ndarray]:
-        """Of each shard, (documents,) uint64 of the texts."""
+        """Return the checksums of the texts of each shard, (documents,) uint64."""
         tables = (open_arrow(self.arrow(shard)) for shard in range(self.num_shards))
         return [table.column("checksum").to_numpy() for table in tables]
 
     def begin(self) -> Source:
-        """Open the corpus and write down what the store is of, once for all that will build it.
+        """Open the corpus and record its revision and shards, once for all processes that will build the store.
 
         Raises:
-            UserError: the hub's data set has changed since another began.
+            UserError: the corpus has another number of shards than when the store was begun.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path / "store.lock"):
@@ -194,13 +195,18 @@ class TokenStore:
                 write_json(about, values | {"num_shards": source.num_shards})
             elif begun["num_shards"] != source.num_shards:
                 raise UserError(
-                    f"corpus {self.corpus.name!r}: {self.corpus.path} has {source.num_shards} shards, and "
+                    f"corpus {self.corpus.name!r}: {self.corpus.path} has {source.num_shards} shards, and had "
                     f"{begun['num_shards']} when {self.path} was begun; remove that folder to begin anew"
                 )
         return source
 
     def build(self, process_index: int, num_workers: int | None, max_unreadable: int) -> None:
-        """Make what is not there yet of the store, together with all processes that do the same.
+        """Add the shards that are missing, together with all processes that do the same.
+
+        Args:
+            process_index: of this process among them.
+            num_workers: see `Encoders`.
+            max_unreadable: malformed documents that may be passed over.
 
         Raises:
             UserError: the corpus cannot be read, has too many malformed documents, or does not fit on the disk.
@@ -218,20 +224,18 @@ class TokenStore:
                     runs = encoders.map(runs_of(source.read(shard)))
                     write_shard(self.arrow(shard), self.watch(runs, max_unreadable, bar), self.encoder.dtype)
 
+                def build_shards(number: int) -> None:
+                    build_together(self.path, source.num_shards, process_index + number, self.is_done, make)
+
                 # Two shards at once, so that nobody is idle while the last, long document of one is encoded.
-                encoders.run(
-                    2,
-                    lambda number: build_together(
-                        self.path, source.num_shards, process_index + number, self.is_done, make
-                    ),
-                )
+                encoders.run(2, build_shards)
         counts = self.counts()
         check_unreadable(self.corpus.name, counts["unreadable"], max_unreadable, f"counted in {self.path}")
         if not counts["tokens"]:
-            raise UserError(f"corpus {self.corpus.name!r}: {self.corpus.path} holds no text")
+            raise UserError(f"corpus {self.corpus.name!r}: {self.corpus.path} holds no text that can be trained on")
 
     def watch(self, runs: Iterator[Encoded], max_unreadable: int, bar: Any) -> Iterator[Encoded]:
-        """The runs of a shard, seen on the bar and ended by one malformed document too many."""
+        """Yield the runs of a shard, show them on the bar, and end at one malformed document too many."""
         unreadable = 0
         for counted, documents in runs:
             unreadable += counted["unreadable"]
@@ -242,16 +246,16 @@ class TokenStore:
 
 @contextmanager
 def naming_disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the system says about a full or a foreign disk into an error that names the folder."""
+    """Turn what the system says about a full or a read-only disk into an error that names the folder."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(nearest_existing_parent(path)).free / 1e9
-            problem = (
-                f"no space left in {path} ({free:.1f} GB free); free some, or set `token_store_dir` to a folder on"
-            )
-            raise UserError(f"{problem} another disk. What is finished is kept") from error
+            raise UserError(
+                f"no space is left in {path} ({free:.1f} GB free); free some, or set `token_store_dir` to a folder on "
+                "another disk. What is finished is kept"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UserError(
                 f"{path} cannot be written ({error.strerror}); set `token_store_dir` to a folder that can, or copy the "
@@ -261,15 +265,12 @@ def naming_disk_errors(path: Path) -> Iterator[None]:
 
 
 def check_space(root: Path, stores: list[TokenStore]) -> None:
-    """
-    Raises:
-        UserError: what is not built yet of these stores will surely not fit.
-    """
+    """Raise a `UserError` if what is not built yet of the stores will surely not fit on the disk."""
     needed = 0.0
     for store in stores:
         if not store.is_complete and local_files(store.corpus) is not None:
-            there = sum(file.stat().st_size for file in store.path.glob("shard-*.arrow"))
-            needed += max(0.0, corpus_bytes(store.corpus) * STORE_BYTES - there)
+            built = sum(file.stat().st_size for file in store.path.glob("shard-*.arrow"))
+            needed += max(0.0, corpus_bytes(store.corpus) * STORE_BYTES_PER_TEXT_BYTE - built)
     free = shutil.disk_usage(nearest_existing_parent(root)).free
     if needed > free:
         raise UserError(
@@ -278,20 +279,21 @@ def check_space(root: Path, stores: list[TokenStore]) -> None:
         )
 
 
-def reading_store(path: Path) -> AbstractContextManager[None]:
-    return raising_damaged_file(
-        f"the token store's {path}", f"copy it again, or remove the folder {path.parent} to have it made again"
-    )
+def raising_damaged_store(path: Path) -> AbstractContextManager[None]:
+    """Turn what a damaged file of a store makes of the code that reads it into an error that names the file."""
+    remedy = f"copy it again, or remove the folder {path.parent} to have it made again"
+    return raising_damaged_file(f"the token store's {path}", remedy)
 
 
 def open_arrow(path: Path) -> pa.Table:
-    """A mapped file as a table, with nothing read but its index."""
-    with reading_store(path):
+    """Map a file into memory as a table, with nothing read but its index."""
+    with raising_damaged_store(path):
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         table.validate()  # a damaged one would send the reader outside the file
         return table
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    with reading_store(path):
+    """Read a file that `write_json` has written."""
+    with raising_damaged_store(path):
         return json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Train a vocabulary, save it as the fast tokenizer that `AutoTokenizer` finds, and encode documents.
+"""Tokenizers: train a vocabulary, save it as the fast tokenizer that `AutoTokenizer` finds, and encode documents.
 
 The special tokens of byte-level BPE stand where the released RoBERTa has them: `<s>`=0, `<pad>`=1, `</s>`=2, `<unk>`=3
 and `<mask>` last. (`ByteLevelBPETokenizer` given all five would put `<mask>` at 4.) WordPiece is BERT's and Unigram
@@ -13,44 +13,47 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencex
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    AlbertTokenizer,
-    AutoTokenizer,
-    BertTokenizerFast,
-    PreTrainedTokenizerFast,
-    RobertaTokenizerFast,
-)
+from transformers import AlbertTokenizer, AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
 from recipe.base.errors import UserError
 
-LEADING_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]
+ROBERTA_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # `<mask>` comes after the merges
 BERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 ALBERT_TOKENS = ["<pad>", "<unk>", "[CLS]", "[SEP]", "[MASK]"]
-FAST_CLASSES = {models.BPE: RobertaTokenizerFast, models.WordPiece: BertTokenizerFast, models.Unigram: AlbertTokenizer}
+FAST_CLASSES: dict[type[models.Model], type[PreTrainedTokenizerFast]] = {
+    models.BPE: RobertaTokenizer,
+    models.WordPiece: BertTokenizer,
+    models.Unigram: AlbertTokenizer,
+}
 MASK_TOKEN = AddedToken("<mask>", lstrip=True, rstrip=False, normalized=False, special=True)
+COMMON_WORDS, COMMON_WORD_COUNT = 100, 100  # words that must not be missing, and occurrences from which that holds
+ENCODED_CHARACTERS = 2_000_000  # encoded at once; an `Encoding` takes some 100 bytes a token
 
 
 def split_text(text: str, max_characters: int) -> Iterator[str]:
-    """Cut a long text at spaces between two letters, where byte-level BPE never joins: the pieces' tokens are the
-    text's tokens. A stretch of `max_characters` without such a space is cut at its end all the same,
-    which can change the tokens at the cut.
+    """Cut a long text at spaces between two letters, where byte-level BPE never joins.
+
+    The pieces' tokens are therefore the text's tokens. A stretch of `max_characters` without such a space is cut at its
+    end all the same, which can change the tokens at the cut.
     """
     start = 0
     while len(text) - start > max_characters:
-        end = start + max_characters
-        cut = text.rfind(" ", start + 1, end)
+        cut = text.rfind(" ", start + 1, start + max_characters)
         while cut > start and not (text[cut - 1].isalpha() and text[cut + 1].isalpha()):
             cut = text.rfind(" ", start + 1, cut)
-        yield text[start : cut if cut > start else end]
-        start = cut if cut > start else end
+        end = cut if cut > start else start + max_characters
+        yield text[start:end]
+        start = end
     yield text[start:]
 
 
 def split_batches(texts: Iterable[list[str]], max_characters: int) -> Iterator[list[str]]:
+    """Cut the long texts of batches."""
     return ([piece for text in batch for piece in split_text(text, max_characters)] for batch in texts)
 
 
@@ -65,7 +68,7 @@ def train_byte_level_bpe(
 
     Args:
         texts: batches of texts.
-        vocab_size: entries in all; fewer come out where the text has too few pairs to merge.
+        vocab_size: entries in all; there are fewer where the text has too few pairs to merge.
         min_frequency: occurrences that a pair needs before it is merged.
         add_prefix_space: treat the first word of a text as if a space stood before it.
         max_document_characters: longer texts are cut, so that no worker of the trainer holds more.
@@ -74,9 +77,9 @@ def train_byte_level_bpe(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,  # <mask> comes after the merges
+        vocab_size=vocab_size - 1,  # without `<mask>`
         min_frequency=min_frequency,
-        special_tokens=LEADING_TOKENS,
+        special_tokens=ROBERTA_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=True,
     )
@@ -91,18 +94,13 @@ def train_byte_level_bpe(
 def train_wordpiece(
     texts: Iterable[list[str]], vocab_size: int, min_frequency: int, do_lower_case: bool, max_document_characters: int
 ) -> Tokenizer:
-    """Learn BERT's kind of vocabulary.
-
-    Args:
-        do_lower_case: uncased, and without accents.
-        others: see `train_byte_level_bpe`.
-    """
-    tokenizer = BertTokenizerFast(do_lower_case=do_lower_case).backend_tokenizer
+    """Learn BERT's kind of vocabulary, without accents if lower-cased; for the arguments see `train_byte_level_bpe`."""
+    tokenizer = BertTokenizer(do_lower_case=do_lower_case).backend_tokenizer
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
         special_tokens=BERT_TOKENS,
-        limit_alphabet=1000,  # as `BertWordPieceTokenizer` has it; rarer characters are unknown
+        limit_alphabet=1000,  # the value of `BertWordPieceTokenizer`; rarer characters are unknown
         show_progress=True,
     )
     tokenizer.train_from_iterator(split_batches(texts, max_document_characters), trainer)
@@ -112,8 +110,9 @@ def train_wordpiece(
 def train_unigram(
     texts: Iterable[list[str]], vocab_size: int, do_lower_case: bool, max_document_characters: int
 ) -> Tokenizer:
-    """Learn ALBERT's kind of vocabulary; see `train_wordpiece`. SentencePiece's NFKC is NFKD here, without accents when
-    uncased.
+    """Learn ALBERT's kind of vocabulary; see `train_wordpiece`.
+
+    It normalizes by NFKD where SentencePiece has NFKC, and drops accents when uncased.
     """
     tokenizer = AlbertTokenizer(do_lower_case=do_lower_case, keep_accents=not do_lower_case).backend_tokenizer
     trainer = trainers.UnigramTrainer(
@@ -130,29 +129,22 @@ def save_tokenizer(
     model_max_length: int,
     do_lower_case: bool = False,
 ) -> None:
-    """Write `tokenizer.json`, `tokenizer_config.json` and the files of the kind: `vocab.json` and `merges.txt`,
-    `vocab.txt`, or `unigram.json`.
+    """Write `tokenizer.json`, `tokenizer_config.json` and the vocabulary as the files of its kind.
+
+    These are `vocab.json` and `merges.txt`, `vocab.txt`, or `unigram.json`.
     """
     model = json.loads(tokenizer.to_str())["model"]
+    settings: dict[str, Any] = {"vocab": model["vocab"], "model_max_length": model_max_length}
     if model["type"] == "BPE":
-        fast = RobertaTokenizerFast(
-            vocab=model["vocab"],
-            merges=[tuple(merge) for merge in model["merges"]],
-            mask_token=MASK_TOKEN,
-            add_prefix_space=add_prefix_space,
-            model_max_length=model_max_length,
-        )
-    elif model["type"] == "WordPiece":
-        fast = BertTokenizerFast(vocab=model["vocab"], do_lower_case=do_lower_case, model_max_length=model_max_length)
+        settings["merges"] = [tuple(merge) for merge in model["merges"]]
+        settings |= {"mask_token": MASK_TOKEN, "add_prefix_space": add_prefix_space}
     else:
-        fast = AlbertTokenizer(
-            vocab=[tuple(entry) for entry in model["vocab"]],
-            do_lower_case=do_lower_case,
-            keep_accents=not do_lower_case,
-            model_max_length=model_max_length,
-            model_input_names=BertTokenizerFast.model_input_names,  # segment ids too, which the class leaves out
-        )
-    fast.save_pretrained(output_dir)
+        settings["do_lower_case"] = do_lower_case
+    if model["type"] == "Unigram":
+        settings["vocab"] = [tuple(entry) for entry in model["vocab"]]
+        # Segment ids too, which ALBERT's class leaves out.
+        settings |= {"keep_accents": not do_lower_case, "model_input_names": BertTokenizer.model_input_names}
+    FAST_CLASSES[type(tokenizer.model)](**settings).save_pretrained(output_dir)
     tokenizer.model.save(str(output_dir))
 
 
@@ -166,41 +158,38 @@ def check_saved_tokenizer(tokenizer: Tokenizer, output_dir: Path, texts: list[st
     expected = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     fast_class = FAST_CLASSES[type(tokenizer.model)]
     special = {"pad_token_id": 0, "unk_token_id": 1, "cls_token_id": 2, "sep_token_id": 3, "mask_token_id": 4}
-    if fast_class is RobertaTokenizerFast:
+    if fast_class is RobertaTokenizer:
         special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "unk_token_id": 3}
         special |= {"cls_token_id": 0, "sep_token_id": 2, "mask_token_id": tokenizer.get_vocab_size() - 1}
-    for loader in (AutoTokenizer, fast_class):
+    loaders: tuple[Any, ...] = (AutoTokenizer, fast_class)
+    for loader in loaders:
+        source = f"{loader.__name__}.from_pretrained({output_dir})"
         loaded = loader.from_pretrained(output_dir)
         if [loaded(text, verbose=False)["input_ids"] for text in texts] != expected:
-            raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) does not give the trained ids")
+            raise RuntimeError(f"{source} does not give the trained ids")
         found = {name: getattr(loaded, name) for name in special}
         if found != special or len(loaded) != tokenizer.get_vocab_size():
-            raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) moved the special tokens: {found}")
-        if fast_class is not RobertaTokenizerFast:
-            if not isinstance(loaded, fast_class):
-                raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) gives a {type(loaded).__name__}")
-            continue
-        if not loaded.added_tokens_decoder[loaded.mask_token_id].lstrip:
-            raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) lost `lstrip` of <mask>")
-        if loaded.add_prefix_space != add_prefix_space:
-            raise RuntimeError(f"{loader.__name__}.from_pretrained({output_dir}) lost `add_prefix_space`")
-
-
-COMMON_WORD_COUNT = 100  # occurrences from which a word must not be missing
+            raise RuntimeError(f"{source} moved the special tokens: {found}")
+        if not isinstance(loaded, fast_class):
+            raise RuntimeError(f"{source} gives a {type(loaded).__name__}")
+        if fast_class is RobertaTokenizer and not loaded.added_tokens_decoder[loaded.mask_token_id].lstrip:
+            raise RuntimeError(f"{source} lost `lstrip` of <mask>")
+        if fast_class is RobertaTokenizer and loaded.add_prefix_space != add_prefix_space:
+            raise RuntimeError(f"{source} lost `add_prefix_space`")
 
 
 def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
     """Check that the commonest words of the text, if they occur 100 times at least, became single tokens.
 
-    A count that overflows in the trainer loses them without a word (tokenizers#2058: "the" was missing). Only as many
-    words are asked for as the vocabulary surely has room for: one for each 100 entries beyond bytes and specials.
+    A count that overflows in the trainer loses them silently (tokenizers#2058: "the" was missing). Only as many words
+    are checked as the vocabulary surely has room for: one for each 100 entries beyond bytes and special tokens.
 
     Raises:
-        RuntimeError: naming the words.
+        RuntimeError: some words were lost.
     """
-    commonest = word_counts.most_common(min(100, (tokenizer.get_vocab_size() - 261) // 100))
-    wanted = [word for word, count in commonest if count >= COMMON_WORD_COUNT]
-    lost = [word for word in wanted if len(tokenizer.encode(" " + word, add_special_tokens=False).ids) != 1]
+    commonest = word_counts.most_common(min(COMMON_WORDS, (tokenizer.get_vocab_size() - 261) // 100))
+    common = [word for word, count in commonest if count >= COMMON_WORD_COUNT]
+    lost = [word for word in common if len(tokenizer.encode(" " + word, add_special_tokens=False).ids) != 1]
     if lost:
         raise RuntimeError(
             f"the common words {lost} did not become single tokens, as when the trainer's counts overflow; lower "
@@ -209,42 +198,42 @@ def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """A fast tokenizer from a folder or the hub, with every special token that masked language modelling needs.
+    """Load a fast tokenizer with every special token that masked language modelling needs, from a folder or the hub.
 
     Text that spells a special token stays text: a document's `<mask>` never becomes the mask.
 
     Raises:
-        UserError: there is none, or it is not fit for the purpose.
+        UserError: there is no tokenizer, or it does not serve the purpose.
     """
+    field = f"`tokenizer_name` is {name_or_path}"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"`tokenizer_name` {name_or_path}: no tokenizer there, as a folder or on the hub; make one by "
-            f"train_tokenizer.py ({error})"
+            f"{field}, and no tokenizer is there, as a folder or on the hub; make one by train_tokenizer.py ({error})"
         ) from None
     if len(tokenizer) == len(tokenizer.all_special_ids):
         # What transformers makes of a folder with a config and no vocabulary.
-        raise UserError(f"`tokenizer_name` {name_or_path}: no vocabulary there, only {len(tokenizer)} special tokens")
-    if not tokenizer.is_fast:
-        raise UserError(f"`tokenizer_name` {name_or_path}: not a fast tokenizer; save it with a tokenizer.json")
+        raise UserError(f"{field}, and no vocabulary is there, only {len(tokenizer)} special tokens")
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"{field}, which is not a fast tokenizer; save it with a tokenizer.json")
     for name in ("cls_token", "sep_token", "pad_token", "mask_token"):
         if getattr(tokenizer, name) is None:
-            raise UserError(f"`tokenizer_name` {name_or_path}: it has no `{name}`, which the blocks need")
+            raise UserError(f"{field}, and it has no `{name}`, which the blocks need; add it or take another tokenizer")
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
-    backend.no_truncation()  # some tokenizers come with either switched on
+    backend.no_truncation()  # some tokenizers come with truncation or padding switched on
     backend.no_padding()
     return tokenizer
 
 
 def tokenizer_checksum(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 of everything that decides a text's ids."""
+    """Return the SHA-256 of everything that decides a text's ids."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
-    """UTF-8 bytes of each token of a byte-level tokenizer, by id; None for any other kind."""
+    """Count the UTF-8 bytes of each token of a byte-level tokenizer, by id; return None for any other kind."""
     pre_tokenizer = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     if not any(part.get("type") == "ByteLevel" for part in parts):
@@ -256,11 +245,8 @@ def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
     return lengths
 
 
-ENCODED_CHARACTERS = 2_000_000  # encoded at once; an `Encoding` takes some 100 bytes a token
-
-
 class DocumentEncoder:
-    """Documents to token ids, and where their sentences end among them.
+    """An encoder of documents to token ids, which finds where their sentences end among them.
 
     The ids are those of the whole document with no special token added. Sentences are found in the text and their ends
     carried over to the tokens; the white space before a sentence goes with it, as in `ĠThen`. A token that reaches over
@@ -269,7 +255,7 @@ class DocumentEncoder:
     Args:
         tokenizer: a fast tokenizer.
         sentence_splitter: `sentencex` or `newline`.
-        language: ISO 639-1 code for `sentencex`.
+        language: ISO 639-1 code, for `sentencex`.
         max_document_characters: longer documents are encoded in pieces (see `split_text`), for flat memory.
     """
 
@@ -291,18 +277,18 @@ class DocumentEncoder:
 
     @property
     def fingerprint(self) -> tuple[str, ...]:
-        """All that the ids and sentence ends of a text depend on."""
+        """Return all that the ids and sentence ends of a text depend on."""
         return self.backend.to_str(), self.sentence_splitter, self.language, version("sentencex")
 
     def __call__(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Encode documents, some at a time.
 
         Yields:
-            of each document its ids, (tokens,) uint16 (int32 for vocabularies over 65,536), and the ends of its
+            the ids of each document, (tokens,) uint16 (int32 for vocabularies over 65,536), and the ends of its
             sentences, (sentences,) int64 ascending, the last of which is the number of ids.
         """
         self.backend.encode_special_tokens = True  # does not survive pickling
-        self.backend.no_truncation()  # which a call of the tokenizer with `truncation` leaves switched on
+        self.backend.no_truncation()  # a call of the tokenizer with `truncation` leaves it switched on
         encode = self.backend.encode_batch if self.byte_lengths is None else self.backend.encode_batch_fast
         ids, ends, length = [], [np.empty(0, np.int64)], 0
         for batch in self.batches(texts):
@@ -319,8 +305,9 @@ class DocumentEncoder:
                     ids, ends, length = [], [np.empty(0, np.int64)], 0
 
     def batches(self, texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
-        """Pieces of documents, some million characters together, and whether each is its document's last."""
-        batch, size = [], 0
+        """Group pieces of documents, some million characters together, and say which are their document's last."""
+        batch: list[tuple[str, bool]] = []
+        size = 0
         for text in texts:
             pieces = list(split_text(text, self.max_document_characters))
             for number, piece in enumerate(pieces, start=1):
@@ -333,9 +320,9 @@ class DocumentEncoder:
             yield batch
 
     def rows(self, texts: list[str], encodings: list[Encoding]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Ids of texts, and the ends of their sentences in tokens, ascending and distinct, without the texts' own ends.
+        """Yield the ids of each text, and the ends of its sentences in tokens, ascending and distinct, without its own.
 
-        All texts are worked on as one long one: what there is to do for each alone costs more than the rest.
+        All texts are worked on as one long one, since numpy's cost for a call on each alone would be most of it.
         """
         lists = [encoding.ids for encoding in encodings]
         counts = np.array([len(ids) for ids in lists])
@@ -363,7 +350,7 @@ class DocumentEncoder:
         )
 
     def sentence_ends(self, text: str) -> np.ndarray:
-        """Ends of the sentences of a text, in characters, ascending; white space behind a sentence is not of it."""
+        """Find where the sentences of a text end, in characters, ascending, without the white space behind each."""
         sentences = text.split("\n") if self.sentence_splitter == "newline" else sentencex.segment(self.language, text)
         ends, start = [], 0
         for sentence in sentences:
@@ -376,7 +363,7 @@ class DocumentEncoder:
 
 
 def byte_positions(text: str, character_positions: np.ndarray) -> np.ndarray:
-    """UTF-8 byte positions of ascending character positions."""
+    """Turn ascending character positions into positions of UTF-8 bytes."""
     if text.isascii():
         return character_positions
     starts = [0, *character_positions.tolist()]

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipe.data.sampling import BlockOrder, apportion, interleave, permute
+from recipe.data.sampling import BlockOrder, LaneOrder, apportion, interleave, permute
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**40))
@@ -49,11 +49,11 @@ def test_given_weights_hold_over_any_10000_blocks(weights):
     order = BlockOrder([70_000] * len(weights), [0] * len(weights), weights, seed=1)
     corpora, _, _ = order.locate(np.arange(1_000_000, 1_200_000))
     for corpus, weight in enumerate(weights):
-        so_far = np.concatenate([[0], np.cumsum(corpora == corpus)])
-        inside = (so_far[10_000:] - so_far[:-10_000]) / 10_000
-        wanted = weight / sum(weights)
-        assert inside.min() > wanted - 0.001
-        assert inside.max() < wanted + 0.001
+        before = np.cumsum([0, *(corpora == corpus)])
+        inside = (before[10_000:] - before[:-10_000]) / 10_000
+        share = weight / sum(weights)
+        assert inside.min() > share - 0.001
+        assert inside.max() < share + 0.001
 
 
 def test_default_weights_visit_every_block_once_a_pass():
@@ -85,3 +85,14 @@ def test_small_corpus_keeps_a_place_beside_a_huge_one():
     order = BlockOrder([10, 50_000_000], [0, 0], None, seed=1)
     corpora, _, _ = order.locate(np.arange(2**16))
     assert (corpora == 0).sum() >= 1
+
+
+def test_order_of_a_seed_never_changes():
+    """Every checkpoint depends on these values: a run that is resumed must go on in the same order."""
+    order = BlockOrder([30, 100], [3, 10], [1, 3], seed=5)
+    assert [array.tolist() for array in order.locate(np.array([0, 1, 500]))] == [[1, 1, 1], [0, 0, 4], [43, 72, 74]]
+    assert order.held_out()[1][:3].tolist() == [3, 4, 29]
+    lanes = LaneOrder(4, [3.0, 1.0], seed=1)
+    assert lanes.corpora(7).tolist() == [0, 1, 0, 0]
+    assert lanes.deal(1, 2, 3, num_shards=10) == [(6, 0, 1), (4, 0, 1)]
+    assert lanes.deal(1, 2, 3, num_shards=2) == [(1, 1, 2)]

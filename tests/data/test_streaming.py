@@ -1,8 +1,4 @@
 import random
-import subprocess
-import sys
-import threading
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +9,6 @@ import torch
 
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.base.errors import UserError
-from recipe.base.workers import InterruptedWaitError, one_ahead
 from recipe.data.batches import Counts, Rank, Resume
 from recipe.data.corpora import LocalSource, SourceError
 from recipe.data.modes import open_data
@@ -21,7 +16,7 @@ from recipe.data.preprocessor import Preprocessor
 from recipe.data.sampling import LaneOrder
 from recipe.data.streamed import StreamedData
 from recipe.data.streaming import LaneReader, LaneReaderState, from_tensors, to_arrays, to_tensors
-from testing.helpers import PATIENCE_SECONDS, ROOT, make_text, never, write_jsonl
+from testing.helpers import make_text, never, write_jsonl
 
 
 @pytest.fixture
@@ -64,8 +59,8 @@ def make_data(corpora, tokenizer, tokenizer_dir: Path):
 
 
 def read(data: StreamedData, num_processes: int, first: int, last: int, saved: dict | None = None):
-    """Of each update the rows of all processes, in an order that processes do not change, and the counts; and the
-    lanes of all processes at the end, as a checkpoint has them."""
+    """Return the rows of all processes for each update, in an order that processes do not change, and its counts; and
+    the lanes of all processes at the end, as a checkpoint has them."""
     processes = [
         data.train_updates(Rank(process, num_processes), Resume(first, saved or {}), last, never)
         for process in range(num_processes)
@@ -102,7 +97,7 @@ def test_checkpoint_goes_on_with_any_number_of_processes(make_data, packing, tmp
 
 
 def documents_read(data: StreamedData, lane: int, corpus: int, visits: int) -> list[list[str]]:
-    """What a lane reads of a corpus in each of some passes: the beginnings of its documents."""
+    """Return what a lane reads of a corpus in each of some passes: the beginnings of its documents."""
     reader = data.readers[corpus]
     found = []
     for visit in range(visits):
@@ -126,24 +121,24 @@ def test_each_pass_deals_every_document_to_one_lane(make_data):
         assert passes[0][0] != passes[0][1]
 
 
-def test_feed_packs_the_documents_that_its_lane_reads(make_data, tokenizer):
+def test_lane_reader_packs_the_documents_that_its_lane_is_dealt(make_data, tokenizer):
     """Unpacked, the blocks of a lane in the order that they were made in are its documents' own ids."""
     data = make_data()
     for lane, corpus in [(0, 0), (3, 0), (1, 1), (2, 1)]:
         reader = data.readers[corpus]
-        feed = LaneReader(reader, data.schedule.order, corpus, lane, LaneReaderState(reader.nothing))
+        lane_reader = LaneReader(reader, data.schedule.order, corpus, lane, LaneReaderState(reader.nothing))
         ids = []
-        while feed.state.visit < 3:
-            ids += [int(i) for block in feed.refill()[0].split() for i in block.input_ids if i not in (0, 2)]
+        while lane_reader.state.visit < 3:
+            ids += [int(i) for block in lane_reader.refill()[0].split() for i in block.input_ids if i not in (0, 2)]
         expected = []
-        for visit, wanted in enumerate(documents_read(data, lane, corpus, 3)):
+        for visit, documents in enumerate(documents_read(data, lane, corpus, 3)):
             parts = data.schedule.order.deal(corpus, visit, lane, reader.source.num_shards)
             for shard, number, of in parts:
                 first = reader.held_out.get(shard, 0)
                 for index, text in reader.source.read(shard, first):
                     if index % of == number:
                         expected += tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-            assert wanted
+            assert documents
         assert len(ids) > 0.9 * len(expected)
         length = min(len(ids), len(expected))
         assert ids[:length] == expected[:length]
@@ -219,7 +214,7 @@ def test_passes_and_left_out_documents_are_counted(make_data, corpora):
     assert seen["many"]["unreadable"] == pytest.approx(10 * passes, rel=0.2)
     assert seen["many"]["empty"] == seen["many"]["unreadable"]
     assert seen["few"]["unreadable"] == 0
-    with pytest.raises(UserError, match=r"corpus 'many' has 2 unreadable documents.*line 22: not a JSON object"):
+    with pytest.raises(UserError, match=r"corpus 'many' has 2 unreadable documents.*line 22 is not a JSON object"):
         list(make_data(max_unreadable_documents=1).train_updates(Rank(), Resume(), 300, never))
 
 
@@ -284,61 +279,6 @@ def test_identity_notices_other_sizes(make_data, corpora):
     changed = make_data(eval_corpora=[corpora[1]]).identity()
     assert changed["many"] != before["many"]
     assert changed["few"] == before["few"]
-
-
-def test_one_ahead_keeps_order_and_errors():
-    def items():
-        yield from range(5)
-        raise KeyError("end")
-
-    ahead = one_ahead(items(), never)
-    assert [next(ahead) for _ in range(5)] == list(range(5))
-    with pytest.raises(KeyError):
-        next(ahead)
-    assert list(one_ahead(iter(range(3)), never)) == [0, 1, 2]
-
-
-ENDS_WHILE_AN_ITEM_IS_MADE = """
-import time
-import torch
-from recipe.base.workers import one_ahead
-
-def items():
-    while True:
-        started = time.monotonic()
-        while time.monotonic() - started < 1:
-            torch.ones(300, 300) @ torch.ones(300, 300)
-        yield 1
-
-print(next(one_ahead(items(), lambda: False)))
-time.sleep(0.2)
-"""
-
-
-@pytest.mark.parametrize("closes", [True, False])
-def test_process_that_ends_while_an_item_is_made_is_not_aborted(closes: bool):
-    code = ENDS_WHILE_AN_ITEM_IS_MADE
-    if not closes:  # as when an error ends the process, which keeps the iterator
-        code = code.replace("print(next(one_ahead(items(), lambda: False)))", "a = one_ahead(items(), bool); next(a)")
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS
-    )
-    assert result.returncode == 0, result.stderr
-
-
-def test_waiting_for_data_ends_when_the_process_is_to_stop():
-    def items():
-        yield 1
-        threading.Event().wait(PATIENCE_SECONDS)
-
-    stopping = []
-    ahead = one_ahead(items(), lambda: bool(stopping))
-    assert next(ahead) == 1
-    stopping.append(True)
-    started = time.monotonic()
-    with pytest.raises(InterruptedWaitError):
-        next(ahead)
-    assert time.monotonic() - started < PATIENCE_SECONDS / 2
 
 
 @pytest.mark.parametrize(

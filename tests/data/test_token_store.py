@@ -68,7 +68,7 @@ def test_blocks_are_the_documents_own_ids(corpus, encoder, tokenizer, tmp_path: 
 
 
 def test_store_does_not_depend_on_workers(corpus, encoder, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(token_store, "RUN_RECORDS", 7)
+    monkeypatch.setattr("recipe.data.encoders.RUN_RECORDS", 7)
     stores = [build(corpus, encoder, tmp_path / f"{n}", num_workers=n) for n in (None, 1, 3)]
     assert contents(stores[0]) == contents(stores[1]) == contents(stores[2])
     assert stores[0].counts() == stores[2].counts()
@@ -273,7 +273,7 @@ def test_store_of_a_hub_data_set_stays_with_the_commit_that_it_was_begun_with(tm
     monkeypatch.setattr(token_store, "source_fingerprint", lambda _: "same")
     changed = TokenStore(corpus, encoder, Decontaminator([]), tmp_path)
     changed.path = store.path
-    with pytest.raises(UserError, match=r"has 3 shards, and 4 when .* was begun; remove that folder"):
+    with pytest.raises(UserError, match=r"has 3 shards, and had 4 when .* was begun; remove that folder"):
         changed.build(0, None, 0)
 
 
@@ -296,7 +296,7 @@ def test_full_disk_is_named_and_what_is_finished_stays(corpus, encoder, tmp_path
         return write(*arguments)
 
     monkeypatch.setattr(token_store, "to_batch", full)
-    with pytest.raises(UserError, match=r"no space left in .*stores.*`token_store_dir`.*finished is kept"):
+    with pytest.raises(UserError, match=r"no space is left in .*stores.*`token_store_dir`.*finished is kept"):
         build(corpus, encoder, tmp_path / "stores")
     assert len(list((tmp_path / "stores").glob("*/shard-*.json"))) == 2
     assert not list((tmp_path / "stores").glob("*/.shard*"))

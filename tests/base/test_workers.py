@@ -1,0 +1,97 @@
+"""How workers wait, and how they share work."""
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock, Timeout
+
+from recipe.base.workers import InterruptedWaitError, build_together, one_ahead
+from testing.helpers import PATIENCE_SECONDS, ROOT, never
+
+
+def test_what_others_work_on_is_left_to_them_unless_they_die(tmp_path: Path):
+    (tmp_path / "locks").mkdir()
+    held, died = threading.Event(), threading.Event()
+    done: list[int] = []
+
+    def hold() -> None:
+        with FileLock(tmp_path / "locks" / "00001"):
+            held.set()
+            died.wait(PATIENCE_SECONDS)
+
+    def make(shard: int) -> None:
+        done.append(shard)
+        if len(done) == 3:
+            died.set()
+
+    threading.Thread(target=hold).start()
+    held.wait(PATIENCE_SECONDS)
+    build_together(tmp_path, 4, 1, done.__contains__, make)
+    assert done == [2, 3, 0, 1]
+
+
+def test_error_of_a_shard_is_not_taken_for_a_lock(tmp_path: Path):
+    def make(shard: int) -> None:
+        raise Timeout("a lock of its own")
+
+    with pytest.raises(Timeout, match="a lock of its own"):
+        build_together(tmp_path, 1, 0, lambda shard: False, make)
+
+
+def test_one_ahead_keeps_order_and_errors():
+    def items():
+        yield from range(5)
+        raise KeyError("end")
+
+    ahead = one_ahead(items(), never)
+    assert [next(ahead) for _ in range(5)] == list(range(5))
+    with pytest.raises(KeyError):
+        next(ahead)
+    assert list(one_ahead(iter(range(3)), never)) == [0, 1, 2]
+
+
+ENDS_WHILE_AN_ITEM_IS_MADE = """
+import time
+import torch
+from recipe.base.workers import one_ahead
+
+def items():
+    while True:
+        started = time.monotonic()
+        while time.monotonic() - started < 1:
+            torch.ones(300, 300) @ torch.ones(300, 300)
+        yield 1
+
+print(next(one_ahead(items(), lambda: False)))
+time.sleep(0.2)
+"""
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_process_that_ends_while_an_item_is_made_is_not_aborted(closes: bool):
+    code = ENDS_WHILE_AN_ITEM_IS_MADE
+    if not closes:  # as when an error ends the process, which keeps the iterator
+        code = code.replace("print(next(one_ahead(items(), lambda: False)))", "a = one_ahead(items(), bool); next(a)")
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_waiting_for_data_ends_when_the_process_is_to_stop():
+    def items():
+        yield 1
+        threading.Event().wait(PATIENCE_SECONDS)
+
+    stopping = []
+    ahead = one_ahead(items(), lambda: bool(stopping))
+    assert next(ahead) == 1
+    stopping.append(True)
+    started = time.monotonic()
+    with pytest.raises(InterruptedWaitError):
+        next(ahead)
+    assert time.monotonic() - started < PATIENCE_SECONDS / 2
