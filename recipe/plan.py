@@ -31,7 +31,7 @@ from recipe.data.cached import CachedData
 from recipe.data.corpora import check_corpus, corpus_bytes, open_source
 from recipe.data.streamed import StreamedData
 from recipe.data.tokenizer import load_tokenizer, tokenizer_checksum
-from recipe.modeling.memory import PRECISIONS, USABLE, compute_memory
+from recipe.modeling.memory import PRECISIONS, USABLE_FRACTION, compute_memory
 from recipe.modeling.model import build_config, build_model, count_parameters, model_flops_per_token
 from recipe.modeling.objectives import OBJECTIVES, why_nothing_compiles
 from recipe.publish.hub import SCHEME, check_push, fetch_checkpoint
@@ -303,7 +303,7 @@ def check_memory(args: PretrainArguments, config: PreTrainedConfig, hardware: Ha
     parts = ("weights", "gradients", "optimizer", "activations", "logits")
     sizes = " + ".join(f"{name} {format_bytes(getattr(memory, name))}" for name in parts)
     text = f"{format_bytes(memory.total)} of {format_bytes(hardware.memory)} = {sizes} (computed, not compiled)"
-    if memory.total > USABLE * hardware.memory:
+    if memory.total > USABLE_FRACTION * hardware.memory:
         largest = memory.largest_micro_batch(hardware.memory)
         remedy = f"give --per_device_train_batch_size {largest} or less" if largest else "train a smaller model"
         remedy += "" if args.gradient_checkpointing else ", or --gradient_checkpointing true"
