@@ -59,7 +59,7 @@ def on_small_disk(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory):
 
 SAVE_WITH_LITTLE_ROOM = """
 from pathlib import Path
-from recipe.checkpoint import find_checkpoint, save_checkpoint
+from recipe.run.checkpoint import find_checkpoint, save_checkpoint
 from tests.run.test_checkpoint import make_model, save
 
 folder = Path(disk, "checkpoints")
@@ -90,7 +90,7 @@ def test_disk_that_fills_up_at_any_point_leaves_the_last_checkpoint(on_small_dis
 FULL_AT = """
 import pretrain
 import recipe.training
-from recipe.config import report_user_errors
+from recipe.base.errors import report_user_errors
 
 def save_on_full_disk(folder, step, *rest):
     if step not in FULL:
