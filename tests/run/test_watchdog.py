@@ -13,9 +13,9 @@ from recipe.run.watchdog import Report, stragglers
 from testing.helpers import ROOT, command_line
 from tests.test_pretrain import wait_for
 
-# Impatient, and with collectives that give up soon.
+# A watchdog that warns after two seconds.
 IMPATIENT = """
-import recipe.watchdog
+import recipe.run.watchdog
 import pretrain
 
 recipe.run.watchdog.STALL_SECONDS, recipe.run.watchdog.POLL_SECONDS = 2, 0.2
@@ -23,7 +23,7 @@ pretrain.main()
 """
 
 
-def test_straggler_is_the_one_that_came_least_far_or_is_silent():
+def test_straggler_is_the_least_advanced_one_or_one_that_is_silent():
     found = [Report(9, 12, "rank 0 at update 5"), Report(9, 11, "rank 1 at reading its data")]
     assert stragglers(found, []) == "the others wait for rank 1 at reading its data"
     assert stragglers(found, found[:1]) == "no answer from rank 0 at update 5"
