@@ -82,10 +82,9 @@ def compute_memory(
         ]
     slots = rows * math.ceil(objective.masked_share * length)
     logits = LOGIT_BYTES * slots * objective.model.config.vocab_size
-    gradients = 4 * parameters
     return StepMemory(
         parameters=parameters,
-        activations=peaks[0] - gradients - logits,
+        activations=peaks[0] - 4 * parameters - logits,  # and without the gradients
         logits=logits,
         row=(peaks[2] - peaks[1]) // LINEAR_FROM_ROWS,
         first_rows=peaks[1] + 12 * parameters,

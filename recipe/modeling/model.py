@@ -93,24 +93,19 @@ def check_fields(model_config: dict[str, Any], config_class: type[PreTrainedConf
 
 
 def load_config(
-    model_config: dict[str, Any],
-    model_name_or_path: str | None,
-    tokenizer: PreTrainedTokenizerFast | None,
-    model_type: str,
+    model_config: dict[str, Any], source: str | None, tokenizer: PreTrainedTokenizerFast | None, model_type: str
 ) -> PreTrainedConfig:
-    """Read the config of a checkpoint, or make one of the released defaults, and set the user's fields in it."""
+    """Read the config of the checkpoint `source`, or make one of the released defaults, under the user's fields."""
     try:
-        if model_name_or_path is not None:
-            return AutoConfig.from_pretrained(model_name_or_path, **model_config)
+        if source is not None:
+            return AutoConfig.from_pretrained(source, **model_config)
         fitting: dict[str, Any] = {}
         if tokenizer is not None:
             fitting = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "pad", "eos")}
             fitting["vocab_size"] = len(tokenizer)
         return CONFIG_CLASSES[model_type](**(DEFAULTS[model_type] | fitting | model_config))
     except OSError as error:
-        raise UserError(
-            f"`model_name_or_path` {model_name_or_path}: no model there, as a folder or on the hub: {error}"
-        ) from None
+        raise UserError(f"`model_name_or_path` {source}: no model there, as a folder or on the hub: {error}") from None
     except Exception as error:  # of one library or another
         raise UserError(f"`model_config` {model_config}: {describe_error(error)}") from error
 

@@ -226,12 +226,11 @@ def plot_glue(rows: list[dict[str, Any]], names: list[str], published: str, titl
     figure = new_figure(8, 1.6 + 0.42 * len(rows))
     axes = figure.subplots()
     done = [(place, row) for place, row in enumerate(rows) if row["n"]]
-    spread = [row["standard_deviation"] or 0.0 for _, row in done]
     axes.barh(range(len(rows)), [100 * row["majority"] for row in rows], color="lightgray", label="majority")
     axes.errorbar(
         [100 * row["median"] for _, row in done],
         [place for place, _ in done],
-        xerr=[100 * value for value in spread],
+        xerr=[100 * (row["standard_deviation"] or 0.0) for _, row in done],
         fmt="o",
         color=COLOURS[0],
         capsize=4,
