@@ -1,4 +1,4 @@
-"""Show what a finished run has learnt, with nothing but transformers and the run's own files.
+"""What a finished run has learnt, shown with nothing but transformers and the run's own files.
 
 python -m recipe.demo runs/demo
 """
@@ -18,6 +18,7 @@ SENTENCES = [
 
 
 def main() -> None:
+    """Print the held-out loss of a run and how its model fills in masked words."""
     run = Path(sys.argv[1])
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [record for record in records if "eval_loss" in record][-1]

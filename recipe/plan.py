@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedConfig
@@ -24,9 +23,9 @@ from recipe.arguments import PretrainArguments
 from recipe.base.errors import UserError, did_you_mean
 from recipe.base.formatting import format_bytes, format_count, format_duration
 from recipe.checks import check_run
-from recipe.modeling.memory import PRECISIONS, USABLE, compute_memory
+from recipe.modeling.memory import PRECISIONS, USABLE_FRACTION, compute_memory
 from recipe.modeling.model import build_model, count_parameters, model_flops_per_token
-from recipe.modeling.objectives import OBJECTIVES, why_nothing_compiles
+from recipe.modeling.objectives import OBJECTIVES, MaskedLMObjective, why_nothing_compiles
 from recipe.run.directory import RunDirectory
 from recipe.run.hardware import device_name, matmul_flops
 
@@ -150,7 +149,7 @@ def check_memory(args: PretrainArguments, config: PreTrainedConfig, hardware: Ha
         UserError: it does not fit into a device's memory, as far as can be computed.
     """
 
-    def make_objective() -> nn.Module:
+    def make_objective() -> MaskedLMObjective:
         model = build_model(config, None, args.predicts_pairs)
         return OBJECTIVES[args.objective](model, args.masked_share, args.gradient_checkpointing)
 
@@ -159,7 +158,7 @@ def check_memory(args: PretrainArguments, config: PreTrainedConfig, hardware: Ha
     parts = ("weights", "gradients", "optimizer", "activations", "logits")
     sizes = " + ".join(f"{name} {format_bytes(getattr(memory, name))}" for name in parts)
     text = f"{format_bytes(memory.total)} of {format_bytes(hardware.memory)} = {sizes} (computed, not compiled)"
-    if memory.total > USABLE * hardware.memory:
+    if memory.total > USABLE_FRACTION * hardware.memory:
         largest = memory.largest_micro_batch(hardware.memory)
         remedy = f"give --per_device_train_batch_size {largest} or less" if largest else "train a smaller model"
         remedy += "" if args.gradient_checkpointing else ", or --gradient_checkpointing true"

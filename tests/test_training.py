@@ -6,17 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.utils import DistributedType
+from accelerate import Accelerator
 from transformers import BertConfig, BertForPreTraining, RobertaConfig, RobertaForMaskedLM
 
-from recipe.base.errors import UserError
 from recipe.data.masking import DynamicMaskingCollator
 from recipe.modeling.memory import largest_micro_batch
 from recipe.modeling.model import ROBERTA_DEFAULTS
 from recipe.modeling.objectives import MaskedLMObjective, NextSentenceObjective
 from recipe.modeling.optimizer import build_optimizer
-from recipe.run.launch import start_accelerator
 from recipe.run.stopping import StopRequest
 from recipe.training import Update, seed_dropout, train_step
 from testing.helpers import ROOT, SMALL_MODEL, reset_accelerate
@@ -302,31 +299,3 @@ def test_largest_micro_batch_is_found_by_trying(tokenizer):
     assert largest_micro_batch(FitsThreeRows(model), batch, [1, 2, 4], torch.device("cpu"), 1000) == 2
     assert largest_micro_batch(FitsThreeRows(model), batch, [4], torch.device("cpu"), 1000) is None
     assert all(parameter.grad is None for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("engine", "version", "precision", "expected"),
-    [
-        ("DEEPSPEED", 2, "no", "one process, DDP and FSDP2 are served"),
-        ("FSDP", 1, "no", "`fsdp_version` is 1"),
-        ("FSDP", 2, "fp16", "fp16, which is not served with FSDP2"),
-    ],
-)
-def test_engines_that_are_not_served_are_refused(monkeypatch, accelerator, engine, version, precision, expected):
-    shared = accelerator.state._shared_state
-    shared["distributed_type"], shared["_mixed_precision"] = DistributedType[engine], precision
-    shared["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=version)
-    monkeypatch.setattr("recipe.run.launch.Accelerator", lambda **kwargs: accelerator)
-    with pytest.raises(UserError, match=expected):
-        start_accelerator(serves_fsdp=True)
-    with pytest.raises(UserError, match="only one process and DDP are served"):
-        start_accelerator()
-
-
-def test_bf16_under_fsdp_keeps_sums_in_float32(monkeypatch, accelerator):
-    shared = accelerator.state._shared_state
-    shared["distributed_type"], shared["_mixed_precision"] = DistributedType.FSDP, "bf16"
-    shared["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2)
-    monkeypatch.setattr("recipe.run.launch.Accelerator", lambda **kwargs: accelerator)
-    policy = start_accelerator(serves_fsdp=True).state.fsdp_plugin.mixed_precision_policy
-    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)

@@ -1,10 +1,11 @@
-"""What is learnt: modules from a batch to sums and counts, one each for masked language modelling alone, with next
-sentences and with sentence order.
+"""The objectives: masked language modelling alone, with next sentence prediction, or with sentence order prediction.
+
+Each is a module that turns a batch into sums of losses and the counts to divide them by.
 """
 
 import math
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -15,40 +16,48 @@ from transformers import PreTrainedModel
 
 
 def gather_positions(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """(batch, slots, width) of (batch, length, width) at the positions (batch, slots)."""
+    """Gather (batch, slots, width) from (batch, length, width) at the positions (batch, slots)."""
     return values.gather(1, slots[:, :, None].expand(-1, -1, values.shape[2]))
 
 
+# A module of transformers, whose own modules have names that differ from architecture to architecture.
+Part = Any
+
+
 class BertAdapter:
-    """A BERT in parts, since the whole would run all of the last layer, and would ask the device whether a mask is all
-    ones, and wait for the answer.
+    """Access to the parts of a BERT, so that its last layer can run at some positions only.
+
+    The model's own forward would run all of the last layer, and would ask the device whether a mask is all ones, and
+    wait for the answer.
 
     Attributes:
-        pair_head: modules that the model does not have.
+        pair_head: what a pair objective needs and the model does not have; None if it has it all.
     """
 
     pair_head: nn.Module | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.base = model.base_model
+        self.model: Part = model
+        self.base: Part = model.base_model
 
     def add_pair_head(self) -> None:
-        """Make what a pair objective needs and the model does not have."""
+        """Make `pair_head`, where the model needs one."""
 
     def embed(self, **inputs: torch.Tensor | None) -> torch.Tensor:
-        """(batch, length, width), what the first layer takes."""
+        """Return the input of the first layer: (batch, length, width)."""
         return self.base.embeddings(**inputs)
 
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[Part]:
+        """List the layers in the order in which they run."""
         return list(self.base.encoder.layer)
 
     def encode_at(
-        self, layer: nn.Module, hidden: torch.Tensor, slots: torch.Tensor, mask: torch.Tensor | None
+        self, layer: Part, hidden: torch.Tensor, slots: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """What a layer gives at some positions, which see all.
+        """Run a layer at some positions, which attend to all of them.
 
         Args:
+            layer: one of `layers()`.
             hidden: (batch, length, width), its input.
             slots: (batch, slots) int64, the positions.
             mask: None, or boolean and broadcastable to (batch, heads, slots, length).
@@ -66,61 +75,75 @@ class BertAdapter:
         mixed = F.scaled_dot_product_attention(query, key, value, mask, share, scale=attention.scaling)
         return self.finish(layer, mixed.transpose(1, 2).flatten(2), rows)
 
-    def attention(self, layer: nn.Module) -> tuple[nn.Module, nn.Dropout]:
-        """The module with a layer's projections, and the dropout of its attention."""
+    def attention(self, layer: Part) -> tuple[Part, nn.Dropout]:
+        """Return the module with a layer's projections, and the dropout of its attention."""
         return layer.attention.self, layer.attention.self.dropout
 
-    def finish(self, layer: nn.Module, mixed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """The rest of a layer: (batch, slots, width) of what its attention gave and of its input."""
+    def finish(self, layer: Part, mixed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Run the rest of a layer on what its attention gave and on its input, both (batch, slots, width)."""
         return layer.feed_forward_chunk(layer.attention.output(mixed, rows))
 
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (…, vocabulary) of hidden states (…, width)."""
+        """Turn hidden states (…, width) into logits (…, vocabulary)."""
         return self.model.cls.predictions(hidden)
 
     def pair_logits(self, first: torch.Tensor) -> torch.Tensor:
-        """(batch, 2) of the hidden states (batch, width) of the first position."""
+        """Turn hidden states (batch, width) of the first position into logits (batch, 2)."""
         return self.model.cls.seq_relationship(self.base.pooler(first[:, None]))
 
 
 class RobertaAdapter(BertAdapter):
-    """A RoBERTa, which has no pair head: BERT's is put beside it, and stays outside of the model that is saved."""
+    """Access to the parts of a RoBERTa, which has no pair head.
+
+    BERT's is put beside it, and stays outside of the model that is saved.
+    """
+
+    pair_head: nn.Sequential
 
     def add_pair_head(self) -> None:
+        """Make a pooler and a pair head like BERT's, with weights drawn as the model's are."""
         width = self.model.config.hidden_size
         self.pair_head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2))
         self.pair_head.apply(self.model._init_weights)
 
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Run the head, which RoBERTa keeps apart from its pooler: (…, width) to (…, vocabulary)."""
         return self.model.lm_head(hidden)
 
     def pair_logits(self, first: torch.Tensor) -> torch.Tensor:
+        """Run the pooler and pair head beside the model: (batch, width) to (batch, 2)."""
         return self.pair_head(first)
 
 
 class AlbertAdapter(BertAdapter):
-    """An ALBERT: one layer many times, or a few groups of them."""
+    """Access to the parts of an ALBERT, which runs one layer many times, or the layers of a few groups."""
 
     def embed(self, **inputs: torch.Tensor | None) -> torch.Tensor:
+        """Return the embeddings, widened to what a layer takes: (batch, length, width)."""
         return self.base.encoder.embedding_hidden_mapping_in(super().embed(**inputs))
 
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[Part]:
+        """List the layers of the groups in the order in which they run, each as often as it runs."""
         config, groups = self.model.config, self.base.encoder.albert_layer_groups
         per_group = config.num_hidden_layers / config.num_hidden_groups
         return [layer for n in range(config.num_hidden_layers) for layer in groups[int(n / per_group)].albert_layers]
 
-    def attention(self, layer: nn.Module) -> tuple[nn.Module, nn.Dropout]:
+    def attention(self, layer: Part) -> tuple[Part, nn.Dropout]:
+        """Return a layer's attention, which has projections and output in one module, and its dropout."""
         return layer.attention, layer.attention.attention_dropout
 
-    def finish(self, layer: nn.Module, mixed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def finish(self, layer: Part, mixed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Run the output of the attention and the rest of the layer: (batch, slots, width)."""
         attention = layer.attention
         attended = attention.LayerNorm(rows + attention.output_dropout(attention.dense(mixed)))
         return layer.full_layer_layer_norm(layer.ff_chunk(attended) + attended)
 
     def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Run the head, which narrows to the width of the embeddings first: (…, width) to (…, vocabulary)."""
         return self.model.predictions(hidden)
 
     def pair_logits(self, first: torch.Tensor) -> torch.Tensor:
+        """Run the pooler and the head for sentence order: (batch, width) to (batch, 2)."""
         return self.model.sop_classifier(self.base.pooler_activation(self.base.pooler(first)))
 
 
@@ -131,20 +154,20 @@ class MaskedLMObjective(nn.Module):
     """Masked language modelling with the last layer and the head at masked positions only.
 
     A row's masked positions are gathered into as many slots as there can be, so that every shape is static and nothing
-    waits for the device; slots that a row does not use are ignored by the loss. At 15 % that leaves out 85 % of the
-    projection to the vocabulary, a quarter of all FLOPs of roberta-base, and most of the last layer, whose other
-    outputs nothing reads: only its keys and values are needed everywhere.
+    waits for the device; the loss ignores slots that a row does not use. At 15 % that saves 85 % of the projection to
+    the vocabulary, a quarter of all FLOPs of roberta-base, and most of the last layer, whose other outputs nothing
+    reads: only its keys and values are needed everywhere.
 
     The model inside stays a plain model of transformers.
 
     Args:
         model: the model to train.
-        masked_share: of a row's positions, the most that can be masked.
+        masked_share: the largest share of a row's positions that can be masked.
         gradient_checkpointing: keep only each layer's input for the backward pass.
 
     Attributes:
-        measures: what a forward pass measures, and what of an update each is the mean over (`masked` tokens, `pairs`).
-            What is minimised is the sum of these means; an accuracy has no gradient.
+        measures: what a forward pass measures, and over what in an update each is averaged (`masked` tokens, `pairs`).
+            The sum of these means is minimised; an accuracy has no gradient.
         leading_slots: positions that are read beside the masked ones.
     """
 
@@ -160,7 +183,7 @@ class MaskedLMObjective(nn.Module):
         # Accelerate's FSDP wraps the classes named here, and nothing, silently, where the attribute is missing, as
         # it is in ALBERT. Layers alone: embeddings, which BERT and RoBERTa name too, share a weight with the head.
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.adapter.layers()})
-        # On the layer, as its other way to run, since that is what FSDP can be told about.
+        # A method of the layer, since FSDP gathers a layer's weights for methods that are registered with it.
         *_, last = self.adapter.layers()
         last.encode_at = partial(self.adapter.encode_at, last)
 
@@ -174,7 +197,7 @@ class MaskedLMObjective(nn.Module):
         register_fsdp_forward_method(last, "encode_at")
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (…, vocabulary) of hidden states (…, width)."""
+        """Turn hidden states (…, width) into logits (…, vocabulary)."""
         return self.adapter.lm_head(hidden)
 
     def forward(
@@ -187,18 +210,20 @@ class MaskedLMObjective(nn.Module):
         token_type_ids: torch.Tensor | None = None,
         pair_label: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is measured on a batch.
+        """Measure the objective on a batch.
 
         Args:
-            input_ids, labels, position_ids: (batch, length) int64; labels are -100 where nothing is predicted.
+            input_ids: (batch, length) int64.
+            labels: (batch, length) int64, -100 where nothing is predicted.
+            position_ids: (batch, length) int64.
             attention_mask: (batch, length), 0 at padding; None where no row has any.
-            document_ids: (batch, length), in its place: which document of its row a position belongs to, 0 at padding;
-                positions see those of the same number.
-            token_type_ids: (batch, length), the part of a pair; of no use to a model with a single type, as RoBERTa is.
-            pair_label: (batch,), which of two kinds a pair is, -100 for no pair; of no use to masked LM alone.
+            document_ids: (batch, length), in place of a mask: which document of its row a position belongs to, 0 at
+                padding. Positions attend to those of their own document.
+            token_type_ids: (batch, length), the part of a pair; unused by a model with a single type, as RoBERTa is.
+            pair_label: (batch,), which of two kinds a pair is, -100 for no pair; unused by masked LM alone.
 
         Returns:
-            of each of `measures` the sum, float32, and what it is to be divided by, int64: (measures,).
+            The sum of each of `measures`, float32, and the count to divide it by, int64: (measures,) each.
         """
         num_slots = math.ceil(self.masked_share * labels.shape[1])
         slots = (labels != -100).to(torch.uint8).topk(num_slots, dim=1, sorted=False).indices
@@ -224,24 +249,21 @@ class MaskedLMObjective(nn.Module):
     def measure(
         self, hidden: torch.Tensor, labels: torch.Tensor, pair_label: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            hidden: (batch, leading_slots + slots, width), of the last layer.
-            labels: (batch, slots)
-        """
+        """Measure the objective on hidden states (batch, leading_slots + slots, width) and labels (batch, slots)."""
         loss_sum, count = self.measure_masked_lm(hidden, labels)
         return loss_sum[None], count[None]
 
     def measure_masked_lm(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum of the cross-entropy over the masked tokens, in nats, and their number; scalars."""
+        """Sum the cross-entropy over the masked tokens, in nats, and count them."""
         logits = self.head(hidden).flatten(0, 1).float()
         loss_sum = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
         return loss_sum, (labels != -100).sum()
 
 
 class PairObjective(MaskedLMObjective):
-    """Masked language modelling, and telling two kinds of pairs apart by the first position (BERT, section 3.1). What
-    the kinds are is decided by packing.
+    """Masked language modelling, and telling two kinds of pairs apart by the first position (BERT, section 3.1).
+
+    Packing decides what the two kinds are.
     """
 
     leading_slots = 1  # the first position
@@ -254,6 +276,8 @@ class PairObjective(MaskedLMObjective):
     def measure(
         self, hidden: torch.Tensor, labels: torch.Tensor, pair_label: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Measure both losses and how many pairs are told right; the first hidden state is the first position's."""
+        assert pair_label is not None
         loss_sum, masked = self.measure_masked_lm(hidden[:, 1:], labels)
         logits = self.adapter.pair_logits(hidden[:, 0]).float()
         pair_loss = F.cross_entropy(logits, pair_label, ignore_index=-100, reduction="sum")
@@ -262,23 +286,15 @@ class PairObjective(MaskedLMObjective):
 
 
 class NextSentenceObjective(PairObjective):
-    """The second part follows the first (0), or is from another document (1)."""
+    """Masked language modelling and whether the second part follows (0) or is from another document (1)."""
 
-    measures: ClassVar[dict[str, str]] = {
-        "loss": "masked",
-        "next_sentence_loss": "pairs",
-        "next_sentence_accuracy": "pairs",
-    }
+    measures: ClassVar = {"loss": "masked", "next_sentence_loss": "pairs", "next_sentence_accuracy": "pairs"}
 
 
 class SentenceOrderObjective(PairObjective):
-    """The parts are in their order (0), or swapped (1) (ALBERT, section 3.1)."""
+    """Masked language modelling and whether the parts are in their order (0) or swapped (1) (ALBERT, section 3.1)."""
 
-    measures: ClassVar[dict[str, str]] = {
-        "loss": "masked",
-        "sentence_order_loss": "pairs",
-        "sentence_order_accuracy": "pairs",
-    }
+    measures: ClassVar = {"loss": "masked", "sentence_order_loss": "pairs", "sentence_order_accuracy": "pairs"}
 
 
 OBJECTIVES = {
@@ -289,7 +305,7 @@ OBJECTIVES = {
 
 
 def why_nothing_compiles(device: torch.device) -> str | None:
-    """The reason why `torch.compile` does not work for the device, or None, found by trying."""
+    """Find out by trying why `torch.compile` does not work for the device; None if it does."""
     try:
         torch.compile(F.gelu)(torch.zeros(8, device=device))
     except Exception as error:  # no compiler, no Triton, a device too old: each raises an error of its own kind
@@ -298,16 +314,12 @@ def why_nothing_compiles(device: torch.device) -> str | None:
 
 
 def compile_in_place(objective: nn.Module, device: torch.device, in_one: bool = True) -> list[str]:
-    """Have a module's forward compiled when it is first called, for each shape and mode of its own; its parameters keep
-    their names.
+    """Have a module's forward compiled at its first call for each shape and mode; its parameters keep their names.
 
-    Args:
-        in_one: as one graph; in several where something has to happen in between, as FSDP's gathering of weights.
-
-    Returns:
-        a warning if nothing can be compiled for the device, and the module is left as it is.
+    If nothing can be compiled for the device, the module is left as it is, and a warning returned. FSDP, which gathers
+    weights on the way, needs several graphs in place of one.
     """
     if reason := why_nothing_compiles(device):
-        return [f"warning: `torch_compile` is true, and nothing compiles here ({reason}); going on without"]
+        return [f"warning: `torch_compile` is true, and nothing compiles here ({reason}); training runs uncompiled"]
     objective.compile(fullgraph=in_one, dynamic=False)
     return []

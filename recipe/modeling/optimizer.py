@@ -1,4 +1,4 @@
-"""AdamW with the paper's settings, and its schedule."""
+"""The optimizer, AdamW as in the paper, and its learning rate schedule."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from transformers import get_linear_schedule_with_warmup
 def build_optimizer(
     model: nn.Module, learning_rate: float, betas: tuple[float, float], epsilon: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW (fused kernels) with no weight decay on biases and layer norms: parameters of one dimension."""
+    """Build AdamW (fused kernels) without weight decay on biases and layer norms, the parameters of one dimension."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
@@ -21,9 +21,9 @@ def build_optimizer(
 def build_scheduler(
     optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int, completed_steps: int
 ) -> LambdaLR:
-    """Linear warmup, then linear decay to zero, standing after `completed_steps` updates.
+    """Build a schedule of linear warmup and linear decay to zero that goes on after `completed_steps` updates.
 
-    Not for `accelerator.prepare`, which would step it once for each process.
+    It is not for `accelerator.prepare`, which would step it once for each process.
     """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])

@@ -1,4 +1,4 @@
-"""What surrounds training: launch, the folder of a run, checkpoints, metrics, hardware, plots, trackers, early ends.
+"""What surrounds training: launch, the run's folder, checkpoints, metrics, hardware, plots, trackers, early stops.
 
 Imports `recipe.base` and `recipe.arguments`.
 """

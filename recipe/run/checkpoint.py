@@ -1,16 +1,19 @@
 """Checkpoints: complete or absent, verified before use, a plain model inside, the same for every engine.
 
-1. `CheckpointWriter.copy`: weights and moments are copied to host memory, whole however the engine splits them up.
+1. `CheckpointWriter.copy`: weights and moments are copied to host memory, whole however the engine shards them.
    Training waits for this, and goes on.
-2. `CheckpointWriter.start`: a background thread calls `save_checkpoint`, which writes to a temporary folder, syncs the
-   files to disk, puts in a manifest of sizes and checksums last, and renames the folder into place.
-3. What a crash leaves is a temporary folder, or a folder whose manifest does not match: the one before it is used.
+2. `CheckpointWriter.start`: a background thread calls `save_checkpoint`, which writes to a temporary folder, adds a
+   manifest of sizes and checksums, syncs the files to disk, and renames the folder into place.
+3. After a crash there is a temporary folder, or a folder whose manifest does not match: the checkpoint before is used.
+
+`torch.distributed.checkpoint.async_save` would do 1 and 2 in fewer lines, and cannot promise 3, nor one format that any
+engine and `from_pretrained` read.
 
     step-00010000/
       config.json, model.safetensors   the model, loadable by `from_pretrained`
       optimizer.pt                     optimizer by parameter names, gradient scaler, lanes and what the objective
                                        trains beside the model; tensors and plain values only
-      state.json                       update, counters, the arguments and identity of the run
+      state.json                       update, counters, arguments and identity of the run
       manifest.json                    size and SHA-256 of each of the above
 """
 
@@ -21,7 +24,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -37,49 +39,44 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from recipe.base.errors import UserError, raising_damaged_file
+from recipe.base.errors import UserError, describe_error, raising_damaged_file
 from recipe.base.files import nearest_existing_parent, sync
-from recipe.run.directory import MANIFEST, PREFIX, STATE_FILES, checkpoint_path, list_checkpoints
+from recipe.run.directory import CHECKPOINT_PREFIX, MANIFEST, STATE_FILES, checkpoint_path, list_checkpoints
 
 FORMAT = 4
-REQUIRED = {"config.json", "model.safetensors", "optimizer.pt", "state.json"}
+REQUIRED_FILES = {"config.json", "model.safetensors", "optimizer.pt", "state.json"}
 BYTES_PER_PARAMETER = 12  # weight and two moments, in float32
 
 
 def archive_later_checkpoints(folder: Path, step: int) -> None:
-    """After going back to `step`, rename later checkpoints to `abandoned-…`, so that `latest` is of this branch."""
+    """Rename checkpoints later than `step` to `abandoned-…`, so that `latest` is of the branch that goes on from it."""
     for path in list_checkpoints(folder):
         if path.name > checkpoint_path(folder, step).name:
             path.rename(path.with_name(f"abandoned-{time.time_ns()}-{path.name}"))
 
 
 def checksum(path: Path) -> str:
+    """Compute the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_space(folder: Path, num_parameters: int, limit: int) -> str:
-    """What the checkpoints of a run will take.
-
-    Args:
-        folder: where they lie.
-        num_parameters: of the model; each has a weight and two moments in a checkpoint, in float32.
-        limit: checkpoints to keep; while one is written there is one more.
+    """Describe what the `limit` checkpoints of a run will take, and the one more that there is while it is written.
 
     Raises:
         UserError: they do not fit on the disk.
     """
-    size, there = BYTES_PER_PARAMETER * num_parameters, nearest_existing_parent(folder)
+    size, free = BYTES_PER_PARAMETER * num_parameters, shutil.disk_usage(nearest_existing_parent(folder)).free
     taken = sum(file.stat().st_size for path in list_checkpoints(folder) for file in path.iterdir())
-    needed, free = (limit + 1) * size - taken, shutil.disk_usage(there).free
     text = f"{limit} + 1 checkpoints of {size / 1e9:.2f} GB in {folder}, {free / 1e9:.1f} GB free"
-    if needed > free:
+    if (limit + 1) * size - taken > free:
         raise UserError(f"`save_total_limit` is {limit}: {text}; lower it, free some, or choose another `output_dir`")
     return text
 
 
 def training_state(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Weights and moments by parameter names, tied ones once, as they lie where the engine trains them."""
+    """Return weights and moments by parameter names, tied ones once, on the devices where the engine trains them."""
     weights, moments = get_state_dict(objective, optimizer)
     kept, every = (
         {name.removeprefix("module.") for name, _ in objective.named_parameters(remove_duplicate=once)}  # DDP's prefix
@@ -90,13 +87,13 @@ def training_state(objective: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def copy_to_host(values: Any, earlier: Any = None, keep: bool = True) -> Any:
-    """Nested dictionaries with their tensors copied to host memory, whole, one after the other.
+    """Copy the tensors of nested dictionaries to host memory, whole, one after the other.
 
     Args:
-        values: where tensors are split up among processes, all of them have to call this.
-        earlier: a copy of the like that is not needed any more, whose memory is used. (To get hold of new memory takes
-            several times as long as to copy.)
-        keep: whether this process wants the copy.
+        values: the dictionaries; if tensors are sharded, all processes have to call this.
+        earlier: a copy of the same shapes that is not needed any more and whose memory is used again, since to
+            allocate memory takes several times as long as to copy.
+        keep: whether this process keeps the copy.
     """
     if isinstance(values, dict):
         return {name: copy_to_host(value, earlier and earlier[name], keep) for name, value in values.items()}
@@ -121,20 +118,20 @@ def save_checkpoint(
     """Write one checkpoint, then delete the oldest beyond `limit`.
 
     Args:
-        folder: where checkpoints of the run lie.
+        folder: where the checkpoints of the run lie.
         step: completed updates.
-        model: whose config is saved.
-        weights: of the model, by name.
+        model: the model whose config is saved.
+        weights: the model's weights by name.
         tensors: state dicts of tensors and plain values, read back with `weights_only=True`.
         state: plain values.
-        limit: checkpoints to keep.
+        limit: number of checkpoints to keep.
 
     Raises:
-        Exception: what a full disk or the like makes of it, of one library or another; nothing is left of it then.
+        Exception: the disk is full, for example; each library has its own. Nothing is left of the checkpoint then.
     """
     final = checkpoint_path(folder, step)
     temporary = folder / f".{final.name}"
-    for leftover in folder.glob(f".{PREFIX}*"):
+    for leftover in folder.glob(f".{CHECKPOINT_PREFIX}*"):
         shutil.rmtree(leftover)
     try:
         temporary.mkdir(parents=True)
@@ -146,7 +143,7 @@ def save_checkpoint(
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for file in temporary.iterdir():
             sync(file)
-        if final.exists():  # a torn one, or the same update once more after a resume from an earlier one
+        if final.exists():  # a damaged one, or the same update again after a resume from an earlier one
             shutil.rmtree(final)
         temporary.rename(final)
     except BaseException:
@@ -159,18 +156,19 @@ def save_checkpoint(
 
 
 class CheckpointWriter:
-    """Writes checkpoints in a background thread, one at a time. As a context, waits at its end for the one in flight.
+    """A background thread that writes one checkpoint at a time; leaving the context waits for the one in flight.
 
-    One that cannot be written, on a full disk for example, is reported; the run goes on, with the one before it kept.
+    A checkpoint that cannot be written, on a full disk for example, is reported; the run goes on, and the checkpoint
+    before it is kept.
 
     Args:
         log: called with a line, from the thread.
         last: the newest complete checkpoint.
 
     Attributes:
-        failure: why the newest one could not be written, or None.
-        seconds: that the newest one took, with what came after it; 0 before there is one.
-        copied: weights and moments in host memory, 12 bytes a parameter, as of the newest one.
+        failure: why the newest checkpoint could not be written, or None.
+        seconds: that the newest checkpoint took, with what came after it; 0 before there is one.
+        copied: weights and moments of the newest checkpoint in host memory, 12 bytes a parameter.
     """
 
     def __init__(self, log: Callable[[str], None], last: Path | None) -> None:
@@ -182,10 +180,10 @@ class CheckpointWriter:
         self.copied: dict[str, Any] | None = None
 
     def copy(self, objective: nn.Module, optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any] | None:
-        """`training_state` in host memory, where training does not touch it, until the next call.
+        """Copy `training_state` to host memory, where training does not change it until the next call.
 
-        Waits for the checkpoint in flight, so that there is never more than one copy. All processes have to call this;
-        those that do not `keep` it get None.
+        This waits for the checkpoint in flight, so that there is never more than one copy. All processes have to call
+        it; those that do not `keep` the copy get None.
         """
         self.wait()
         copied = copy_to_host(training_state(objective, optimizer), self.copied, keep)
@@ -193,51 +191,45 @@ class CheckpointWriter:
         return self.copied
 
     def start(self, step: int, write: Callable[[], Path], then: Callable[[Path], None]) -> None:
-        """Have a checkpoint written, once the one before it is.
-
-        Args:
-            step: completed updates.
-            write: returns its path.
-            then: called with the path when it is complete.
-        """
+        """Start to `write` a checkpoint, once the one before is written; `then` gets its path when it is complete."""
         self.wait()
-        # A daemon, since a second SIGINT ends the process at once.
+        # The thread is a daemon, since a second SIGINT ends the process at once.
         self.thread = Thread(target=self.run, args=(step, write, then), daemon=True)
         self.thread.start()
 
     def wait(self) -> None:
+        """Wait for the checkpoint in flight."""
         if self.thread is not None:
             self.thread.join()
 
     def run(self, step: int, write: Callable[[], Path], then: Callable[[Path], None]) -> None:
+        """Write a checkpoint and do what comes after it, in the thread; what fails is reported."""
         started = time.monotonic()
         try:
             self.last, self.failure = write(), None
         except Exception as error:  # each library has its own
-            self.failure = f"{type(error).__name__}: {error}"
+            self.failure = describe_error(error)
             self.log(f"warning: no checkpoint of update {step:,}: {self.failure}; the last one is {self.last}")
             return
         try:
             then(self.last)
-        except Exception as error:  # the checkpoint is whole, whatever a plot or a push ran into
-            self.log(f"warning: after the checkpoint of update {step:,}: {type(error).__name__}: {error}")
+        except Exception as error:  # the checkpoint is complete, whatever a plot or a push ran into
+            self.log(f"warning: after the checkpoint of update {step:,}: {describe_error(error)}")
         self.seconds = time.monotonic() - started
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is not KeyboardInterrupt:
             self.wait()
 
 
 def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Find what is wrong with a checkpoint; None if nothing is."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        if missing := sorted(REQUIRED - manifest.keys()):
+        if missing := sorted(REQUIRED_FILES - manifest.keys()):
             return f"{MANIFEST} lacks {', '.join(missing)}"
         for name, expected in manifest.items():
             if name != Path(name).name or not (path / name).is_file():
@@ -247,101 +239,88 @@ def find_fault(path: Path) -> str | None:
             if checksum(path / name) != expected["sha256"]:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{type(error).__name__}: {error}"
+        return describe_error(error)
     return None
 
 
-def find_checkpoint(folder: Path, wanted: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint to resume from.
-
-    Args:
-        folder: where checkpoints of the run lie.
-        wanted: `latest`, or the path of one.
+def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path | None, list[str]]:
+    """Find the checkpoint to resume from: one that is named by its path, or the `latest` in the run's folder.
 
     Returns:
-        its path, None where `latest` finds none; and warnings about damaged ones that were passed over.
+        Its path, None where `latest` finds none; and warnings about damaged checkpoints that are later.
 
     Raises:
-        UserError: the named one is missing or damaged, or there are only damaged ones.
+        UserError: the named checkpoint is missing or damaged, or there are only damaged ones.
     """
-    if wanted != "latest":
-        path = Path(wanted)
+    if resume_from != "latest":
+        path = Path(resume_from)
         if not path.is_dir():
-            raise UserError(f"`resume_from_checkpoint` {wanted}: there is no such checkpoint")
+            raise UserError(f"`resume_from_checkpoint` {resume_from}: there is no such checkpoint")
         if fault := find_fault(path):
-            raise UserError(f"`resume_from_checkpoint` {wanted} is damaged: {fault}; choose another or `latest`")
+            raise UserError(f"`resume_from_checkpoint` {resume_from} is damaged: {fault}; choose another or `latest`")
         return path, []
-    warnings = []
+    damaged: list[str] = []
     for path in reversed(list_checkpoints(folder)):
         fault = find_fault(path)
         if fault is None:
-            return path, warnings
-        warnings.append(f"checkpoint {path} is damaged ({fault}); using the one before it")
-    if warnings:
-        raise UserError(f"every checkpoint in {folder} is damaged: {'; '.join(warnings)}; remove them to start afresh")
+            return path, [f"warning: {line}; the one before it is used" for line in damaged]
+        damaged.append(f"checkpoint {path} is damaged ({fault})")
+    if damaged:
+        raise UserError(f"every checkpoint in {folder} is damaged: {'; '.join(damaged)}; remove them to start anew")
     return None, []
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """
+    """Read state.json of a checkpoint.
+
     Raises:
-        UserError: a checkpoint of another format.
+        UserError: the file is damaged, or the checkpoint has another format.
     """
     with raising_damaged_file(path / "state.json", remedy(path)):
         state = json.loads((path / "state.json").read_text())
-        found = state["format"]
-    if found != FORMAT:
-        raise UserError(f"checkpoint {path} has format {found}; this code reads format {FORMAT}")
+        saved_format = state["format"]
+    if saved_format != FORMAT:
+        raise UserError(f"checkpoint {path} has format {saved_format}, and this code reads format {FORMAT}")
     return state
 
 
 def remedy(path: Path) -> str:
-    """Of a checkpoint whose checksums fit and whose contents are wrong all the same."""
-    return f"remove {path} to go on from the one before it"
+    """Say what to do about a checkpoint whose checksums match and whose contents are wrong."""
+    return f"remove {path} to resume from the one before it"
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
-    """
-    Raises:
-        UserError: listing every field that defines the experiment and differs.
-    """
-    different = [name for name in current if saved.get(name) != current[name]]
-    if different:
-        lines = [f"  `{name}`: {saved.get(name)} before, {current[name]} now" for name in different]
-        raise UserError(
-            f"{path} is of another experiment:\n"
-            + "\n".join(lines)
-            + "\ngive these the values of before, or start anew in another `output_dir`"
-        )
+    """Refuse a run if fields that define the experiment differ from what was saved at `path`; list them all."""
+    lines = [
+        f"  `{name}`: {saved.get(name)} before, {now} now" for name, now in current.items() if saved.get(name) != now
+    ]
+    if lines:
+        remedy = "give these fields their values of before, or start anew in another `output_dir`"
+        raise UserError("\n".join([f"{path} is of another experiment:", *lines, remedy]))
 
 
 def describe_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
-    """A line for each argument that differs from the checkpoint's and may."""
+    """List the arguments that differ from the checkpoint's, as they may."""
     return [
         f"changed since the checkpoint: `{name}` {saved.get(name)} -> {value}"
         for name, value in current.items()
-        # The repository's full name is found out later, and stands in the last line of the log.
+        # The repository's full name is known later only, and stands in the last line of the log.
         if saved.get(name) != value and name not in ("resume_from_checkpoint", "hub_model_id")
     ]
 
 
 def open_checkpoint(
-    folder: Path, wanted: str | None, identity: dict[str, Any], arguments: dict[str, Any]
+    folder: Path, resume_from: str | None, identity: dict[str, Any], arguments: dict[str, Any]
 ) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """Find the checkpoint to resume from and check that it is of the same experiment.
-
-    Args:
-        folder: where checkpoints of the run lie.
-        wanted: `latest`, a path, or None for none.
-        identity, arguments: of the run now.
+    """Find the checkpoint to resume from, if any, and check that it has the identity of the run.
 
     Returns:
-        its path (None where none is wanted or `latest` finds none), its state, and lines for the log.
+        Its path (None to start anew, or where `latest` finds none), its state, and lines for the log.
 
     Raises:
-        UserError: see `find_checkpoint`, `read_state`, `check_identity`; or it is past `max_steps`.
+        UserError: see `find_checkpoint`, `read_state`, `check_identity`; or the checkpoint is past `max_steps`.
     """
-    path, lines = find_checkpoint(folder, wanted) if wanted else (None, [])
+    path, lines = find_checkpoint(folder, resume_from) if resume_from else (None, [])
     if path is None:
         return None, {}, lines
     state = read_state(path)
@@ -352,48 +331,40 @@ def open_checkpoint(
             raise ValueError(f"`step` is {state['step']!r} and that of `train_state` {state['train_state']['step']!r}")
     check_identity(state["identity"], identity, path)
     if state["step"] > arguments["max_steps"]:
-        raise UserError(f"`max_steps` ({arguments['max_steps']}) is less than the updates done in {path}")
+        raise UserError(f"`max_steps` ({arguments['max_steps']}) is less than the updates done in {path}; give more")
     lines += describe_changes(state["arguments"], arguments)
     return path, state, [*lines, f"resuming from {path}: {state['step']:,} of {arguments['max_steps']:,} updates done"]
-
-
-def load_tensors(path: Path) -> dict[str, Any]:
-    """
-    Raises:
-        UserError: a damaged file, or one with objects that would have to run code.
-    """
-    with raising_damaged_file(path / "optimizer.pt", remedy(path)):
-        return torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
 
 
 def load_training_state(
     path: Path, objective: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
 ) -> dict[str, Any]:
-    """Weights, moments and scale of a checkpoint, split up as the engine does. Learning rate, decay and the like stay
-    as they are now: they may change.
+    """Load weights, moments and loss scale of a checkpoint into what the engine trains, sharded as the engine does it.
 
-    Args:
-        objective, optimizer: as the engine trains them.
+    Learning rate, weight decay and the like stay as they are now, since they may change.
 
     Returns:
-        the lanes of a streamed run, if it was one.
+        The lanes of a streamed run; none of another.
 
     Raises:
-        UserError: files whose checksums fit and whose contents are of something else.
+        UserError: the checksums of the files match, and their contents are something else, or would have to run code.
     """
-    tensors = load_tensors(path)
+    with raising_damaged_file(path / "optimizer.pt", remedy(path)):
+        tensors = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     now = training_state(objective, optimizer)
     groups = get_optimizer_state_dict(objective, optimizer)["param_groups"]  # with the settings of now
-    options = StateDictOptions(full_state_dict=True, strict=False)  # tied weights are there once
+    options = StateDictOptions(full_state_dict=True, strict=False)  # since the checkpoint has tied weights once
     with raising_damaged_file(path / "model.safetensors", remedy(path)):
-        weights = {f"model.{name}": tensor for name, tensor in load_file(path / "model.safetensors").items()}
+        weights: dict[str, Any] = {
+            f"model.{name}": tensor for name, tensor in load_file(path / "model.safetensors").items()
+        }
         check_shapes(weights, {name: tensor for name, tensor in now["weights"].items() if name.startswith("model.")})
     with raising_damaged_file(path / "optimizer.pt", remedy(path)):
         weights |= tensors["beside_model"]
         check_shapes(weights, now["weights"])
-        check_shapes(*map(flatten, (tensors["optimizer"], now["optimizer"])))
+        check_shapes(name_moments(tensors["optimizer"]), name_moments(now["optimizer"]))
     set_model_state_dict(objective, weights, options=options)
-    del weights, now  # copies on the device among them
+    del weights, now  # since copies on the device are among them
     moments = {"state": tensors["optimizer"], "param_groups": groups}
     set_optimizer_state_dict(objective, optimizer, moments, options=options)
     if scaler is not None and "scaler" in tensors:
@@ -402,19 +373,21 @@ def load_training_state(
     return tensors.get("lanes", {})
 
 
-def flatten(moments: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def name_moments(moments: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Name each moment by its kind and parameter."""
     return {f"{kind} of {name}": tensor for name, kinds in moments.items() for kind, tensor in kinds.items()}
 
 
-def check_shapes(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    for name in found.keys() | expected.keys():
-        one, two = (list(tensors[name].shape) if name in tensors else "none" for tensors in (found, expected))
+def check_shapes(saved: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Raise a ValueError for a tensor that is missing, unexpected or of another shape than expected."""
+    for name in saved.keys() | expected.keys():
+        one, two = (list(tensors[name].shape) if name in tensors else "none" for tensors in (saved, expected))
         if one != two:
             raise ValueError(f"the shape of {name} is {one}, not {two}")
 
 
 def export_model(folder: Path, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The model of a checkpoint and its tokenizer, as `save_pretrained` leaves them, replaced as a whole."""
+    """Write the model of a checkpoint and its tokenizer to a folder as `save_pretrained` does, replaced as a whole."""
     temporary = folder.with_name(f".{folder.name}")
     if temporary.exists():
         shutil.rmtree(temporary)

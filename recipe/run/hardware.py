@@ -1,11 +1,10 @@
-"""What a run runs on and with."""
+"""The hardware and software of a run: devices, their speed and memory, versions, commit."""
 
 import math
 import os
 import platform
 import re
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -19,32 +18,28 @@ from accelerate import Accelerator
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "sentencex", "numpy")
 
 
+def output_of(*command: str) -> str:
+    """Run a command in the folder of this code; what it prints is empty where there is no such command."""
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""
+
+
 def git_commit() -> str | None:
-    """The commit of this code, `-dirty` if files differ from it; None outside a git checkout or without git."""
-    if shutil.which("git") is None:
-        return None
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return result.stdout.strip() or None
+    """Find the commit of this code, `-dirty` if files differ from it; None outside a git checkout or without git."""
+    return output_of("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip() or None
 
 
 def power_limit() -> float | None:
-    """Watts that a GPU's board may draw, of the first; None without nvidia-smi or where it does not know."""
-    if shutil.which("nvidia-smi") is None:
-        return None
-    command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    watts = re.match(r"\d+(\.\d+)?", result.stdout)
+    """Ask the driver how many watts the first GPU's board may draw; None if there is no answer."""
+    printed = output_of("nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits")
+    watts = re.match(r"\d+(\.\d+)?", printed)
     return float(watts[0]) if watts else None
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """What a run runs on and with: engine, precision, processes, device, versions, commit."""
+    """Describe what a run runs in: engine, precision, world size, device, versions and commit."""
     device = accelerator.device
     return {
         "distributed_type": accelerator.distributed_type.value,
@@ -59,17 +54,17 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """What results are kept under and found again."""
+    """Name the device; results of benchmarks are kept and found again under this name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def matmul_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s that a large matrix product reaches here, in what accelerate calls the precision: what 100 % MFU is of.
+    """Measure the FLOP/s that a large matrix product reaches in accelerate's `precision`, which count as 100 % MFU.
 
-    The best of several, which takes some tenths of a second. float32 products run as they do in training, on TF32 units
-    too if torch was told to use them.
+    This is the best of ten products, which take some tenths of a second. float32 products run as they do in training,
+    on TF32 units too if torch is set to use them.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     size = 1024 if device.type == "cpu" else 8192
@@ -86,7 +81,7 @@ def matmul_flops(device: torch.device, precision: str) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has had in use at most, on the device if it has memory of its own."""
+    """Return the bytes that this process had in use at its peak, on the device if it has memory of its own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -94,6 +89,6 @@ def peak_memory(device: torch.device) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has done all work that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

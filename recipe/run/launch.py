@@ -28,17 +28,8 @@ from recipe.run.directory import RunDirectory
 from recipe.run.stopping import stop_with_launcher
 from recipe.run.trackers import check_trackers
 
-UNSERVED_ENGINES = {
-    DistributedType.DEEPSPEED,
-    DistributedType.MEGATRON_LM,
-    DistributedType.XLA,
-}
-
-
-# A rank may have to wait for a source longer than the ten minutes that the others would have patience for.
-COLLECTIVE_TIMEOUT = timedelta(hours=1)
-
-
+UNSERVED_ENGINES = {DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA}
+COLLECTIVE_TIMEOUT = timedelta(hours=1)  # since a rank may wait for a source longer than the default, ten minutes
 Result = TypeVar("Result")
 
 
@@ -48,20 +39,20 @@ def start_accelerator(
     serves_fsdp: bool = False,
     ddp_comm_hook: str | None = None,
 ) -> Accelerator:
-    """The accelerator as the launcher set it up; the libraries' own progress bars are kept to the main process.
+    """Start the accelerator as the launcher set it up, with the libraries' progress bars on the main process alone.
 
     Args:
         report_to: trackers, see `check_trackers`.
-        logging_dir: for trackers that write files.
-        serves_fsdp: whether the script can have its model split up.
-        ddp_comm_hook: `bf16` to have DDP send gradients in it.
+        logging_dir: folder for trackers that write files.
+        serves_fsdp: whether the script supports a sharded model.
+        ddp_comm_hook: `bf16` to have DDP send gradients in bf16.
 
     Raises:
-        UserError: an engine or a precision that this code does not serve.
+        UserError: an engine or a precision that this code does not support.
     """
     trackers = check_trackers(report_to)
     stop_with_launcher()
-    # No buffer of the model ever changes, so none has to be sent around at each forward.
+    # No buffer of the model ever changes, so none has to be broadcast at each forward.
     ddp = DistributedDataParallelKwargs(
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
@@ -73,13 +64,22 @@ def start_accelerator(
             project_config=ProjectConfiguration(logging_dir=logging_dir),
             kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
         )
-    except ValueError as error:  # of a precision that the device does not have
+    except ValueError as error:  # the device does not have the precision
         raise UserError(f"{error} Give accelerate another --mixed_precision") from None
     atexit.register(leave_process_group)
-    disable_progress_bar()  # transformers', one for each file that it writes
+    disable_progress_bar()  # of transformers, which shows one for each file that it writes
     if not accelerator.is_main_process:
         disable_progress_bars()
         datasets.disable_progress_bars()
+    check_engine(accelerator, serves_fsdp, ddp_comm_hook)
+    cores = (os.cpu_count() or 1) // accelerator.num_processes
+    if accelerator.device.type == "cpu" and torch.get_num_threads() < cores:
+        accelerator.print(f"warning: {torch.get_num_threads()} of {cores} cores are used; set OMP_NUM_THREADS={cores}")
+    return accelerator
+
+
+def check_engine(accelerator: Accelerator, serves_fsdp: bool, ddp_comm_hook: str | None) -> None:
+    """Set up FSDP2 if it is the engine, and refuse an engine or a precision that this code does not support."""
     is_bf16_on_gpu = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
     if is_bf16_on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(
@@ -89,8 +89,8 @@ def start_accelerator(
     is_fsdp = accelerator.distributed_type == DistributedType.FSDP
     if accelerator.distributed_type in UNSERVED_ENGINES or (is_fsdp and not serves_fsdp):
         raise UserError(
-            f"`distributed_type` is {accelerator.distributed_type.value}, and here only one process"
-            f"{', DDP and FSDP2' if serves_fsdp else ' and DDP'} are served; take another of accelerate_configs/"
+            f"`distributed_type` is {accelerator.distributed_type.value}, and this script supports only one "
+            f"process{', DDP and FSDP2' if serves_fsdp else ' and DDP'}; choose another of accelerate_configs/"
         )
     if is_fsdp:
         set_up_fsdp(accelerator)
@@ -99,17 +99,8 @@ def start_accelerator(
             f"`ddp_comm_hook` is {ddp_comm_hook}, which is for DDP on GPUs, and `distributed_type` is "
             f"{accelerator.distributed_type.value}; leave it out"
         )
-    if accelerator.device.type == "cpu":
-        if accelerator.mixed_precision == "fp16":
-            raise UserError(
-                "`mixed_precision` is fp16, which needs a GPU; give accelerate --mixed_precision no or bf16"
-            )
-        cores = (os.cpu_count() or 1) // accelerator.num_processes
-        if torch.get_num_threads() < cores:
-            accelerator.print(
-                f"warning: {torch.get_num_threads()} of {cores} cores in use; set OMP_NUM_THREADS={cores}"
-            )
-    return accelerator
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+        raise UserError("`mixed_precision` is fp16, which needs a GPU; give accelerate --mixed_precision no or bf16")
 
 
 def open_run(path: str, accelerator: Accelerator) -> RunDirectory:
@@ -118,11 +109,7 @@ def open_run(path: str, accelerator: Accelerator) -> RunDirectory:
 
 
 def on_main(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
-    """What a function comes to that the main process runs for all.
-
-    Raises:
-        UserError: the function's, on all processes.
-    """
+    """Run a function on the main process, and return its result or raise its `UserError` on all processes."""
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
@@ -136,27 +123,24 @@ def on_main(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
 
 
 def leave_process_group() -> None:
-    """End the process group's own threads while there is an interpreter: one of gloo's that lets go of a tensor later
-    aborts the process, which torchrun takes for a failed run.
+    """End the threads of the process group while there is an interpreter.
 
-    After an error that nobody foresaw nccl's is left alone: to take it down could wait for the other processes.
+    A thread of gloo's that frees a tensor later aborts the process, which torchrun takes for a failed run. After an
+    unforeseen error a group of nccl's is left alone, since destroying it could wait for the other processes.
     """
     if distributed.is_initialized() and (distributed.get_backend() == "gloo" or not hasattr(sys, "last_value")):
         distributed.destroy_process_group()
 
 
 def set_up_fsdp(accelerator: Accelerator) -> None:
-    """
-    Raises:
-        UserError: FSDP1, or fp16.
-    """
+    """Set up FSDP2's precision, and refuse FSDP1 and fp16."""
     if not accelerator.is_fsdp2:
-        raise UserError("`fsdp_version` is 1, which is not served; start from accelerate_configs/fsdp2.yaml")
+        raise UserError("`fsdp_version` is 1, which is not supported; start from accelerate_configs/fsdp2.yaml")
     if accelerator.mixed_precision == "fp16":
         raise UserError(
-            "`mixed_precision` is fp16, which is not served with FSDP2; give accelerate --mixed_precision bf16"
+            "`mixed_precision` is fp16, which is not supported with FSDP2; give accelerate --mixed_precision bf16"
         )
     if accelerator.mixed_precision == "bf16":
-        # Accelerate's own would round the gradients' sum over processes, and the losses that the objective returns.
+        # Accelerate's own policy would round the gradients' sum over processes, and the losses of the objective.
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         accelerator.state.fsdp_plugin.mixed_precision_policy = policy

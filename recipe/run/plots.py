@@ -1,4 +1,4 @@
-"""The figures of a run, or of several beside each other.
+"""Figures of a run, of several runs side by side, or of GLUE results. matplotlib is loaded only to draw one.
 
 python -m recipe.run.plots runs/roberta-base [runs/another …]
 """
@@ -8,32 +8,29 @@ import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from recipe.base.errors import UserError, raising_damaged_file, report_user_errors
 from recipe.run.directory import RunDirectory, read_config
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 # Colours that colour-blind readers tell apart (Okabe and Ito); lines and markers tell the runs apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
-DRAWN = ("loss", "eval_loss", "unigram_loss", "learning_rate", "grad_norm", "tokens_per_second")
+LINE_STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+DRAWN_FIELDS = ("loss", "eval_loss", "unigram_loss", "learning_rate", "grad_norm", "tokens_per_second")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-SMOOTHED = 50  # a smoothed line is the mean over a so-manieth of the log's lines
-BEGINNING = 0.02  # of the tokens, in which the loss falls from higher than the figure shows
+SMOOTHING_DIVISOR = 50  # a smoothed line is the mean over the number of log lines divided by this
+CROPPED_FRACTION = 0.02  # of the tokens, in which the loss falls from higher than the figure shows
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What there is to draw of a run.
-
-    `metrics`: the lines of metrics.jsonl. `expected_loss`: held-out loss that the config says to expect, in nats.
-    `vocabulary`: a checksum of the tokenizer.
-    """
+    """The lines of a run's metrics.jsonl, its expected loss (held out, in nats), and a checksum of its vocabulary."""
 
     name: str
     metrics: list[dict[str, Any]]
@@ -41,79 +38,92 @@ class Curves:
     vocabulary: str = ""
 
     def series(self, field: str) -> tuple[np.ndarray, np.ndarray]:
-        """(lines,) tokens and (lines,) values, where there are any."""
+        """Return the tokens and the values of the lines that have the field, (lines,) each."""
         lines = [line for line in self.metrics if line.get(field) is not None]
         return np.array([line["tokens"] for line in lines], float), np.array([line[field] for line in lines], float)
 
 
 def read_curves(path: Path) -> Curves:
-    """
+    """Read the curves of a run from its folder.
+
     Raises:
-        UserError: that is no folder of a pretraining run, or its files are damaged.
+        UserError: the folder is not of a pretraining run, or its files are damaged.
     """
     run = RunDirectory(path, is_main=False, pids=[])
     if not run.config_file.is_file() or not run.metrics_file.is_file():
         missing = run.metrics_file if run.config_file.is_file() else run.config_file
-        raise UserError(f"{path} is no pretraining run, it has no {missing.name}; name the `output_dir` of one")
-    with raising_damaged_file(run.config_file, "mend it"):
+        raise UserError(f"{path} is no pretraining run, since it has no {missing.name}; name the `output_dir` of one")
+    with raising_damaged_file(run.config_file, "correct it"):
         config = read_config(path)
         checksum, expected = config.get("environment", {}).get("tokenizer_checksum"), config["expected_loss"]
         expected = None if expected is None else float(expected)
     if checksum is None:
         raise UserError(f"{run.config_file} is not of a pretraining run of this version of the recipe")
     curves = Curves(str(path), run.read_metrics(), expected, checksum)
-    with raising_damaged_file(run.metrics_file, "take out the lines that are wrong"):
-        for field in DRAWN:
+    with raising_damaged_file(run.metrics_file, "remove the lines that are wrong"):
+        for field in DRAWN_FIELDS:
             for values in curves.series(field):
                 if values.ndim > 1 or not np.isfinite(values).all():
-                    raise ValueError(f"`tokens` or `{field}` is no number somewhere")
+                    raise ValueError(f"`tokens` or `{field}` of a line is no number")
     return curves
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """(n,) -> (n,), each the mean over itself and those before it, a `SMOOTHED`th of all."""
-    width = max(1, len(values) // SMOOTHED)
+    """Smooth (n,) values: each becomes the mean over itself and those before it, one `SMOOTHING_DIVISOR`th of all."""
+    width = max(1, len(values) // SMOOTHING_DIVISOR)
     sums = np.cumsum(np.concatenate([np.zeros(1), values]))
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - width)
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def perplexity_of(nats: float) -> str:
+def new_figure(width: float, height: float) -> "Figure":
+    """Make an empty figure of this size in inches, if matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("no figure can be drawn: matplotlib is not installed; run: pip install matplotlib") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def format_perplexity(nats: float) -> str:
+    """Write the perplexity of a loss."""
     if nats > 20:  # a run that diverged
         return f"e^{nats:.0f}"
     return f"{math.exp(nats):,.{0 if nats > 4 else 1}f}"
 
 
 def plot_runs(runs: list[Curves], path: Path) -> None:
-    """Loss and perplexity, learning rate, gradient norm and tokens a second over the tokens seen.
+    """Draw loss and perplexity, learning rate, gradient norm and throughput over the tokens seen.
 
-    A single run is drawn with its unsmoothed training loss, what a unigram model has and what to expect.
+    A single run is drawn with its unsmoothed training loss, the loss of a unigram model and the expected loss.
 
     Args:
-        runs: one or more; those without a training loss are left out, and without any there is no figure.
+        runs: one or more; those without a training loss are not drawn, and without any there is no figure.
         path: PNG file to write.
 
     Raises:
-        UserError: their losses cannot be compared, since their tokens are not the same.
+        UserError: the losses cannot be compared, since the vocabularies differ, or matplotlib is not installed.
     """
     for run in runs[1:]:
         if run.vocabulary != runs[0].vocabulary:
             raise UserError(
-                f"{runs[0].name} and {run.name} have different vocabularies, and a loss is of one vocabulary's tokens; "
-                "plot them apart"
+                f"{runs[0].name} and {run.name} have different vocabularies, and losses are comparable only over the "
+                "same tokens; plot them apart"
             )
     runs = [run for run in runs if len(run.series("loss")[0])]
     if not runs:
         return
-    figure = Figure(figsize=(9, 7.5), layout="constrained")
+    figure = new_figure(9, 7.5)
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
     panels = figure.subplot_mosaic(
         [["loss"] * 3, ["learning_rate", "grad_norm", "tokens_per_second"]], height_ratios=[2.2, 1]
     )
     is_alone = len(runs) == 1
-    styles = zip(runs, itertools.cycle(COLOURS), itertools.cycle(LINES), itertools.cycle(MARKERS), strict=False)
+    styles = zip(runs, itertools.cycle(COLOURS), itertools.cycle(LINE_STYLES), itertools.cycle(MARKERS), strict=False)
     for run, colour, line, marker in styles:
-        style = {"color": colour, "linestyle": line}
+        style: dict[str, Any] = {"color": colour, "linestyle": line}
         panels["learning_rate"].plot(*run.series("learning_rate"), **style)
         for field in ("grad_norm", "tokens_per_second"):
             draw_smoothed(panels[field], *run.series(field), style, is_alone)
@@ -141,21 +151,27 @@ def plot_runs(runs: list[Curves], path: Path) -> None:
 
 
 def draw_smoothed(
-    axes: Axes, tokens: np.ndarray, values: np.ndarray, style: dict[str, Any], is_alone: bool, label: str | None = None
+    axes: "Axes",
+    tokens: np.ndarray,
+    values: np.ndarray,
+    style: dict[str, Any],
+    is_alone: bool,
+    label: str | None = None,
 ) -> None:
-    """A smoothed line; of a single run on the faint line that it smooths."""
+    """Draw a smoothed line; for a single run, on the faint line that it smooths."""
     if is_alone:
         axes.plot(tokens, values, color=style["color"], alpha=0.25, linewidth=0.8)
     axes.plot(tokens, smooth(values), **style, label=label)
 
 
-def draw_only_loss(axes: Axes, run: Curves, style: dict[str, Any]) -> None:
-    """With what a unigram model has and what to expect."""
+def draw_only_loss(axes: "Axes", run: Curves, style: dict[str, Any]) -> None:
+    """Draw the losses of a single run, the loss of a unigram model and the expected loss."""
     tokens, losses = run.series("loss")
-    draw_smoothed(axes, tokens, losses, style, True, f"training, mean over {max(1, len(losses) // SMOOTHED)} log lines")
+    width = max(1, len(losses) // SMOOTHING_DIVISOR)
+    draw_smoothed(axes, tokens, losses, style, True, f"training, mean over {width} log lines")
     held_out_tokens, held_out = run.series("eval_loss")
     if len(held_out):
-        label = f"held out: {held_out[-1]:.3f}, perplexity {perplexity_of(held_out[-1])}"
+        label = f"held out: {held_out[-1]:.3f}, perplexity {format_perplexity(held_out[-1])}"
         axes.plot(held_out_tokens, held_out, color=COLOURS[1], linestyle="--", marker="o", markersize=4, label=label)
         unigram = run.series("unigram_loss")[1][-1]
         axes.axhline(unigram, color="0.4", linestyle=":", label=f"unigram model: {unigram:.3f}")
@@ -164,56 +180,57 @@ def draw_only_loss(axes: Axes, run: Curves, style: dict[str, Any]) -> None:
         axes.axhline(run.expected_loss, color=COLOURS[2], linestyle="-.", label=label)
 
 
-def draw_compared_loss(axes: Axes, run: Curves, style: dict[str, Any], marker: str) -> None:
-    """Training as a line, held out as markers."""
+def draw_compared_loss(axes: "Axes", run: Curves, style: dict[str, Any], marker: str) -> None:
+    """Draw the losses of one of several runs: training as a line, held out as markers."""
     tokens, held_out = run.series("eval_loss")
     label = run.name
     if len(held_out):
-        label += f": held out {held_out[-1]:.3f}, perplexity {perplexity_of(held_out[-1])}"
+        label += f": held out {held_out[-1]:.3f}, perplexity {format_perplexity(held_out[-1])}"
     draw_smoothed(axes, *run.series("loss"), style, False)
     axes.plot(tokens, held_out, color=style["color"], linestyle="none", marker=marker, markerfacecolor="white")
-    axes.plot([], [], **style, marker=marker, markerfacecolor="white", label=label)  # both, for the legend
+    axes.plot([], [], **style, marker=marker, markerfacecolor="white", label=label)  # for the legend
 
 
-def crop_beginning(axes: Axes, runs: list[Curves]) -> None:
-    """Leave out of the figure what the loss falls through at the very beginning."""
+def crop_beginning(axes: "Axes", runs: list[Curves]) -> None:
+    """Crop the axis to the losses after the very beginning, in which they fall the most."""
     end = max(run.series("loss")[0][-1] for run in runs)
     lines = [(np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)) for line in axes.get_lines()]
-    # A line across the figure has two ends, from 0 to 1.
-    highest = max((y[(x > BEGINNING * end) | (x <= 1)].max(initial=-math.inf) for x, y in lines), default=-math.inf)
+    # The x of a line across the figure goes from 0 to 1.
+    highest = max(
+        (y[(x > CROPPED_FRACTION * end) | (x <= 1)].max(initial=-math.inf) for x, y in lines), default=-math.inf
+    )
     low, high = axes.get_ylim()
     if low < highest < high:
         axes.set_ylim(low, highest + 0.05 * (highest - low))
 
 
-def add_perplexity(axes: Axes) -> None:
-    """On the right."""
+def add_perplexity(axes: "Axes") -> None:
+    """Add a perplexity axis on the right."""
     perplexity = axes.secondary_yaxis("right")
     low, high = axes.get_ylim()
     ticks = [nats for nats in axes.get_yticks() if low <= nats <= high]
-    perplexity.set_yticks(ticks, labels=[perplexity_of(nats) for nats in ticks])
+    perplexity.set_yticks(ticks, labels=[format_perplexity(nats) for nats in ticks])
     perplexity.set_ylabel("perplexity")
 
 
 def plot_glue(rows: list[dict[str, Any]], names: list[str], published: str, title: str, path: Path) -> None:
-    """Median and range of each task beside the majority's and the published result.
+    """Draw the median of each task and its standard deviation beside the majority's and the published result.
 
     Args:
         rows: the tasks of summary.json.
-        names: of the rows.
-        published: what the published results are called.
+        names: of the tasks, as the figure shows them.
+        published: name of the published results.
         title: of the figure.
         path: PNG file to write.
     """
-    figure = Figure(figsize=(8, 1.6 + 0.42 * len(rows)), layout="constrained")
+    figure = new_figure(8, 1.6 + 0.42 * len(rows))
     axes = figure.subplots()
     done = [(place, row) for place, row in enumerate(rows) if row["n"]]
-    spread = [row["standard_deviation"] or 0.0 for _, row in done]
     axes.barh(range(len(rows)), [100 * row["majority"] for row in rows], color="lightgray", label="majority")
     axes.errorbar(
         [100 * row["median"] for _, row in done],
         [place for place, _ in done],
-        xerr=[100 * value for value in spread],
+        xerr=[100 * (row["standard_deviation"] or 0.0) for _, row in done],
         fmt="o",
         color=COLOURS[0],
         capsize=4,
@@ -235,6 +252,7 @@ def plot_glue(rows: list[dict[str, Any]], names: list[str], published: str, titl
 
 
 def main() -> None:
+    """Draw the runs that are named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="`output_dir` of a pretraining run")
     parser.add_argument("--output", type=Path, help="PNG; default: loss.png of a single run, comparison.png of several")

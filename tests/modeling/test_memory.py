@@ -5,7 +5,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AlbertConfig, RobertaConfig
 
-from recipe.modeling.memory import LINEAR_FROM_ROWS, USABLE, BytesInUse, compute_memory
+from recipe.modeling.memory import LINEAR_FROM_ROWS, USABLE_FRACTION, BytesInUse, compute_memory
 from recipe.modeling.model import ROBERTA_DEFAULTS, build_model
 from recipe.modeling.objectives import MaskedLMObjective, SentenceOrderObjective
 
@@ -55,7 +55,7 @@ def test_largest_micro_batch_is_the_largest_that_fits():
     gigabytes = 4e9
     largest = compute().largest_micro_batch(gigabytes)
     assert largest > LINEAR_FROM_ROWS
-    assert compute(rows=largest).total <= USABLE * gigabytes < compute(rows=largest + 1).total
+    assert compute(rows=largest).total <= USABLE_FRACTION * gigabytes < compute(rows=largest + 1).total
     assert compute().largest_micro_batch(1e6) == 0
 
 

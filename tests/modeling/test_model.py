@@ -62,7 +62,7 @@ def test_short_blocks_keep_514_positions(tokenizer):
         ({"num_hidden_layers": 10**6}, 128, ["`num_hidden_layers` is 1000000", "1 to 256"]),
         ({"hidden_dropout_prob": float("nan")}, 128, ["`hidden_dropout_prob` is nan", "finite"]),
         ({"id2label": 3}, 128, ["model_config", "items"]),
-        ({"pad_token_id": 0}, 128, ["pads with 1", "`pad_token_id` is 0"]),
+        ({"pad_token_id": 0}, 128, ["pads with 1", "`pad_token_id` is 0; leave `pad_token_id` out"]),
     ],
 )
 def test_what_does_not_fit_is_named(tokenizer, model_config, length, expected):

@@ -25,7 +25,7 @@ def model(tokenizer) -> RobertaForMaskedLM:
 
 
 def make_batch(tokenizer, model_type: str, short: int, packing: str = "full_sentences") -> dict[str, torch.Tensor]:
-    """Five rows of 64 tokens and some short ones; of pairs one is none."""
+    """Make five rows of 64 tokens and some short ones; among pairs, one row is no pair."""
     first = first_position(model_type, tokenizer.pad_token_id)
     collator = DynamicMaskingCollator(tokenizer, max_seq_length=64, packing=packing, first_position=first)
     examples = make_examples(tokenizer, 5, length=64) + make_examples(tokenizer, short, length=20)
@@ -102,7 +102,7 @@ def test_both_losses_and_their_gradients_are_those_of_the_stock_model(
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_deep_models_with_groups_and_segment_ids_are_the_stock_ones(tokenizer, model_type):
-    """Also without the pair loss."""
+    """The masked-LM loss alone is the stock model's too."""
     fields = {"num_hidden_groups": 2, "inner_group_num": 2} if model_type == "albert" else {}
     model = make_model(tokenizer, model_type, predicts_pairs=False, num_hidden_layers=4, **fields)
     batch = make_batch(tokenizer, model_type, 2, "segment_pair")
@@ -134,7 +134,7 @@ def test_pair_head_of_roberta_is_trained_beside_a_plain_model(tokenizer, model):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("model_type", TYPES)
 def test_every_parameter_is_trained(tokenizer, model_type, objective):
-    """Engines that wait for the gradients of all of them would hang."""
+    """Engines that wait for the gradient of every parameter would hang otherwise."""
     module = OBJECTIVES[objective](make_model(tokenizer, model_type, objective != "masked_lm"), 0.15)
     sums, counts = module(**make_batch(tokenizer, model_type, 1, "segment_pair"))
     (sums / counts).sum().backward()

@@ -1,10 +1,19 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from recipe.base.errors import UserError
 from recipe.run.directory import RunDirectory, read_step
+from testing.helpers import ROOT
+
+
+def test_folder_and_early_stops_load_no_torch():
+    """A pushing process and `--help` load them, and should start at once."""
+    code = "import sys, recipe.run.directory, recipe.run.stopping; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("line", ['{"step": 1', "[]", "{}", '{"step": "1"}', '{"step": true}', "[" * 20_000, "\ud800"])
@@ -39,7 +48,7 @@ def test_metrics_are_cut_back_and_a_torn_line_forgotten(tmp_path: Path):
 def test_metrics_wait_while_they_cannot_be_written(tmp_path: Path, capsys):
     run = RunDirectory(tmp_path / "gone", is_main=True, pids=[1])
     run.append_metrics({"step": 1})
-    assert "metrics.jsonl waits for room" in capsys.readouterr().err
+    assert "metrics.jsonl could not be written, and is tried again" in capsys.readouterr().err
     run.path.mkdir()
     run.append_metrics({"step": 2})
     assert [line["step"] for line in run.read_metrics()] == [1, 2]

@@ -11,7 +11,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from recipe.base.errors import UserError
-from recipe.run.plots import SMOOTHED, Curves, plot_runs, read_curves, smooth
+from recipe.run.plots import SMOOTHING_DIVISOR, Curves, plot_glue, plot_runs, read_curves, smooth
 from testing.helpers import ROOT
 
 METRICS = [
@@ -24,7 +24,7 @@ METRICS = [
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """What is saved."""
+    """Collect the figures that are saved."""
     saved = []
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), save(self, *a, **k)))
@@ -90,7 +90,7 @@ def test_several_runs_differ_in_colour_and_in_line(tmp_path: Path, figures):
 
 def test_smoothed_line_is_the_mean_over_the_lines_before():
     values = np.arange(200.0)
-    width = 200 // SMOOTHED
+    width = 200 // SMOOTHING_DIVISOR
     assert smooth(values)[0] == 0
     assert smooth(values)[-1] == pytest.approx(values[-width:].mean())
     assert list(smooth(values[:10])) == list(values[:10])
@@ -134,6 +134,19 @@ def test_command_writes_a_figure_of_one_run_and_of_several(tmp_path: Path):
     assert run_plots(tmp_path, *runs).stdout.strip() == "comparison.png"
     assert run_plots(tmp_path, *runs, "--output", "c.png").returncode == 0
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in (runs[0] / "loss.png", tmp_path / "c.png"))
+
+
+def test_only_drawing_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    code = "import sys, recipe.run.plots; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as if it were not installed
+    run = read_curves(write_run(tmp_path / "run", METRICS))
+    with pytest.raises(UserError, match="matplotlib is not installed; run: pip install matplotlib"):
+        plot_runs([run], tmp_path / "loss.png")
+    row = {"n": 1, "median": 0.5, "majority": 0.4, "standard_deviation": None, "published": None}
+    with pytest.raises(UserError, match="matplotlib is not installed; run: pip install matplotlib"):
+        plot_glue([row], ["rte"], "published", "a title", tmp_path / "glue.png")
+    assert not list(tmp_path.glob("*.png"))
 
 
 def test_command_refuses_what_is_no_run(tmp_path: Path):

@@ -36,7 +36,7 @@ def test_second_interrupt_ends_at_once():
 def test_limit_leaves_time_for_an_update_and_a_checkpoint(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    monkeypatch.setattr(recipe.run.stopping, "STARTED", 0.0)
+    monkeypatch.setattr(recipe.run.stopping, "START_SECONDS", 0.0)
     request = StopRequest(max_hours=1)
     now = 1060.0
     request.update_done(seconds_to_save=20.0)  # the slowest update: a minute
@@ -54,7 +54,7 @@ def test_run_stops_in_time_and_goes_on(flags, run_pretrain, tmp_path: Path, monk
     flags |= {"max_steps": 100_000, "save_steps": 100_000, "resume_from_checkpoint": "latest"}
     # An hour is over in a second more than the spare time.
     end = time.monotonic() + recipe.run.stopping.EXIT_MARGIN_SECONDS + 1
-    monkeypatch.setattr(recipe.run.stopping, "STARTED", end - 3600)
+    monkeypatch.setattr(recipe.run.stopping, "START_SECONDS", end - 3600)
     run_pretrain(flags | {"max_train_hours": 1})
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "preempted"
@@ -105,7 +105,9 @@ def test_workers_end_with_a_process_that_was_killed(flags, tmp_path: Path):
 def test_run_that_was_not_launched_outlives_its_shell(flags, tmp_path: Path):
     """As `nohup python pretrain.py &` should."""
     words = [sys.executable, "pretrain.py", *command_line(flags | {"max_steps": 60, "logging_steps": 1})]
-    environment = {name: value for name, value in os.environ.items() if name not in recipe.run.stopping.LAUNCHED}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in recipe.run.stopping.LAUNCHER_VARIABLES
+    }
     shell = subprocess.Popen(
         ["sh", "-c", '"$@" & sleep 6000', "sh", *map(str, words)],
         cwd=ROOT,

@@ -11,7 +11,7 @@ from testing.helpers import read_lines, reset_accelerate
 
 
 class Notebook(GeneralTracker):
-    """Writes down what it is told, until it fails."""
+    """A tracker that keeps what it is sent, until it fails."""
 
     name = "notebook"
     requires_logging_directory = False
@@ -58,7 +58,9 @@ def test_tracker_that_dies_is_one_warning(notebook, run_pretrain, flags, tmp_pat
     monkeypatch.setattr(notebook, "fails_after", 2)
     run_pretrain(flags | {"report_to": "[notebook]"})
     printed = capsys.readouterr()
-    assert (printed.out + printed.err).count("warning: notebook has failed and gets no more") == 1
+    assert (printed.out + printed.err).count(
+        "warning: notebook has failed and receives no more lines: ConnectionError: the line is dead"
+    ) == 1
     assert len(notebook.told) == 2
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6
 
@@ -85,7 +87,7 @@ def test_misspelt_and_missing_trackers_are_named(monkeypatch: pytest.MonkeyPatch
 
 
 def test_trackio_keeps_the_curves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """The real one, as the README starts it."""
+    """This is the real tracker, started as the documentation does."""
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     reset_accelerate()
@@ -96,5 +98,5 @@ def test_trackio_keeps_the_curves(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     reset_accelerate()
     from trackio.sqlite_storage import SQLiteStorage
 
-    logs = SQLiteStorage.get_logs(trackers.PROJECT, "small")
+    logs = SQLiteStorage.get_logs(trackers.PROJECT_NAME, "small")
     assert [(log["step"], log["train/loss"]) for log in logs] == [(10, 0.1), (20, 0.05)]

@@ -11,7 +11,7 @@ import pytest
 from recipe.run.watchdog import Report, stragglers
 from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, wait_for
 
-# Impatient, and with collectives that give up soon.
+# A watchdog that warns after two seconds.
 IMPATIENT = """
 import recipe.run.watchdog
 import pretrain
@@ -21,7 +21,7 @@ pretrain.main()
 """
 
 
-def test_straggler_is_the_one_that_came_least_far_or_is_silent():
+def test_straggler_is_the_least_advanced_one_or_one_that_is_silent():
     found = [Report(9, 12, "rank 0 at update 5"), Report(9, 11, "rank 1 at reading its data")]
     assert stragglers(found, []) == "the others wait for rank 1 at reading its data"
     assert stragglers(found, found[:1]) == "no answer from rank 0 at update 5"

@@ -1,0 +1,53 @@
+import pytest
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
+
+from recipe.base.errors import UserError
+from recipe.run.launch import on_main, start_accelerator
+
+
+@pytest.mark.parametrize(
+    ("engine", "version", "precision", "expected"),
+    [
+        ("DEEPSPEED", 2, "no", "only one process, DDP and FSDP2;"),
+        ("FSDP", 1, "no", "`fsdp_version` is 1"),
+        ("FSDP", 2, "fp16", "fp16, which is not supported with FSDP2"),
+    ],
+)
+def test_engines_that_are_not_supported_are_refused(monkeypatch, accelerator, engine, version, precision, expected):
+    shared = accelerator.state._shared_state
+    shared["distributed_type"], shared["_mixed_precision"] = DistributedType[engine], precision
+    shared["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=version)
+    monkeypatch.setattr("recipe.run.launch.Accelerator", lambda **kwargs: accelerator)
+    with pytest.raises(UserError, match=expected):
+        start_accelerator(serves_fsdp=True)
+    with pytest.raises(UserError, match="only one process and DDP;"):
+        start_accelerator()
+
+
+def test_bf16_under_fsdp_keeps_sums_in_float32(monkeypatch, accelerator):
+    shared = accelerator.state._shared_state
+    shared["distributed_type"], shared["_mixed_precision"] = DistributedType.FSDP, "bf16"
+    shared["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2)
+    monkeypatch.setattr("recipe.run.launch.Accelerator", lambda **kwargs: accelerator)
+    policy = start_accelerator(serves_fsdp=True).state.fsdp_plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)
+
+
+def test_errors_of_the_main_process_are_raised_with_their_message(accelerator):
+    def fail() -> None:
+        raise UserError("`field` is 3; give 2")
+
+    assert on_main(accelerator, lambda: 7) == 7
+    with pytest.raises(UserError, match="`field` is 3; give 2"):
+        on_main(accelerator, fail)
+
+
+def test_hook_for_gradients_needs_gpus(monkeypatch, accelerator):
+    accelerator.state._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    monkeypatch.setattr("recipe.run.launch.Accelerator", lambda **kwargs: accelerator)
+    with pytest.raises(
+        UserError, match=r"`ddp_comm_hook` is bf16, which is for DDP on GPUs, .* MULTI_CPU; leave it out"
+    ):
+        start_accelerator(ddp_comm_hook="bf16")
