@@ -59,8 +59,9 @@ from recipe.data.corpora import (
     sample_texts,
 )
 from recipe.finetune.finetuning import encode_splits
-from recipe.finetune.report import describe_data
-from recipe.finetune.tasks.glue import TASKS, Task, load_task
+from recipe.finetune.tasks.glue import TASKS, Task
+from recipe.finetune.tasks.loading import load_task
+from recipe.finetune.tasks.scoring import describe_data
 from recipe.data.hygiene import Decontaminator
 from recipe.run.metrics import TrainState
 from recipe.modeling.model import build_config, build_model
