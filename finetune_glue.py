@@ -14,7 +14,7 @@ from pathlib import Path
 from recipe.arguments import GlueArguments, identity_of, parse_config
 from recipe.base.errors import report_user_errors
 from recipe.base.files import check_output_dir, read_yaml
-from recipe.finetune.tasks.glue import TASKS, check_tasks, is_whole
+from recipe.finetune.tasks.glue import TASKS, check_tasks
 from recipe.run.directory import RunDirectory
 
 
@@ -77,8 +77,7 @@ def main() -> None:
 
     summary = summarise(grid.results.read(), jobs, data, args.compare_with)
     hours = (time.perf_counter() - started) / 3600
-    is_submission = all(is_whole(name, splits) for name, splits in tasks.items())
-    print("\n".join(write_report(run.path, summary, hours, args.model_name_or_path, is_submission)))
+    print("\n".join(write_report(run.path, summary, hours, args.model_name_or_path)))
     run.write_status("complete", len(jobs))
     for line in add_glue_to_card(run.path):
         print(line)

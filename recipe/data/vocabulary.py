@@ -30,16 +30,7 @@ COMPARED_TEXTS, COMPARED_CHARACTERS = 50, 2000  # texts encoded with the trained
 
 
 class VocabularyText:
-    """The text that a vocabulary is learnt from.
-
-    Args:
-        corpora: where it comes from.
-        max_bytes: how much of it is read in all.
-
-    Attributes:
-        read_bytes: bytes read of each corpus.
-        word_counts: words in the beginning of each corpus.
-        sample: beginnings of the first texts of each corpus.
+    """The text that a vocabulary is learnt from, `max_bytes` of it in all.
 
     Raises:
         UserError: a corpus cannot be read.
@@ -49,9 +40,9 @@ class VocabularyText:
         self.corpora = corpora
         self.max_bytes = max_bytes
         self.sizes = {corpus.name: corpus_bytes(corpus) for corpus in corpora if corpus.weight is None}
-        self.read_bytes: Counter[str] = Counter()
-        self.word_counts: Counter[str] = Counter()
-        self.sample: list[str] = []
+        self.read_bytes: Counter[str] = Counter()  # of each corpus
+        self.word_counts: Counter[str] = Counter()  # in the beginning of each corpus
+        self.sample: list[str] = []  # the beginnings of the first texts of each corpus
         for corpus in corpora:
             check_corpus(corpus)
 

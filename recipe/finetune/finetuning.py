@@ -36,34 +36,21 @@ POOL_BATCHES = 100  # batches whose rows are sorted by length together
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """A tokenised split.
+    """A tokenised split."""
 
-    Attributes:
-        rows: the columns that the model takes, unpadded.
-        lengths: (rows,) numbers of tokens.
-        labels: (rows,) ids, or scores divided by the task's scale; empty for a test split.
-    """
-
-    rows: Dataset
-    lengths: np.ndarray
-    labels: np.ndarray
+    rows: Dataset  # the columns that the model takes, unpadded
+    lengths: np.ndarray  # (rows,) numbers of tokens
+    labels: np.ndarray  # (rows,) ids, or scores divided by the task's scale; empty for a test split
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a run.
+    """The result of a run."""
 
-    Attributes:
-        metrics: dev metrics of the best epoch.
-        best_epoch: its number, from 1.
-        epochs: mean training loss and dev metrics of each epoch.
-        weights: the best epoch's, on the CPU; empty unless asked for.
-    """
-
-    metrics: dict[str, float]
-    best_epoch: int
-    epochs: list[dict[str, float]]
-    weights: dict[str, torch.Tensor]
+    metrics: dict[str, float]  # dev metrics of the best epoch
+    best_epoch: int  # from 1
+    epochs: list[dict[str, float]]  # mean training loss and dev metrics of each
+    weights: dict[str, torch.Tensor]  # the best epoch's, on the CPU; empty unless asked for
 
 
 def load_glue_tokenizer(name_or_path: str, max_seq_length: int) -> PreTrainedTokenizerBase:
@@ -183,14 +170,7 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
 
 
 class Finetuner:
-    """Trains classifiers and predicts by them.
-
-    Args:
-        accelerator: where the device and the precision come from.
-        args: the script's.
-        tokenizer: the model's.
-        is_shared: whether all processes train the same model together; otherwise each is on its own.
-    """
+    """Trains classifiers and predicts by them, all processes the same model if it is shared, else each its own."""
 
     def __init__(
         self, accelerator: Accelerator, args: GlueArguments, tokenizer: PreTrainedTokenizerBase, is_shared: bool
@@ -206,11 +186,7 @@ class Finetuner:
     def run(self, job: Job, splits: dict[str, EncodedSplit], model: PreTrainedModel, keeps_weights: bool) -> Outcome:
         """Train for `num_train_epochs` and evaluate after each.
 
-        Args:
-            job: what to run.
-            splits: the task's.
-            model: from `load_classifier` under the job's seed; trained in place.
-            keeps_weights: whether the outcome holds the best epoch's weights.
+        The model is one of `load_classifier` under the job's seed, and is trained in place.
 
         Raises:
             FloatingPointError: the loss is no longer finite.

@@ -18,19 +18,14 @@ from recipe.arguments import GlueArguments
 from recipe.base.errors import UserError, describe_error
 from recipe.base.files import replace_folder, write_atomically
 from recipe.base.progress import print_line, progress_bar
-from recipe.finetune.finetuning import EncodedSplit, Finetuner, Outcome, encode_splits, load_classifier
+from recipe.finetune.finetuning import Finetuner, Outcome, encode_splits, load_classifier
 from recipe.finetune.jobs import Job, Results
 from recipe.finetune.tasks.glue import TASKS
 from recipe.finetune.tasks.scoring import format_predictions
 
 
 def plan_jobs(args: GlueArguments, tasks: dict[str, dict[str, Dataset]]) -> list[Job]:
-    """List all jobs of the grid, the longest (by the training set's bytes) first.
-
-    Args:
-        args: the script's.
-        tasks: splits of each task to run.
-    """
+    """List all jobs of the grid for these tasks and splits, the longest (by the training set's bytes) first."""
     jobs = []
     for name in tasks:
         task = TASKS[name]
@@ -45,11 +40,7 @@ def plan_jobs(args: GlueArguments, tasks: dict[str, dict[str, Dataset]]) -> list
 class Grid:
     """Runs jobs and keeps their results, and the best model and predictions of each task.
 
-    Args:
-        accelerator: this process's.
-        args: the script's.
-        tokenizer: the model's.
-        tasks: splits of each task to run.
+    `tasks` has the splits of each task to run.
     """
 
     def __init__(
@@ -65,11 +56,7 @@ class Grid:
         self.tasks = tasks
         self.folder = Path(args.output_dir)
         self.results = Results(self.folder)
-        self.encoded = cache(self.encode)
-
-    def encode(self, name: str) -> dict[str, EncodedSplit]:
-        """Tokenise the splits of a task; `encoded` does it once."""
-        return encode_splits(self.tasks[name], TASKS[name], self.tokenizer, self.args.max_seq_length)
+        self.encoded = cache(lambda name: encode_splits(tasks[name], TASKS[name], tokenizer, args.max_seq_length))
 
     def model_folder(self, task: str) -> Path:
         """Name the folder of a task's best model."""
@@ -144,15 +131,8 @@ class Grid:
         if outcome.weights:
             self.keep_best(job, outcome, model)
         seconds = time.perf_counter() - started
-        self.results.add(
-            job,
-            state="done",
-            metrics=outcome.metrics,
-            best_epoch=outcome.best_epoch,
-            epochs=outcome.epochs,
-            seconds=round(seconds, 2),
-            processes=finetuner.world_size,
-        )
+        values = {name: value for name, value in vars(outcome).items() if name != "weights"}
+        self.results.add(job, state="done", **values, seconds=round(seconds, 2), processes=finetuner.world_size)
         scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in outcome.metrics.items())
         print_line(f"{job}: {scores} (epoch {outcome.best_epoch} of {len(outcome.epochs)}), {seconds:,.0f} s")
 

@@ -22,18 +22,10 @@ POLL_SECONDS = 2.0  # between two looks for a job, while other processes run all
 
 @dataclass(frozen=True, order=True)
 class Job:
-    """One fine-tuning run.
-
-    Attributes:
-        task: its name in `TASKS`.
-        init: `pretrained`, or `mnli` for the best model of that task.
-        learning_rate: the peak.
-        batch_size: examples in an update.
-        seed: of the head, the order and dropout.
-    """
+    """One fine-tuning run."""
 
     task: str
-    init: str
+    init: str  # `pretrained`, or `mnli` for the best model of that task
     learning_rate: float
     batch_size: int
     seed: int
@@ -49,13 +41,10 @@ class Job:
 
 
 class Results:
-    """results.jsonl, with a line for each job that has ended, and the locks beside it.
+    """results.jsonl of a run, with a line for each job that has ended, and the locks beside it.
 
     A line holds the job, its `state` (done or failed), for a done job `metrics`, `best_epoch`, `epochs`, `seconds` and
     `processes`, and for a failed one the `reason`. The file is replaced as a whole, so that no line is ever torn.
-
-    Args:
-        folder: the run's.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -99,11 +88,9 @@ class Results:
         return FileLock(self.locks / name, timeout=timeout)
 
     def claim(self, jobs: list[Job], may_start: Callable[[Job], bool]) -> Iterator[Job]:
-        """Claim jobs without a line for this process, one at a time, until all have a line.
+        """Claim jobs without a line for this process, one at a time in their order, until all have a line.
 
-        Args:
-            jobs: all jobs, in the order to try them.
-            may_start: whether everything that a job needs is ready.
+        A job for which `may_start` is false waits for what it needs.
         """
         while missing := [job for job in jobs if job not in self.read()]:
             for job in missing:

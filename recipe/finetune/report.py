@@ -129,12 +129,7 @@ def points(value: float | None, sign: str = "") -> str:
 
 
 def format_table(summary: dict[str, Any], hours: float) -> str:
-    """Format table.md.
-
-    Args:
-        summary: what `summarise` returns.
-        hours: time since the last start.
-    """
+    """Format table.md, with the hours since the last start."""
     spent = f"{hours:.2f} hours since this start, {summary['device_hours']:.2f} device-hours in all."
     notes = format_notes(summary)
     if failed := sum(row["failed"] for row in summary["tasks"]):
@@ -202,15 +197,8 @@ def write_submission(folder: Path, target: Path) -> list[str]:
     return [name for name in names if name not in found]
 
 
-def write_report(folder: Path, summary: dict[str, Any], hours: float, model: str, submits: bool) -> list[str]:
-    """Write summary.json, table.md, glue.png and, if there are predictions, submission.zip.
-
-    Args:
-        folder: the run's.
-        summary: what `summarise` returns.
-        hours: time since the last start.
-        model: name of the pretrained model, the title of the plot.
-        submits: whether all data is the official one, so that the site would take the predictions.
+def write_report(folder: Path, summary: dict[str, Any], hours: float, model: str) -> list[str]:
+    """Write summary.json, table.md, glue.png with the model's name and, if there are predictions, submission.zip.
 
     Returns:
         lines for the log.
@@ -225,6 +213,6 @@ def write_report(folder: Path, summary: dict[str, Any], hours: float, model: str
     missing = write_submission(folder / "predictions", submission)
     if submission.exists():
         lines.append(f"submission: {submission}" + (f", without {', '.join(missing)}" if missing else ""))
-        if submits:
+        if all(row["official"] for row in rows):
             lines.append("next: submit it at https://gluebenchmark.com/submit")
     return lines

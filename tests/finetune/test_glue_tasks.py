@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from recipe.base.errors import UserError
-from recipe.finetune.tasks.glue import TASKS, Split, check_tasks, is_official, is_whole
+from recipe.finetune.tasks.glue import TASKS, Split, check_tasks, is_official
 from recipe.finetune.tasks.loading import load_task
 from recipe.finetune.tasks.scoring import format_predictions, score
 from testing.glue_data import write, write_cola, write_mnli, write_rte, write_stsb
@@ -215,5 +215,4 @@ def test_a_zip_of_all_tasks_has_the_eleven_files_of_the_site():
 def test_official_files_are_read_whole(name: str):
     splits, warnings = load_task(name, str(REAL))
     assert not warnings
-    assert is_whole(name, splits)
     assert is_official(name, splits)

@@ -20,54 +20,31 @@ HUB_ID = "nyu-mll/glue"
 
 @dataclass(frozen=True)
 class Split:
-    """Where one part of a task's data is.
+    """Where one part of a task's data is."""
 
-    Attributes:
-        hub: configuration and split of the task's `hub_id`.
-        files: paths in the folder of the TSVs, of which the first that exists is read.
-        rows: number of rows in the official data.
-        header: column names of a file that has no first line of them.
-        submission: name of the file with predictions on this split in the zip for gluebenchmark.com.
-    """
-
-    hub: tuple[str, str]
-    files: tuple[str, ...]
-    rows: int
-    header: tuple[str, ...] = ()
-    submission: str | None = None
+    hub: tuple[str, str]  # configuration and split of the task's `hub_id`
+    files: tuple[str, ...]  # in the folder of the TSVs; the first that exists is read
+    rows: int  # in the official data
+    header: tuple[str, ...] = ()  # column names of a file that does not begin with them
+    submission: str | None = None  # file of the predictions in the zip for gluebenchmark.com
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is known of a task.
+    """What is known of a task."""
 
-    Attributes:
-        title: name as the paper writes it.
-        columns: the hub's columns of the one sentence or two.
-        tsv_columns: the TSVs' columns of the sentences, then of the label.
-        labels: names by id; empty for a regression.
-        tsv_labels: names of the labels in the TSVs and on the site, by id.
-        metrics: names of the dev metrics, of which the first decides.
-        learning_rate, batch_size: fairseq's choice.
-        published: dev results of roberta.base and roberta.large, by the first metric, in percent.
-        splits: train, validation and test; MNLI has more.
-        scale: number that regression targets are divided by.
-        takes_mnli: whether the paper starts it from the MNLI model.
-        hub_id: data set of the hub.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    tsv_columns: tuple[str, ...]
-    labels: tuple[str, ...]
-    tsv_labels: tuple[str, ...]
-    metrics: tuple[str, ...]
-    learning_rate: float
-    batch_size: int
-    published: dict[str, float]
-    splits: dict[str, Split]
-    scale: float = 1.0
-    takes_mnli: bool = False
+    title: str  # as the paper writes it
+    columns: tuple[str, ...]  # the hub's, of the one sentence or two
+    tsv_columns: tuple[str, ...]  # the TSVs', of the sentences and then of the label
+    labels: tuple[str, ...]  # names by id; empty for a regression
+    tsv_labels: tuple[str, ...]  # their names in the TSVs and on the site
+    published: dict[str, float]  # dev results of roberta.base and roberta.large, by the first metric, in percent
+    splits: dict[str, Split]  # train, validation and test; MNLI has more
+    metrics: tuple[str, ...] = ("accuracy",)  # on the dev set; the first decides
+    learning_rate: float = 1e-5  # fairseq's choice
+    batch_size: int = 32  # fairseq's choice
+    scale: float = 1.0  # regression targets are divided by it
+    takes_mnli: bool = False  # whether the paper starts it from the MNLI model
     hub_id: str = HUB_ID
 
     @property
@@ -101,7 +78,6 @@ TASKS = {
         labels=("unacceptable", "acceptable"),
         tsv_labels=NUMBER_LABELS,
         metrics=("matthews_correlation",),
-        learning_rate=1e-5,
         batch_size=16,
         published={"base": 63.6, "large": 68.0},
         splits={
@@ -116,9 +92,6 @@ TASKS = {
         tsv_columns=("sentence", "label"),
         labels=("negative", "positive"),
         tsv_labels=NUMBER_LABELS,
-        metrics=("accuracy",),
-        learning_rate=1e-5,
-        batch_size=32,
         published={"base": 94.8, "large": 96.4},
         splits=three_splits("sst2", "SST-2", 67_349, 872, 1821),
     ),
@@ -129,7 +102,6 @@ TASKS = {
         labels=("not_equivalent", "equivalent"),
         tsv_labels=NUMBER_LABELS,
         metrics=("accuracy", "f1"),
-        learning_rate=1e-5,
         batch_size=16,
         published={"base": 90.2, "large": 90.9},
         splits=three_splits("mrpc", "MRPC", 3668, 408, 1725),
@@ -156,8 +128,6 @@ TASKS = {
         labels=("not_duplicate", "duplicate"),
         tsv_labels=NUMBER_LABELS,
         metrics=("accuracy", "f1"),
-        learning_rate=1e-5,
-        batch_size=32,
         published={"base": 91.9, "large": 92.2},
         splits=three_splits("qqp", "QQP", 363_846, 40_430, 390_965),
     ),
@@ -167,9 +137,6 @@ TASKS = {
         tsv_columns=(*SENTENCE_COLUMNS, "gold_label"),
         labels=NLI_LABELS,
         tsv_labels=NLI_LABELS,
-        metrics=("accuracy",),
-        learning_rate=1e-5,
-        batch_size=32,
         published={"base": 87.6, "large": 90.2},
         splits={
             "train": Split(("mnli", "train"), ("MNLI/train.tsv",), 392_702),
@@ -190,9 +157,6 @@ TASKS = {
         tsv_columns=("question", "sentence", "label"),
         labels=ENTAILMENT_LABELS,
         tsv_labels=ENTAILMENT_LABELS,
-        metrics=("accuracy",),
-        learning_rate=1e-5,
-        batch_size=32,
         published={"base": 92.8, "large": 94.7},
         splits=three_splits("qnli", "QNLI", 104_743, 5463, 5463),
     ),
@@ -202,7 +166,6 @@ TASKS = {
         tsv_columns=(*SENTENCE_COLUMNS, "label"),
         labels=ENTAILMENT_LABELS,
         tsv_labels=ENTAILMENT_LABELS,
-        metrics=("accuracy",),
         learning_rate=2e-5,
         batch_size=16,
         published={"base": 78.7, "large": 86.6},
@@ -215,18 +178,10 @@ TASKS = {
         tsv_columns=(*SENTENCE_COLUMNS, "label"),
         labels=("not_entailment", "entailment"),
         tsv_labels=NUMBER_LABELS,
-        metrics=("accuracy",),
-        learning_rate=1e-5,
-        batch_size=32,
         published={},
         splits=three_splits("wnli", "WNLI", 635, 71, 146),
     ),
 }
-
-
-def is_whole(name: str, splits: Mapping[str, Sized]) -> bool:
-    """Tell whether these splits, the test splits too, have as many rows as the official ones."""
-    return all(len(rows) == TASKS[name].splits[split].rows for split, rows in splits.items())
 
 
 def is_official(name: str, splits: Mapping[str, Sized]) -> bool:

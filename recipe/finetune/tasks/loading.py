@@ -13,11 +13,7 @@ from recipe.finetune.tasks.glue import SENTENCE_COLUMNS, TASKS, Split, Task
 
 
 def load_task(name: str, glue_dir: str | None) -> tuple[dict[str, Dataset], list[str]]:
-    """Load all splits of a task that exist.
-
-    Args:
-        name: of the task, in `TASKS`.
-        glue_dir: folder of the official TSVs; None to load from the hub.
+    """Load all splits of a task that exist, from the hub unless a folder of the official TSVs is given.
 
     Returns:
         the splits, and warnings about them.

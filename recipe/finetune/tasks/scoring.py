@@ -33,13 +33,7 @@ SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 def score(
     task: Task, predictions: Sequence[float] | np.ndarray, references: Sequence[float] | np.ndarray
 ) -> dict[str, float]:
-    """Compute the task's metrics.
-
-    Args:
-        task: what was answered.
-        predictions: (examples,) label ids, or scores.
-        references: (examples,) the right ones.
-    """
+    """Compute the task's metrics from label ids, or from scores."""
     dtype = np.float64 if task.is_regression else np.int64
     pair = np.asarray(references, dtype), np.asarray(predictions, dtype)
     return {metric: float(SCORES[metric](*pair)) for metric in task.metrics}
@@ -60,12 +54,7 @@ def describe_data(name: str, splits: dict[str, Dataset]) -> dict[str, Any]:
 
 
 def format_predictions(task: Task, predictions: np.ndarray) -> str:
-    """Format predictions for the site's zip: label names where the task has names, STS-B's scores within their range.
-
-    Args:
-        task: what was answered.
-        predictions: (examples,) label ids, or scores.
-    """
+    """Format label ids or scores for the site's zip: by name where labels have names, scores within their range."""
     if task.is_regression:
         values = [f"{value:.3f}" for value in np.clip(predictions, 0, task.scale)]
     else:
