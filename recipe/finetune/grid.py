@@ -150,7 +150,7 @@ class Grid:
 
     def needs_weights(self, task: str) -> bool:
         """Tell whether the best weights are of use after a job, to be saved or to predict a test set."""
-        return self.keeps_model(task) or any(split.startswith("test") for split in self.tasks[task])
+        return self.keeps_model(task) or any(TASKS[task].splits[split].submission for split in self.tasks[task])
 
     def keep_best(self, job: Job, outcome: Outcome, model: PreTrainedModel) -> None:
         """Keep the model and its test predictions, if no other job of the task was better.
