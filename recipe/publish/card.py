@@ -332,11 +332,7 @@ def reproduction(run: Run, config_text: str) -> list[str]:
 
 
 def build_card(path: Path, model: Path) -> str:
-    """Build the card of the weights in a folder.
-
-    Args:
-        path: the run's folder.
-        model: the folder with config.json, safetensors and, if there are results, glue.json.
+    """Build the card of a run and of its weights in `model`, with config.json and, if there are results, glue.json.
 
     Raises:
         UserError: one of the files that the card is made from is damaged.

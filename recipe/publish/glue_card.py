@@ -45,15 +45,10 @@ def add_glue_to_card(output_dir: Path) -> list[str]:
 def build_classifier_card(
     folder: Path, config: dict[str, Any], row: dict[str, Any], job: Job, result: dict[str, Any], run: Run | None
 ) -> str:
-    """Build the card of a fine-tuned model.
+    """Build the card of the model that a job has left in a folder.
 
-    Args:
-        folder: where the model is.
-        config: what finetune_glue.py was run with.
-        row: the task's row of summary.json.
-        job: what made the model.
-        result: the job's line of results.jsonl.
-        run: what made the pretrained model, if that is known.
+    It is made from config.yaml, the task's row of summary.json, the job's line of results.jsonl and, if the pretrained
+    model is of a run, what is known of that.
     """
     machine, task = config["environment"], TASKS[job.task]
     base = run.name if run else config["model_name_or_path"]
