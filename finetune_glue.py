@@ -3,32 +3,19 @@
 accelerate launch finetune_glue.py --config recipe/configs/glue/base.yaml --model_name_or_path runs/roberta-base/model
 """
 
-import recipe.run.stopping  # noqa: F401  before all else: it notes the launcher and the time
+import recipe.run.stopping  # noqa: F401  first of all: it records the launcher and the time
 
 # isort: split
-import json
 import os
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-import datasets
-import transformers
-from accelerate.utils import gather_object
-
 from recipe.arguments import GlueArguments, identity_of, parse_config
 from recipe.base.errors import report_user_errors
-from recipe.base.files import check_output_dir, read_yaml, write_atomically
-from recipe.finetune.finetuning import load_glue_tokenizer, model_checksum
-from recipe.finetune.grid import Grid, plan_jobs
-from recipe.finetune.report import describe_data, describe_jobs, format_table, row_title, summarise, write_submission
-from recipe.finetune.tasks.glue import TASKS, check_tasks, load_task
-from recipe.publish.glue_card import add_glue_to_card
-from recipe.run.checkpoint import check_identity
+from recipe.base.files import check_output_dir, read_yaml
+from recipe.finetune.tasks.glue import TASKS, check_tasks
 from recipe.run.directory import RunDirectory
-from recipe.run.hardware import environment
-from recipe.run.launch import start_accelerator
-from recipe.run.plots import plot_glue
 
 
 def main() -> None:
@@ -37,7 +24,23 @@ def main() -> None:
     check_tasks("tasks", names)
     check_tasks("data_parallel_tasks", args.data_parallel_tasks)
     check_output_dir(Path(args.output_dir))
-    # A bar for each file, and a report of the new head for each job.
+
+    # Imported only here, since they load torch: options that are wrong are refused without waiting for it.
+    import datasets
+    import transformers
+    from accelerate.utils import gather_object
+
+    from recipe.finetune.finetuning import load_glue_tokenizer, model_checksum
+    from recipe.finetune.grid import Grid, plan_jobs
+    from recipe.finetune.report import describe_jobs, summarise, write_report
+    from recipe.finetune.tasks.loading import load_task
+    from recipe.finetune.tasks.scoring import describe_data
+    from recipe.publish.glue_card import add_glue_to_card
+    from recipe.run.checkpoint import check_identity
+    from recipe.run.hardware import environment
+    from recipe.run.launch import start_accelerator
+
+    # Otherwise there is a bar for each file, and a report on the new head for each job.
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
@@ -49,12 +52,13 @@ def main() -> None:
     if run.config_file.exists():
         saved = read_yaml(run.config_file)
         check_identity(saved | (saved.get("environment") or {}), identity_of(args) | checksum, run.path)
+
     tasks, data = {}, {}
     for name in names:
-        tasks[name], remarks = load_task(name, args.glue_dir)
+        tasks[name], warnings = load_task(name, args.glue_dir)
         data[name] = describe_data(name, tasks[name])
-        for remark in remarks:
-            accelerator.print(f"warning: {remark}")
+        for warning in warnings:
+            accelerator.print(f"warning: {warning}")
     jobs = plan_jobs(args, tasks)
     grid = Grid(accelerator, args, tokenizer, tasks)
     grid.check_mnli(jobs)
@@ -72,20 +76,11 @@ def main() -> None:
         return
 
     summary = summarise(grid.results.read(), jobs, data, args.compare_with)
-    write_atomically(run.path / "summary.json", json.dumps(summary, indent=1) + "\n")
-    table = format_table(summary, (time.perf_counter() - started) / 3600)
-    write_atomically(run.path / "table.md", table)
-    rows = summary["tasks"]
-    published = f"roberta.{args.compare_with}, published"
-    plot_glue(rows, [row_title(row) for row in rows], published, args.model_name_or_path, run.path / "glue.png")
-    missing = write_submission(run.path / "predictions", run.path / "submission.zip")
+    hours = (time.perf_counter() - started) / 3600
+    print("\n".join(write_report(run.path, summary, hours, args.model_name_or_path)))
     run.write_status("complete", len(jobs))
-    print(f"\n{table}\nplot: {run.path / 'glue.png'}\ntable, summary and results: {run.path}")
     for line in add_glue_to_card(run.path):
         print(line)
-    if (run.path / "submission.zip").exists():
-        print(f"submission: {run.path / 'submission.zip'}" + (f", without {', '.join(missing)}" if missing else ""))
-        print("next: hand it in at https://gluebenchmark.com/submit")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from recipe.finetune.finetuning import (
     load_classifier,
     load_glue_tokenizer,
 )
-from recipe.finetune.tasks.glue import TASKS, load_task
+from recipe.finetune.tasks.glue import TASKS
+from recipe.finetune.tasks.loading import load_task
 from recipe.modeling.optimizer import build_optimizer
 from recipe.run.hardware import device_name
 

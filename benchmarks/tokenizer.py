@@ -56,8 +56,9 @@ def train_bare(files: list[str], output: str) -> None:
 def train_ours(files: list[str], output: str) -> None:
     sys.path.insert(0, str(ROOT))
     import train_tokenizer
+    from recipe.data import vocabulary
 
-    train = train_tokenizer.train_byte_level_bpe
+    train = vocabulary.train_byte_level_bpe
     measured = {}
 
     def train_measured(*arguments, **options):
@@ -66,7 +67,7 @@ def train_ours(files: list[str], output: str) -> None:
         measured.update(training_seconds=time.perf_counter() - started, training_mib=peak_mib() - before)
         return result
 
-    train_tokenizer.train_byte_level_bpe = train_measured
+    vocabulary.train_byte_level_bpe = train_measured
     corpora = [{"name": f"part{number}", "path": file} for number, file in enumerate(files)]
     sys.argv = ["train_tokenizer.py", f"--corpora={json.dumps(corpora)}", f"--output_dir={output}"]
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A small server that speaks as much of the hub's API as the recipe needs, and fails on demand.
+"""A small server with as much of the hub's API as the recipe needs, which fails on demand.
 
 Data sets are folders that can be read. Model repositories live in memory: created, pushed to (regular files and LFS, no
 Xet: clients need HF_HUB_DISABLE_XET=1), tagged, read back at any revision, by tokens with or without the right to
@@ -25,14 +25,14 @@ LFS_SUFFIXES = (".safetensors", ".pt", ".png")
 
 @dataclass
 class Fault:
-    """Something that goes wrong with some requests.
+    """A failure of some requests.
 
     Attributes:
-        kind: a status to answer with, `hang` (never answer) or `cut` (close the connection half-way through the body
-            that comes in or, of a download, goes out).
-        request: regular expression, searched in `METHOD /path`.
-        after: such requests that are served before the first that fails.
-        times: such requests that then fail; later ones are served again.
+        kind: a status to answer with, `hang` (never answer) or `cut` (close the connection half-way through the body of
+            an upload or, for a download, of the answer).
+        request: regular expression that is searched in `METHOD /path`.
+        after: number of such requests that are served before the first that fails.
+        times: number of such requests that then fail; later ones are served again.
     """
 
     kind: int | Literal["hang", "cut"]
@@ -66,7 +66,7 @@ class Repo:
         return oid
 
     def find(self, revision: str) -> str | None:
-        """The commit of a branch, a tag or a commit."""
+        """Return the commit that a branch, a tag or a commit names, if there is one."""
         commit = (self.branches | self.tags).get(revision, revision)
         return commit if commit in self.commits else None
 
@@ -75,12 +75,12 @@ class HubServer(ThreadingHTTPServer):
     """Serves `root/user/name/…` as the data set `user/name`, and models from memory.
 
     Attributes:
-        reads: paths of data set files whose contents were asked for.
-        requests: all of them, as `METHOD /path`.
-        faults: the first that strikes decides.
-        tokens: of users that are known, the name, the role (`read` or `write`) and organisations.
+        reads: paths of the data set files whose contents were requested.
+        requests: all requests so far, as `METHOD /path`.
+        faults: failures to make, of which the first that strikes decides.
+        tokens: name, role (`read` or `write`) and organisations of the user of each valid token.
         repos: models by id.
-        seconds_a_megabyte: that an upload takes at the least, as on a slow line.
+        seconds_per_megabyte: least time for an upload, as on a slow line.
     """
 
     daemon_threads = True
@@ -94,7 +94,7 @@ class HubServer(ThreadingHTTPServer):
         self.tokens: dict[str, tuple[str, str, list[str]]] = {"hf_write": ("ann", "write", ["lab"])}
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}  # of LFS, by SHA-256
-        self.seconds_a_megabyte = 0.0
+        self.seconds_per_megabyte = 0.0
         self.lock = threading.Lock()
         self.closing = threading.Event()
 
@@ -103,7 +103,7 @@ class HubServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, *_: object) -> None:
-        """A connection that was cut is no news."""
+        """Keep silent about connections that were cut."""
 
 
 def git_oid(raw: bytes) -> str:
@@ -132,7 +132,7 @@ class HubRequest(BaseHTTPRequestHandler):
         headers = {"X_Error_Message": message} | ({"X_Error_Code": code} if code else {})
         self.reply(status, json.dumps({"error": message}).encode(), Content_Type="application/json", **headers)
 
-    # Every request comes through here.
+    # All requests.
 
     def answer(self) -> None:
         self.path = unquote(self.path)
@@ -152,7 +152,7 @@ class HubRequest(BaseHTTPRequestHandler):
             return
         body = self.read_body(length)
         if fault and not self.is_cut:
-            self.refuse(fault.kind, "something is wrong here")
+            self.refuse(fault.kind, "the server fails on demand")
         elif re.match(r"/(api/)?datasets/", path):
             self.answer_dataset(path, body)
         else:
@@ -162,7 +162,7 @@ class HubRequest(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer
 
     def read_body(self, length: int) -> bytes:
-        time.sleep(length / 1e6 * self.server.seconds_a_megabyte)
+        time.sleep(length / 1e6 * self.server.seconds_per_megabyte)
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(length)
         body = b""
@@ -173,7 +173,7 @@ class HubRequest(BaseHTTPRequestHandler):
         return body
 
     def send_contents(self, raw: bytes, **headers: str) -> None:
-        """A file, or the range of it that is asked for; half of it if the connection is to be cut."""
+        """Send a file, or the requested range of it; only the first half if the connection is to be cut."""
         headers = {"Accept_Ranges": "bytes"} | headers
         status, first, last = 200, 0, len(raw) - 1
         if asked := re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
@@ -186,7 +186,7 @@ class HubRequest(BaseHTTPRequestHandler):
         else:
             self.reply(status, part, **headers)
 
-    # Data sets, of files.
+    # Data sets, from files.
 
     def info(self, repo: str, file: Path) -> dict[str, object]:
         raw = file.read_bytes()
@@ -234,12 +234,12 @@ class HubRequest(BaseHTTPRequestHandler):
     def answer_model(self, path: str, body: bytes) -> None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         user = self.server.tokens.get(token)
-        if path.startswith("/lfs/"):  # as a bucket with signed addresses: no token
+        if path.startswith("/lfs/"):  # needs no token, like a bucket with signed addresses
             self.store_object(path.removeprefix("/lfs/"), body)
         elif token and user is None:
             self.refuse(401, "Invalid credentials in Authorization header")
         elif path == "/api/whoami-v2":
-            self.tell_user(user)
+            self.send_user(user)
         elif path == "/api/validate-yaml":
             self.reply_json({"warnings": [], "errors": []})
         elif path == "/api/repos/create":
@@ -249,7 +249,7 @@ class HubRequest(BaseHTTPRequestHandler):
         else:
             self.refuse(404, "Not found")
 
-    def tell_user(self, user: tuple[str, str, list[str]] | None) -> None:
+    def send_user(self, user: tuple[str, str, list[str]] | None) -> None:
         if user is None:
             self.refuse(401, "Invalid username or password.")
             return
@@ -289,7 +289,7 @@ class HubRequest(BaseHTTPRequestHandler):
         if writes and not self.may_write(user, repo_id):
             self.refuse(403, "Forbidden: you must use a write token to write to this repository")
         elif verb == "refs":
-            self.tell_refs(repo)
+            self.send_refs(repo)
         elif verb == "branch":
             self.refuse(409, "Reference already exists") if argument in repo.branches else self.add_branch(
                 repo, argument
@@ -306,7 +306,7 @@ class HubRequest(BaseHTTPRequestHandler):
             else:
                 self.answer_revision(repo_id, repo, verb, commit, revision, name, body)
 
-    def tell_refs(self, repo: Repo) -> None:
+    def send_refs(self, repo: Repo) -> None:
         def listed(kind: str, refs: dict[str, str]) -> list[dict[str, str]]:
             return [
                 {"name": name, "ref": f"refs/{kind}/{name}", "targetCommit": commit} for name, commit in refs.items()
@@ -335,9 +335,9 @@ class HubRequest(BaseHTTPRequestHandler):
 
     def offer_uploads(self, body: bytes) -> None:
         objects = []
-        for wanted in json.loads(body)["objects"]:
-            action = {"actions": {"upload": {"href": f"{self.server.url}/lfs/{wanted['oid']}"}}}
-            objects.append(wanted | ({} if wanted["oid"] in self.server.objects else action))
+        for requested in json.loads(body)["objects"]:
+            action = {"actions": {"upload": {"href": f"{self.server.url}/lfs/{requested['oid']}"}}}
+            objects.append(requested | ({} if requested["oid"] in self.server.objects else action))
         self.reply_json({"transfer": "basic", "objects": objects})
 
     def store_object(self, oid: str, body: bytes) -> None:
@@ -395,7 +395,7 @@ def asked_paths(body: bytes) -> list[str]:
 
 
 def describe(path: str, raw: bytes) -> dict[str, object]:
-    """A file of a model repository as the hub lists it."""
+    """Describe a file of a model repository as the hub lists it."""
     described: dict[str, object] = {"type": "file", "path": path, "size": len(raw), "oid": git_oid(raw)}
     if path.endswith(LFS_SUFFIXES):
         described["lfs"] = {"oid": hashlib.sha256(raw).hexdigest(), "size": len(raw), "pointerSize": 134}

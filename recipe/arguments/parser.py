@@ -75,7 +75,7 @@ def read_configs(cls: type, files: list[str]) -> tuple[dict[str, Any], dict[str,
 
 
 def explain(error: Exception, cls: type, flags: list[str], sources: dict[str, str]) -> str:
-    """The parser's message as ours: the field, where it was given, the value, the nearest right name."""
+    """Reword the parser's message: the field, where it was given, the value, and the nearest right name."""
     text = str(error)
     files = " and ".join(dict.fromkeys(sources.values()))
 

@@ -1,5 +1,5 @@
 """Fine-tuning on a grid of jobs, and its report.
 
 `tasks` has what is known of each task, `jobs` shares a grid among processes, `finetuning` runs one job, `grid` all of
-them, `report` tells what came of it. Imports every package above it but `recipe.data`.
+them, `report` writes the results. Imports every package above it but `recipe.data`.
 """

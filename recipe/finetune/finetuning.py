@@ -1,8 +1,8 @@
 """One fine-tuning run on a GLUE task: a stock classifier, the paper's schedule, the best epoch.
 
-1. `encode_splits` tokenises a task once; all jobs of a process use it.
+1. `encode_splits` tokenises a task once, for all jobs of the process.
 2. `epoch_batches` orders an epoch: rows of like length share a batch, so that little of it is padding.
-3. `Finetuner.run` trains, evaluates after every epoch and keeps what the best epoch said.
+3. `Finetuner.run` trains, evaluates after every epoch and returns the metrics of the best.
 """
 
 import hashlib
@@ -26,7 +26,9 @@ from transformers import (
 
 from recipe.arguments import GlueArguments
 from recipe.base.errors import UserError, describe_error
-from recipe.finetune.tasks.glue import TASKS, GlueMetric, Task
+from recipe.finetune.jobs import Job
+from recipe.finetune.tasks.glue import TASKS, Task
+from recipe.finetune.tasks.scoring import score
 from recipe.modeling.optimizer import build_optimizer, build_scheduler
 
 POOL_BATCHES = 100  # batches whose rows are sorted by length together
@@ -34,41 +36,28 @@ POOL_BATCHES = 100  # batches whose rows are sorted by length together
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """A tokenised split.
+    """A tokenised split."""
 
-    Attributes:
-        rows: with the columns that the model takes, unpadded.
-        lengths: (rows,) tokens.
-        labels: (rows,) ids, or scores divided by the task's scale; None for a test split.
-    """
-
-    rows: Dataset
-    lengths: np.ndarray
-    labels: np.ndarray | None
+    rows: Dataset  # the columns that the model takes, unpadded
+    lengths: np.ndarray  # (rows,) numbers of tokens
+    labels: np.ndarray  # (rows,) ids, or scores divided by the task's scale; empty for a test split
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to.
+    """The result of a run."""
 
-    Attributes:
-        metrics: dev metrics of the best epoch.
-        best_epoch: from 1.
-        epochs: of each epoch the mean training loss and the dev metrics.
-        weights: of the best epoch, on the CPU; None unless asked for.
-    """
-
-    metrics: dict[str, float]
-    best_epoch: int
-    epochs: list[dict[str, float]]
-    weights: dict[str, torch.Tensor] | None
+    metrics: dict[str, float]  # dev metrics of the best epoch
+    best_epoch: int  # from 1
+    epochs: list[dict[str, float]]  # mean training loss and dev metrics of each
+    weights: dict[str, torch.Tensor]  # the best epoch's, on the CPU; empty unless asked for
 
 
 def load_glue_tokenizer(name_or_path: str, max_seq_length: int) -> PreTrainedTokenizerBase:
-    """The model's own tokenizer.
+    """Load the model's own tokenizer.
 
     Raises:
-        UserError: there is no model or no tokenizer, they do not match, or the model is too short.
+        UserError: there is no model or no tokenizer, they do not match, or the model reads fewer tokens.
     """
     try:
         config = AutoConfig.from_pretrained(name_or_path)
@@ -96,7 +85,7 @@ def load_glue_tokenizer(name_or_path: str, max_seq_length: int) -> PreTrainedTok
 def encode_splits(
     splits: dict[str, Dataset], task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
 ) -> dict[str, EncodedSplit]:
-    """Tokenised splits; longer examples are cut, the longer sentence of a pair first."""
+    """Tokenise splits; longer examples are cut, the longer sentence of a pair first."""
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         texts = [batch[name] for name in ("sentence1", "sentence2") if name in batch]
@@ -106,18 +95,16 @@ def encode_splits(
     for name, split in splits.items():
         rows = split.map(encode, batched=True, remove_columns=split.column_names)
         lengths = np.array([len(ids) for ids in rows["input_ids"]])
-        labels = None
-        if "label" in split.column_names:
-            labels = np.array(split["label"][:], np.float32 if task.is_regression else np.int64)
-            labels = labels / np.float32(task.scale) if task.is_regression else labels
+        labels = np.array(split["label"][:] if "label" in split.column_names else [])
+        labels = labels.astype(np.float32) / np.float32(task.scale) if task.is_regression else labels.astype(np.int64)
         encoded[name] = EncodedSplit(rows, lengths, labels)
     return encoded
 
 
 def load_classifier(name_or_path: str, task: Task) -> PreTrainedModel:
-    """The model with a new head for the task, under torch's current seed.
+    """Load the model with a new head for the task, under torch's current seed.
 
-    A head that the checkpoint brings (an MNLI model's) is left out by its name, whatever its shape.
+    A head that is already in the checkpoint (an MNLI model's) is replaced, whatever its shape.
 
     Raises:
         UserError: the checkpoint cannot be loaded, or lacks weights of the encoder.
@@ -142,9 +129,9 @@ def load_classifier(name_or_path: str, task: Task) -> PreTrainedModel:
         raise UserError(f"`model_name_or_path` {name_or_path} cannot be loaded: {describe_error(error)}") from error
     prefix = f"{model.base_model_prefix}."
     # A masked language model has no pooler; one whose shape is wrong is an error.
-    lacking = {name for name in loading["missing_keys"] if not name.startswith(f"{prefix}pooler")}
-    lacking |= {name for name, *_ in loading["mismatched_keys"]}
-    if lacking := sorted(name for name in lacking if name.startswith(prefix)):
+    unusable = {name for name in loading["missing_keys"] if not name.startswith(f"{prefix}pooler")}
+    unusable |= {name for name, *_ in loading["mismatched_keys"]}
+    if lacking := sorted(name for name in unusable if name.startswith(prefix)):
         raise UserError(
             f"`model_name_or_path` {name_or_path} lacks weights of the encoder, or has them in another shape than its "
             f"config says: {', '.join(lacking[:3])}"
@@ -158,10 +145,10 @@ def load_classifier(name_or_path: str, task: Task) -> PreTrainedModel:
 
 
 def model_checksum(name_or_path: str, task: Task) -> str:
-    """SHA-256 of the encoder's weights.
+    """Compute the SHA-256 of the encoder's weights.
 
     Raises:
-        UserError: as `load_classifier`.
+        UserError: as `load_classifier` does.
     """
     torch.manual_seed(0)  # for weights that the checkpoint does not have: a pooler's
     checksum = hashlib.sha256()
@@ -171,7 +158,7 @@ def model_checksum(name_or_path: str, task: Task) -> str:
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """All rows once, in batches of rows of like length, in a random order: a function of (seed, epoch)."""
+    """Batch all rows once, rows of like length together, in a random order that is a function of (seed, epoch)."""
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(len(lengths))
     batches = []
@@ -183,14 +170,7 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
 
 
 class Finetuner:
-    """Trains and asks classifiers.
-
-    Args:
-        accelerator: whose device and precision are used.
-        args: of the script.
-        tokenizer: of the model.
-        is_shared: whether all processes work on the same model together; else each is on its own.
-    """
+    """Trains classifiers and predicts by them, all processes the same model if it is shared, else each its own."""
 
     def __init__(
         self, accelerator: Accelerator, args: GlueArguments, tokenizer: PreTrainedTokenizerBase, is_shared: bool
@@ -200,45 +180,34 @@ class Finetuner:
         self.args = args
         self.tokenizer = tokenizer
         self.is_shared = is_shared
-        self.rank, self.world = (accelerator.process_index, accelerator.num_processes) if is_shared else (0, 1)
+        self.rank: int = accelerator.process_index if is_shared else 0
+        self.world_size: int = accelerator.num_processes if is_shared else 1
 
-    def run(
-        self,
-        name: str,
-        splits: dict[str, EncodedSplit],
-        model: PreTrainedModel,
-        learning_rate: float,
-        batch_size: int,
-        seed: int,
-        keeps_weights: bool,
-    ) -> Outcome:
+    def run(self, job: Job, splits: dict[str, EncodedSplit], model: PreTrainedModel, keeps_weights: bool) -> Outcome:
         """Train for `num_train_epochs` and evaluate after each.
 
-        Args:
-            name: of the task.
-            splits: of the task.
-            model: from `load_classifier` under the seed; trained in place.
-            keeps_weights: whether the outcome holds the best epoch's.
+        The model is one of `load_classifier` under the job's seed, and is trained in place.
 
         Raises:
-            FloatingPointError: the loss is not finite any more.
+            FloatingPointError: the loss is no longer finite.
         """
-        args, task, train = self.args, TASKS[name], splits["train"]
+        args, task, train = self.args, TASKS[job.task], splits["train"]
         model.to(self.device)
         module = self.accelerator.prepare_model(model) if self.is_shared else model
         if self.rank:
-            torch.manual_seed(seed + (self.rank << 48))  # other rows, other dropout
+            torch.manual_seed(job.seed + (self.rank << 48))  # other rows, other dropout
         betas = (args.adam_beta1, args.adam_beta2)
-        optimizer = build_optimizer(model, learning_rate, betas, args.adam_epsilon, args.weight_decay)
-        steps = args.num_train_epochs * math.ceil(len(train.lengths) / batch_size)
+        optimizer = build_optimizer(model, job.learning_rate, betas, args.adam_epsilon, args.weight_decay)
+        steps = args.num_train_epochs * math.ceil(len(train.lengths) / job.batch_size)
         scheduler = build_scheduler(optimizer, math.ceil(args.warmup_ratio * steps), steps, 0)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.accelerator.mixed_precision == "fp16")
         epochs: list[dict[str, float]] = []
-        best, weights = 0, None
+        best = 0
+        weights: dict[str, torch.Tensor] = {}
         for epoch in range(args.num_train_epochs):
             module.train()
             loss_sum = torch.zeros((), device=self.device)
-            for rows in epoch_batches(train.lengths, batch_size, seed, epoch):
+            for rows in epoch_batches(train.lengths, job.batch_size, job.seed, epoch):
                 loss_sum += self.backward(module, task, train, rows, scaler)
                 scaler.step(optimizer)
                 scaler.update()
@@ -247,7 +216,7 @@ class Finetuner:
             loss = float(self.accelerator.reduce(loss_sum, "sum") if self.is_shared else loss_sum) / len(train.lengths)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the training loss of epoch {epoch + 1} is {loss}")
-            epochs.append({"loss": loss} | self.evaluate(name, splits, module))
+            epochs.append({"loss": loss} | self.evaluate(task, splits, module))
             if epoch == 0 or epochs[epoch][task.metrics[0]] > epochs[best][task.metrics[0]]:
                 best = epoch
                 if keeps_weights:
@@ -258,17 +227,16 @@ class Finetuner:
     def backward(
         self, module: nn.Module, task: Task, split: EncodedSplit, rows: np.ndarray, scaler: torch.amp.GradScaler
     ) -> torch.Tensor:
-        """Gradients of the mean loss over the rows of a batch, in as many micro-batches as they need.
+        """Add the gradients of the mean loss over the rows of a batch, in as many micro-batches as they need.
 
         Returns:
-            the sum of the loss over this process's share of the rows.
+            the sum of the loss over this process's rows.
         """
         loss_function = nn.functional.mse_loss if task.is_regression else nn.functional.cross_entropy
-        own = rows[self.rank :: self.world]
+        own = rows[self.rank :: self.world_size]
         # The last batch may have no row for this process, which has to take part all the same.
         weight, own = (1.0, own) if len(own) else (0.0, rows[:1])
-        # What processes average over is multiplied in beforehand.
-        scale = weight * self.world / len(rows)
+        scale = weight * self.world_size / len(rows)  # the gradients are averaged over the processes
         loss_sum = torch.zeros((), device=self.device)
         parts = np.array_split(own, math.ceil(len(own) / self.args.per_device_train_batch_size))
         for number, part in enumerate(parts):
@@ -281,35 +249,43 @@ class Finetuner:
         return loss_sum
 
     def logits(self, module: nn.Module, split: EncodedSplit, rows: np.ndarray) -> torch.Tensor:
-        """(rows, labels) float32, or (rows,) of a regression; rows are padded to the longest and to a multiple of 8."""
+        """Run the model on rows, padded to the longest and to a multiple of 8.
+
+        Returns:
+            (rows, labels) float32, or (rows,) for a regression.
+        """
         batch = self.tokenizer.pad(split.rows[rows], padding="longest", pad_to_multiple_of=8, return_tensors="pt")
         with self.accelerator.autocast():
             logits = module(**batch.to(self.device)).logits
         return logits.float().squeeze(-1)
 
-    def evaluate(self, name: str, splits: dict[str, EncodedSplit], module: nn.Module) -> dict[str, float]:
-        """The metrics of all dev splits; those of MNLI's second end in `_mm`."""
-        task, metrics = TASKS[name], {}
+    def evaluate(self, task: Task, splits: dict[str, EncodedSplit], module: nn.Module) -> dict[str, float]:
+        """Compute the metrics of all dev splits; the names of MNLI's second end in `_mm`."""
+        metrics: dict[str, float] = {}
         for split_name, split in splits.items():
             if not split_name.startswith("validation"):
                 continue
             references = split.labels * task.scale if task.is_regression else split.labels
-            scores = GlueMetric(name).compute(predictions=self.predict(task, split, module), references=references)
+            scores = score(task, self.predict(task, split, module), references)
             ending = "_mm" if split_name.endswith("_mismatched") else ""
-            metrics |= {f"{score}{ending}": value for score, value in scores.items()}
+            metrics |= {f"{metric}{ending}": value for metric, value in scores.items()}
         return metrics
 
     @torch.no_grad()
     def predict(self, task: Task, split: EncodedSplit, module: nn.Module) -> np.ndarray:
-        """(rows,) label ids, or scores on the task's scale; the same on all processes that share the model."""
+        """Predict the answers of a split; all processes that share the model get all of them.
+
+        Returns:
+            (rows,) label ids, or scores on the task's scale.
+        """
         module.eval()
-        own = np.argsort(split.lengths, kind="stable")[self.rank :: self.world]
+        own = np.argsort(split.lengths, kind="stable")[self.rank :: self.world_size]
         size = self.args.per_device_eval_batch_size
         parts = [own[start : start + size] for start in range(0, len(own), size)]
         logits = [self.logits(module, split, part) for part in parts]
         answers = [part * task.scale if task.is_regression else part.argmax(-1) for part in logits]
-        found = [(own, torch.cat(answers).cpu().numpy() if answers else np.empty(0, np.int64))]
-        found = gather_object(found) if self.is_shared else found
-        rows = np.concatenate([rows for rows, _ in found])
+        predicted = [(own, torch.cat(answers).cpu().numpy() if answers else np.empty(0, np.int64))]
+        predicted = gather_object(predicted) if self.is_shared else predicted
+        rows = np.concatenate([rows for rows, _ in predicted])
         assert np.array_equal(np.sort(rows), np.arange(len(split.lengths))), "every row is predicted once"
-        return np.concatenate([answers for _, answers in found])[np.argsort(rows)]
+        return np.concatenate([answers for _, answers in predicted])[np.argsort(rows)]

@@ -1,9 +1,8 @@
-"""The GLUE grid: which jobs there are, and how one of them is run and its best model kept."""
+"""The grid of jobs: which there are, how each is run, and how the best model of a task is kept."""
 
 import gc
 import itertools
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -16,20 +15,17 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.arguments import GlueArguments
-from recipe.base.errors import UserError
-from recipe.base.files import write_atomically
+from recipe.base.errors import UserError, describe_error
+from recipe.base.files import replace_folder, write_atomically
 from recipe.base.progress import print_line, progress_bar
-from recipe.finetune.finetuning import EncodedSplit, Finetuner, Outcome, encode_splits, load_classifier
+from recipe.finetune.finetuning import Finetuner, Outcome, encode_splits, load_classifier
 from recipe.finetune.jobs import Job, Results
-from recipe.finetune.tasks.glue import TASKS, format_predictions
+from recipe.finetune.tasks.glue import TASKS
+from recipe.finetune.tasks.scoring import format_predictions
 
 
 def plan_jobs(args: GlueArguments, tasks: dict[str, dict[str, Dataset]]) -> list[Job]:
-    """All jobs of the grid, the longest (by the training set's bytes) first.
-
-    Args:
-        tasks: splits of each task to run.
-    """
+    """List all jobs of the grid for these tasks and splits, the longest (by the training set's bytes) first."""
     jobs = []
     for name in tasks:
         task = TASKS[name]
@@ -42,13 +38,9 @@ def plan_jobs(args: GlueArguments, tasks: dict[str, dict[str, Dataset]]) -> list
 
 
 class Grid:
-    """Runs jobs and keeps what they leave.
+    """Runs jobs and keeps their results, and the best model and predictions of each task.
 
-    Args:
-        accelerator: of this process.
-        args: of the script.
-        tokenizer: of the model.
-        tasks: splits of each task to run.
+    `tasks` has the splits of each task to run.
     """
 
     def __init__(
@@ -64,18 +56,17 @@ class Grid:
         self.tasks = tasks
         self.folder = Path(args.output_dir)
         self.results = Results(self.folder)
-        self.encoded = cache(self.encode)
-
-    def encode(self, name: str) -> dict[str, EncodedSplit]:
-        return encode_splits(self.tasks[name], TASKS[name], self.tokenizer, self.args.max_seq_length)
+        self.encoded = cache(lambda name: encode_splits(tasks[name], TASKS[name], tokenizer, args.max_seq_length))
 
     def model_folder(self, task: str) -> Path:
+        """Name the folder of a task's best model."""
         return self.folder / "models" / task
 
     def check_mnli(self, jobs: list[Job]) -> None:
-        """
+        """Check that jobs that start from an MNLI model have one.
+
         Raises:
-            UserError: jobs start from an MNLI model that is not there and that no job will make.
+            UserError: there is none, and no job will make it.
         """
         done = self.results.read()
         makes = any(job.task == "mnli" and done.get(job, {}).get("state") != "done" for job in jobs)
@@ -87,14 +78,13 @@ class Grid:
             )
 
     def run(self, jobs: list[Job]) -> None:
-        """Run all jobs that have no result yet, with whatever other processes are at it; back when all have one."""
-        bar = progress_bar("fine-tuning", len(jobs), "jobs", self.accelerator.is_main_process)
-        with bar:
+        """Run all jobs that have no result yet, together with the other processes, until all have one."""
+        with progress_bar("fine-tuning", len(jobs), "jobs", self.accelerator.is_main_process) as bar:
             for _ in self.run_in_turn(jobs):
                 bar.update(len(self.results.read()) - bar.n)
 
     def run_in_turn(self, jobs: list[Job]) -> Iterator[Job]:
-        """Run this process's share; back after each job."""
+        """Run the jobs of this process, and yield after each."""
         is_alone = self.accelerator.num_processes == 1
         shared = [job for job in jobs if job.task in self.args.data_parallel_tasks and not is_alone]
         for job in shared:
@@ -102,20 +92,21 @@ class Grid:
                 self.run_job(job, is_shared=True)
                 yield job
             self.accelerator.wait_for_everyone()
-        for job in self.results.take([job for job in jobs if job not in shared], lambda job: self.may_start(job, jobs)):
+        own = [job for job in jobs if job not in shared]
+        for job in self.results.claim(own, lambda job: self.may_start(job, jobs)):
             self.run_job(job, is_shared=False)
             yield job
 
     def may_start(self, job: Job, jobs: list[Job]) -> bool:
-        """Whether the MNLI model that a job starts from is the best that there will be."""
+        """Tell whether the MNLI model that a job starts from, if it does, is the best that there will be."""
         ended = self.results.read()
         return job.init != "mnli" or all(other in ended for other in jobs if other.task == "mnli")
 
     def run_job(self, job: Job, is_shared: bool) -> None:
-        """One job, from the model's files to its line in results.jsonl; failed jobs get one too.
+        """Run a job, from the model's files to its line in results.jsonl; failed jobs get one too.
 
         Raises:
-            RuntimeError: the device is broken, or has no room in a job that other processes have a part in.
+            RuntimeError: the device is broken, or has no room in a job that other processes share.
         """
         finetuner = Finetuner(self.accelerator, self.args, self.tokenizer, is_shared)
         started = time.perf_counter()
@@ -124,37 +115,29 @@ class Grid:
         try:
             torch.manual_seed(job.seed)
             model = load_classifier(self.source(job), TASKS[job.task])
-            setting = job.learning_rate, job.batch_size, job.seed
-            keeps_weights = is_writer and self.is_kept(job.task)
-            outcome = finetuner.run(job.task, self.encoded(job.task), model, *setting, keeps_weights)
+            outcome = finetuner.run(job, self.encoded(job.task), model, is_writer and self.needs_weights(job.task))
         except (FloatingPointError, RuntimeError, UserError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if is_shared and not isinstance(error, FloatingPointError):
-                raise  # the others are waiting for this process
-            reason = f"{type(error).__name__}: {error}"
+                raise  # the other processes wait for this one
+            reason = describe_error(error)
         if not is_writer:
             return
-        if reason:  # and the error is gone, which held on to the model
-            gc.collect()
-            torch.zeros(1, device=self.accelerator.device).item()  # a broken device is of no use to the next job
+        if reason:
+            gc.collect()  # of the model, which the error referred to
+            torch.zeros(1, device=self.accelerator.device).item()  # raises where the device is broken
             self.results.add(job, state="failed", reason=reason)
-            print_line(f"{job}: failed: {reason.splitlines()[0]}")
+            print_line(f"{job}: failed: {reason}")
             return
         if outcome.weights:
             self.keep_best(job, outcome, model)
         seconds = time.perf_counter() - started
-        self.results.add(
-            job,
-            state="done",
-            metrics=outcome.metrics,
-            best_epoch=outcome.best_epoch,
-            epochs=outcome.epochs,
-            seconds=round(seconds, 2),
-            processes=finetuner.world,
-        )
+        values = {name: value for name, value in vars(outcome).items() if name != "weights"}
+        self.results.add(job, state="done", **values, seconds=round(seconds, 2), processes=finetuner.world_size)
         scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in outcome.metrics.items())
         print_line(f"{job}: {scores} (epoch {outcome.best_epoch} of {len(outcome.epochs)}), {seconds:,.0f} s")
 
     def source(self, job: Job) -> str:
+        """Name the model that a job starts from."""
         if job.init == "pretrained":
             return self.args.model_name_or_path
         if not self.model_folder("mnli").is_dir():
@@ -162,33 +145,33 @@ class Grid:
         return str(self.model_folder("mnli"))
 
     def keeps_model(self, task: str) -> bool:
+        """Tell whether the best model of a task is saved."""
         return self.args.save_models or (task == "mnli" and self.args.init_from_mnli)
 
-    def is_kept(self, task: str) -> bool:
-        return self.keeps_model(task) or any(split.startswith("test") for split in self.tasks[task])
+    def needs_weights(self, task: str) -> bool:
+        """Tell whether the best weights are of use after a job, to be saved or to predict a test set."""
+        return self.keeps_model(task) or any(TASKS[task].splits[split].submission for split in self.tasks[task])
 
     def keep_best(self, job: Job, outcome: Outcome, model: PreTrainedModel) -> None:
-        """Model and test predictions, if no other job of the task was better (of equals, the first in the order of
-        jobs)."""
-        task, note = TASKS[job.task], self.folder / "best" / f"{job.task}.json"
+        """Keep the model and its test predictions, if no other job of the task was better.
+
+        Of equals, the first in the order of jobs is the best.
+        """
+        task, best_file = TASKS[job.task], self.folder / "best" / f"{job.task}.json"
         rank = [-outcome.metrics[task.metrics[0]], *asdict(job).values()]
         with self.results.lock(f"best-{job.task}"):
-            if note.exists() and json.loads(note.read_text())["rank"] <= rank:
+            if best_file.exists() and json.loads(best_file.read_text())["rank"] <= rank:
                 return
             model.load_state_dict(outcome.weights)
             if self.keeps_model(job.task):
-                folder = self.model_folder(job.task)
-                temporary = folder.with_name(f".{folder.name}")
-                shutil.rmtree(temporary, ignore_errors=True)
-                model.save_pretrained(temporary)
-                self.tokenizer.save_pretrained(temporary)
-                shutil.rmtree(folder, ignore_errors=True)
-                temporary.rename(folder)
+                with replace_folder(self.model_folder(job.task)) as temporary:
+                    model.save_pretrained(temporary)
+                    self.tokenizer.save_pretrained(temporary)
             alone = Finetuner(self.accelerator, self.args, self.tokenizer, is_shared=False)
             for name, split in self.encoded(job.task).items():
                 if submission := task.splits[name].submission:
                     path = self.folder / "predictions" / submission
                     path.parent.mkdir(exist_ok=True)
                     write_atomically(path, format_predictions(task, alone.predict(task, split, model)))
-            note.parent.mkdir(exist_ok=True)
-            write_atomically(note, json.dumps({"rank": rank, "job": asdict(job)}) + "\n")
+            best_file.parent.mkdir(exist_ok=True)
+            write_atomically(best_file, json.dumps({"rank": rank, "job": asdict(job)}) + "\n")

@@ -1,12 +1,11 @@
 """The grid as jobs, shared among processes by files alone: no process ever waits for another's message.
 
-A process takes the longest job that nobody works on (a lock tells), runs it, and adds a line to results.jsonl. What has
-a line is never run again; a process that dies leaves its lock behind and its job to the others, or to the next start.
+A process claims the longest job that no other process has locked, runs it, and adds a line to results.jsonl. A job with
+a line is never run again. The lock of a process that dies is free, for the others or for the next start.
 """
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -16,20 +15,17 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from recipe.base.errors import raising_damaged_file
+from recipe.base.files import write_atomically
 
-POLL_SECONDS = 2.0  # between two looks for a job, where all that are left are being worked on
+POLL_SECONDS = 2.0  # between two looks for a job, while other processes run all that are left
 
 
 @dataclass(frozen=True, order=True)
 class Job:
-    """One fine-tuning run.
-
-    Attributes:
-        init: `pretrained`, or `mnli` for the best model of that task.
-    """
+    """One fine-tuning run."""
 
     task: str
-    init: str
+    init: str  # `pretrained`, or `mnli` for the best model of that task
     learning_rate: float
     batch_size: int
     seed: int
@@ -40,17 +36,15 @@ class Job:
 
     @property
     def file_name(self) -> str:
+        """Name the job's lock."""
         return f"{self.task}-{self.init}-{self.learning_rate!r}-{self.batch_size}-{self.seed}"
 
 
 class Results:
-    """results.jsonl, a line for each job that has ended, and the locks beside it.
+    """results.jsonl of a run, with a line for each job that has ended, and the locks beside it.
 
     A line holds the job, its `state` (done or failed), for a done job `metrics`, `best_epoch`, `epochs`, `seconds` and
     `processes`, and for a failed one the `reason`. The file is replaced as a whole, so that no line is ever torn.
-
-    Args:
-        folder: of the run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -58,24 +52,29 @@ class Results:
         self.locks = folder / "locks"
 
     def read(self) -> dict[Job, dict[str, Any]]:
+        """Read all lines.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         if not self.file.exists():
             return {}
-        with raising_damaged_file(self.file, "take out the lines that are wrong; their jobs are run again"):
+        with raising_damaged_file(self.file, "remove the lines that are wrong; their jobs are run again"):
             records = [json.loads(line) for line in self.file.read_text().splitlines()]
             return {Job(**record["job"]): record for record in records}
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        temporary = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
-        os.replace(temporary, self.file)
+        """Replace all lines."""
+        write_atomically(self.file, "".join(json.dumps(record) + "\n" for record in records))
 
     def add(self, job: Job, **values: Any) -> None:
+        """Add the line of a job that has ended."""
         with self.lock("results"):
             records = self.read() | {job: {"job": asdict(job)} | values}
             self.write(list(records.values()))
 
     def forget_failures(self) -> None:
-        """Failed jobs are tried again by the next start."""
+        """Remove the lines of failed jobs, so that they are run again."""
         with self.lock("results"):
             records = self.read()
             if kept := [record for record in records.values() if record["state"] == "done"]:
@@ -84,15 +83,14 @@ class Results:
                 self.file.unlink()
 
     def lock(self, name: str, timeout: float = -1) -> FileLock:
+        """Make a lock for one process at a time; by default, entering it waits for as long as it takes."""
         self.locks.mkdir(parents=True, exist_ok=True)
         return FileLock(self.locks / name, timeout=timeout)
 
-    def gather_positions(self, jobs: list[Job], may_start: Callable[[Job], bool]) -> Iterator[Job]:
-        """Jobs without a line that this process is to run, one at a time, until all have a line.
+    def claim(self, jobs: list[Job], may_start: Callable[[Job], bool]) -> Iterator[Job]:
+        """Claim jobs without a line for this process, one at a time in their order, until all have a line.
 
-        Args:
-            jobs: in the order to try them.
-            may_start: whether what a job needs is there.
+        A job for which `may_start` is false waits for what it needs.
         """
         while missing := [job for job in jobs if job not in self.read()]:
             for job in missing:

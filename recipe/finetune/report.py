@@ -1,26 +1,29 @@
-"""What a grid of GLUE jobs came to: summary.json, table.md, glue.png and submission.zip."""
+"""The report of a grid of jobs: summary.json, table.md, glue.png and submission.zip."""
 
+import json
 import math
 import statistics
 import zipfile
 from collections import defaultdict
+from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-
+from recipe.base.files import write_atomically
 from recipe.finetune.jobs import Job
-from recipe.finetune.tasks.glue import TASKS, GlueMetric, is_official
+from recipe.finetune.tasks.glue import TASKS
+from recipe.run.plots import plot_glue
 
 
 def row_title(row: dict[str, Any]) -> str:
+    """Name a row of summary.json."""
     return TASKS[row["task"]].title + (" (from MNLI)" if row["init"] == "mnli" else "")
 
 
 def describe_jobs(
-    jobs: list[Job], tasks: dict[str, dict[str, Dataset]], records: dict[Job, dict[str, Any]], epochs: int
+    jobs: list[Job], tasks: Mapping[str, Mapping[str, Sized]], records: dict[Job, dict[str, Any]], epochs: int
 ) -> str:
-    """What there is to do: rows, jobs and updates of each task."""
+    """Describe what there is to do: rows, jobs and updates of each task."""
     lines = [f"{len(jobs)} jobs, {sum(job in records for job in jobs)} of them with a result; the longest first"]
     for name in dict.fromkeys(job.task for job in jobs):
         own = [job for job in jobs if job.task == name]
@@ -34,73 +37,27 @@ def describe_jobs(
     return "\n".join(lines)
 
 
-def describe_data(name: str, splits: dict[str, Dataset]) -> dict[str, Any]:
-    """What the report says of a task's data: whether it is the official one, and what needs no model.
-
-    Returns:
-        `official`, and `majority`: the first metric of always giving the commonest answer of the training set, or its
-        mean in a regression.
-    """
-    task, labels = TASKS[name], splits["train"]["label"][:]
-    answer = statistics.mean(labels) if task.is_regression else statistics.mode(labels)
-    references = splits["validation"]["label"][:]
-    scores = GlueMetric(name).compute(predictions=[answer] * len(references), references=references)
-    return {"official": is_official(name, splits), "majority": scores[task.metrics[0]]}
-
-
 def summarise(
     records: dict[Job, dict[str, Any]], jobs: list[Job], data: dict[str, dict[str, Any]], compare_with: str
 ) -> dict[str, Any]:
-    """The report as numbers.
+    """Summarise a grid in numbers.
 
-    A setting's result is the median over its seeds, a task's that of its best setting. Published results are given
-    where the data is the official one. Averages take a task's run from the MNLI model where there is one, as the paper
-    does.
+    Averages take a task's run from the MNLI model where there is one, as the paper does.
 
     Args:
-        records: of results.jsonl.
-        jobs: that the report is about.
-        data: of each task, from `describe_data`.
+        records: lines of results.jsonl.
+        jobs: what the report is about.
+        data: what `describe_data` says of each task.
         compare_with: `base` or `large`.
     """
     groups = defaultdict(list)
-    for job in jobs:
+    for job in sorted(jobs, key=lambda job: list(TASKS).index(job.task)):
         groups[job.task, job.init].append(job)
-    rows = []
-    for name, init in sorted(groups, key=lambda key: list(TASKS).index(key[0])):
-        group = groups[name, init]
-        task, first = TASKS[name], TASKS[name].metrics[0]
-        settings = defaultdict(list)
-        for job in group:
-            if records[job]["state"] == "done":
-                settings[job.learning_rate, job.batch_size].append(records[job])
-        row = {"task": name, "init": init, "metric": first, "n": 0, "failed": 0} | data[name]
-        row["failed"] = sum(records[job]["state"] == "failed" for job in group)
-        row["device_seconds"] = round(
-            sum(records[job].get("seconds", 0) * records[job].get("processes", 1) for job in group), 1
-        )
-        row["published"] = task.published.get(compare_with) if row["official"] else None
-        if settings:
-            medians = {
-                setting: statistics.median(record["metrics"][first] for record in done)
-                for setting, done in settings.items()
-            }
-            best = max(medians, key=lambda setting: medians[setting])
-            scores = [record["metrics"][first] for record in settings[best]]
-            row |= {
-                "learning_rate": best[0],
-                "batch_size": best[1],
-                "median": medians[best],
-                "best": max(scores),
-                "standard_deviation": statistics.stdev(scores) if len(scores) > 1 else None,
-                "n": len(scores),
-                "metrics": {
-                    metric: statistics.median(record["metrics"][metric] for record in settings[best])
-                    for metric in settings[best][0]["metrics"]
-                },
-                "difference": None if row["published"] is None else 100 * medians[best] - row["published"],
-            }
-        rows.append(row)
+    rows = [
+        {"task": name, "init": init}
+        | summarise_task(name, {job: records[job] for job in group}, data[name], compare_with)
+        for (name, init), group in groups.items()
+    ]
     counted = {row["task"]: row for row in sorted(rows, key=lambda row: row["init"] == "mnli") if row["n"]}
     return {
         "compare_with": compare_with,
@@ -111,8 +68,46 @@ def summarise(
     }
 
 
+def summarise_task(
+    name: str, records: dict[Job, dict[str, Any]], data: dict[str, Any], compare_with: str
+) -> dict[str, Any]:
+    """Summarise the jobs of a task that start from the same model.
+
+    A setting's result is the median over its seeds, the task's that of its best setting. Published results are given
+    where the data is the official one.
+    """
+    task, first = TASKS[name], TASKS[name].metrics[0]
+    settings = defaultdict(list)
+    for job, record in records.items():
+        if record["state"] == "done":
+            settings[job.learning_rate, job.batch_size].append(record["metrics"])
+    seconds = sum(record.get("seconds", 0) * record.get("processes", 1) for record in records.values())
+    row: dict[str, Any] = {"metric": first, "n": 0, "failed": 0} | data
+    row["failed"] = sum(record["state"] == "failed" for record in records.values())
+    row["device_seconds"] = round(seconds, 1)
+    row["published"] = task.published.get(compare_with) if row["official"] else None
+    if not settings:
+        return row
+    medians = {
+        setting: {metric: statistics.median(one[metric] for one in metrics) for metric in metrics[0]}
+        for setting, metrics in settings.items()
+    }
+    best = max(medians, key=lambda setting: medians[setting][first])
+    scores, median = [metrics[first] for metrics in settings[best]], medians[best][first]
+    return row | {
+        "learning_rate": best[0],
+        "batch_size": best[1],
+        "median": median,
+        "best": max(scores),
+        "standard_deviation": statistics.stdev(scores) if len(scores) > 1 else None,
+        "n": len(scores),
+        "metrics": medians[best],
+        "difference": None if row["published"] is None else 100 * median - row["published"],
+    }
+
+
 def average(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of the medians, where there are several; of the published results too where every row has one."""
+    """Average the medians of several rows, and the published results if every row has one."""
     if len(rows) < 2:
         return None
     has_all = all(row["published"] is not None for row in rows)
@@ -124,15 +119,17 @@ def average(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
+    """Format a share in percent."""
+    return points(None if value is None else 100 * value)
+
+
+def points(value: float | None, sign: str = "") -> str:
+    """Format a number of percentage points."""
+    return "–" if value is None else f"{value:{sign}.1f}"
 
 
 def format_table(summary: dict[str, Any], hours: float) -> str:
-    """table.md.
-
-    Args:
-        hours: since the last start.
-    """
+    """Format table.md, with the hours since the last start."""
     spent = f"{hours:.2f} hours since this start, {summary['device_hours']:.2f} device-hours in all."
     notes = format_notes(summary)
     if failed := sum(row["failed"] for row in summary["tasks"]):
@@ -141,43 +138,37 @@ def format_table(summary: dict[str, Any], hours: float) -> str:
 
 
 def format_rows(summary: dict[str, Any]) -> str:
-    """The table, columns aligned so that it reads on a terminal too."""
+    """Format the table, with columns aligned so that it can be read on a terminal too."""
     published = f"roberta.{summary['compare_with']}"
     lines = [["task", "metric", "median", "best", "sd", "n", "lr", "batch", "majority", published, "difference"]]
     for row in summary["tasks"]:
-        given = "–" if row["published"] is None else f"{row['published']:.1f}"
-        cells = [row_title(row), row["metric"]]
+        cells, known = [row_title(row), row["metric"]], [percent(row["majority"]), points(row["published"])]
         if not row["n"]:
-            lines.append([*cells, "failed", "–", "–", "0", "–", "–", percent(row["majority"]), given, "–"])
+            lines.append([*cells, "failed", "–", "–", "0", "–", "–", *known, "–"])
             continue
         cells += [percent(row[name]) for name in ("median", "best", "standard_deviation")]
-        cells += [str(row["n"]), f"{row['learning_rate']:g}", str(row["batch_size"]), percent(row["majority"]), given]
-        lines.append([*cells, "–" if row["difference"] is None else f"{row['difference']:+.1f}"])
+        cells += [str(row["n"]), f"{row['learning_rate']:g}", str(row["batch_size"])]
+        lines.append([*cells, *known, points(row["difference"], "+")])
         for metric, value in row["metrics"].items():
             if metric != row["metric"]:
                 lines.append(["", metric, percent(value), *[""] * 8])
     averages = {"average": summary["average"], "average without WNLI": summary["average_without_wnli"]}
     for name, values in averages.items():
         if values and (name == "average" or values != summary["average"]):
-            given = "–" if values["published"] is None else f"{values['published']:.1f}"
-            gap = "–" if values["published"] is None else f"{100 * values['median'] - values['published']:+.1f}"
+            given = values["published"]
+            difference = points(None if given is None else 100 * values["median"] - given, "+")
             count = f"of {len(values['tasks'])}"
-            lines.append([name, count, percent(values["median"]), *[""] * 6, given, gap])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+            lines.append([name, count, percent(values["median"]), *[""] * 6, points(given), difference])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "| "
-        + " | ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        + " |"
-        for line in lines
-    )
+    aligned = [
+        [f"{cell:{'<' if column < 2 else '>'}{widths[column]}}" for column, cell in enumerate(line)] for line in lines
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in aligned)
 
 
 def format_notes(summary: dict[str, Any]) -> list[str]:
-    """What the table's columns are."""
+    """Explain the table's columns."""
     notes = [
         "Dev results in percent: median over n seeds at the best setting, each of its best epoch; majority: what the "
         "commonest answer of the training set gets.",
@@ -192,15 +183,36 @@ def format_notes(summary: dict[str, Any]) -> list[str]:
 
 
 def write_submission(folder: Path, target: Path) -> list[str]:
-    """A zip of the predictions that are there.
+    """Write a zip of the predictions that exist.
 
     Returns:
-        names of the site's eleven files that are not.
+        the names of the site's eleven files that it lacks.
     """
     names = [split.submission for task in TASKS.values() for split in task.splits.values() if split.submission]
-    there = [name for name in names if (folder / name).is_file()]
-    if there:
+    found = [name for name in names if (folder / name).is_file()]
+    if found:
         with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as file:
-            for name in there:
+            for name in found:
                 file.write(folder / name, name)
-    return [name for name in names if name not in there]
+    return [name for name in names if name not in found]
+
+
+def write_report(folder: Path, summary: dict[str, Any], hours: float, model: str) -> list[str]:
+    """Write summary.json, table.md, glue.png with the model's name and, if there are predictions, submission.zip.
+
+    Returns:
+        lines for the log.
+    """
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    table = format_table(summary, hours)
+    write_atomically(folder / "table.md", table)
+    rows, published = summary["tasks"], f"roberta.{summary['compare_with']}, published"
+    plot_glue(rows, [row_title(row) for row in rows], published, model, folder / "glue.png")
+    lines = [f"\n{table}", f"plot: {folder / 'glue.png'}", f"table, summary and results: {folder}"]
+    submission = folder / "submission.zip"
+    missing = write_submission(folder / "predictions", submission)
+    if submission.exists():
+        lines.append(f"submission: {submission}" + (f", without {', '.join(missing)}" if missing else ""))
+        if all(row["official"] for row in rows):
+            lines.append("next: submit it at https://gluebenchmark.com/submit")
+    return lines

@@ -1,4 +1,4 @@
-"""What others see of a run: checkpoints on the model hub, and model cards.
+"""What others see of a run: checkpoints on the model hub (`hub`), and model cards (`card`, `glue_card`).
 
-Imports every package above it.
+Imports every package above it. `hub` loads no torch, since the process that pushes runs beside training.
 """

@@ -1,7 +1,7 @@
-"""The model card of a run: every number in it stands in a file of the run, and what was not run is not in it.
+"""The model card of a run: every number in it is in a file of the run, and what was not run is not in it.
 
-Read are config.yaml (arguments, versions, commit), status.json (the update), metrics.jsonl (losses, corpora, speed),
-the model's config and weights and, beside them, glue.json: results that finetune_glue.py got from just these weights.
+It is made from config.yaml (arguments, versions, commit), status.json (the update), metrics.jsonl (losses, corpora,
+throughput), the model's config and weights and, beside them, glue.json: what finetune_glue.py got from these weights.
 """
 
 import json
@@ -21,13 +21,13 @@ from recipe.base.files import write_atomically
 from recipe.base.formatting import format_count, format_duration
 from recipe.data.corpora import local_files
 from recipe.finetune.report import format_notes, format_rows, row_title
-from recipe.finetune.tasks.glue import HUB_ID
+from recipe.finetune.tasks.glue import TASKS
 from recipe.publish.hub import GLUE_FILE
 from recipe.run.directory import read_config, read_records, read_step
 
-RECIPE = "roberta-pretraining-recipe"  # tag of all cards
-NAMES = {"roberta": "RoBERTa", "bert": "BERT", "albert": "ALBERT"}
-OBJECTIVES = {
+RECIPE_TAG = "roberta-pretraining-recipe"  # of all cards
+MODEL_TITLES = {"roberta": "RoBERTa", "bert": "BERT", "albert": "ALBERT"}
+OBJECTIVE_TITLES = {
     "masked_lm": "masked language modelling",
     "next_sentence": "masked language modelling and next-sentence prediction",
     "sentence_order": "masked language modelling and sentence order",
@@ -35,7 +35,7 @@ OBJECTIVES = {
 
 
 def count_weights(model: Path) -> int:
-    """Numbers in a folder's safetensors, tied ones once."""
+    """Count the numbers in a folder's safetensors, tied ones once."""
     total = 0
     for file in model.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
@@ -44,20 +44,26 @@ def count_weights(model: Path) -> int:
 
 
 def table(rows: list[list[Any]]) -> str:
-    """Markdown, the first row its head."""
+    """Format rows as Markdown; the first is the head."""
     head, *body = [" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in rows]
     return "\n".join(f"| {line} |" for line in [head, " | ".join(["---"] * len(rows[0])), *body])
 
 
+def two_columns(values: dict[str, Any]) -> str:
+    """Format names and values as a table without a head."""
+    return table([["", ""], *map(list, values.items())])
+
+
 def is_on_hub(corpus: dict[str, Any]) -> bool:
+    """Tell whether a corpus is a data set of the hub."""
     try:
         return local_files(CorpusArguments(**corpus)) is None
-    except UserError:  # files that are not here any more
+    except UserError:  # its files have been removed
         return False
 
 
 def source(corpus: dict[str, Any]) -> str:
-    """Where a corpus is from; of local files the name without the folders, which tell of the machine."""
+    """Say where a corpus is from; of local files only the name is given, since their folders tell of the machine."""
     if not is_on_hub(corpus):
         return f"local: {Path(corpus['path']).name}"
     details = [corpus[name] for name in ("config_name", "revision") if corpus[name]]
@@ -65,13 +71,13 @@ def source(corpus: dict[str, Any]) -> str:
     return link + (f" ({', '.join(details)})" if details else "")
 
 
-class Run:
-    """What the files of a run say.
+def corpus_names(corpora: list[dict[str, Any]]) -> str:
+    """List corpora by name."""
+    return ", ".join(corpus["name"] for corpus in corpora)
 
-    Args:
-        path: the run's folder.
-        model: a folder with the weights that the card is for.
-    """
+
+class Run:
+    """A run as its files have it, and the folder of the weights that the card is for."""
 
     def __init__(self, path: Path, model: Path) -> None:
         self.path = path
@@ -88,37 +94,35 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Hub id or folder: what `from_pretrained` takes."""
+        """Name the model for `from_pretrained`: its hub id or its folder."""
         return self.config["hub_model_id"] if self.config["push_to_hub"] else str(self.path / "model")
 
     @property
     def title(self) -> str:
+        """Name the model in a heading."""
         return self.name.split("/")[-1] if self.config["push_to_hub"] else self.path.name
 
     @property
     def seconds(self) -> float:
-        """Of training up to the last line of the log, without evaluation and checkpoints."""
+        """Sum up the time of the updates in the log, without evaluation and checkpoints."""
         steps = [0, *(record["step"] for record in self.training)]
         spans = zip(self.training, steps, strict=False)
         return sum((record["step"] - before) * record["seconds_per_update"] for record, before in spans)
 
-    @property
-    def held_out(self) -> str:
-        if names := [corpus["name"] for corpus in self.config["eval_corpora"]]:
-            return f"{', '.join(names)}: text that is in none of the corpora's files"
-        return f"blocks of {', '.join(corpus['name'] for corpus in self.config['corpora'])} that are not trained on"
-
 
 def metadata(run: Run) -> ModelCardData:
+    """Build the card's YAML head."""
     config, results = run.config, []
     if run.evaluations:
         last = run.evaluations[-1]
-        names = ", ".join(corpus["name"] for corpus in config["eval_corpora"] or config["corpora"])
-        held_out = {"task_type": "fill-mask", "dataset_type": "held-out", "dataset_name": f"held-out text of {names}"}
-        results.append(EvalResult(**held_out, metric_type="loss", metric_value=round(last["eval_loss"], 4)))
+        names = corpus_names(config["eval_corpora"] or config["corpora"])
+        metrics = {"loss": round(last["eval_loss"], 4)}
         if last["eval_perplexity"] is not None:
-            value = round(last["eval_perplexity"], 3)
-            results.append(EvalResult(**held_out, metric_type="perplexity", metric_value=value))
+            metrics["perplexity"] = round(last["eval_perplexity"], 3)
+        results += [
+            EvalResult("fill-mask", "held-out", f"held-out text of {names}", metric, value)
+            for metric, value in metrics.items()
+        ]
     for row in run.glue["summary"]["tasks"] if run.glue else []:
         if row["official"] and row["n"]:
             results += [glue_result(row, metric, value) for metric, value in row["metrics"].items()]
@@ -127,7 +131,7 @@ def metadata(run: Run) -> ModelCardData:
         license=config["license"],
         library_name="transformers",
         pipeline_tag="fill-mask",
-        tags=[RECIPE, config["model_type"], "masked-lm", "pretraining"],
+        tags=[RECIPE_TAG, config["model_type"], "masked-lm", "pretraining"],
         base_model=config["model_name_or_path"],
         datasets=[corpus["path"] for corpus in config["corpora"] if is_on_hub(corpus)] or None,
         model_name=run.title,
@@ -136,16 +140,12 @@ def metadata(run: Run) -> ModelCardData:
 
 
 def glue_result(row: dict[str, Any], metric: str, value: float) -> EvalResult:
-    """A dev result as an entry of `model-index`.
-
-    Args:
-        row: of the task, in summary.json.
-    """
+    """Make a dev result an entry of `model-index`; `row` is the task's in summary.json."""
     is_mnli, is_mismatched = row["task"] == "mnli", metric.endswith("_mm")
     split = f"validation_{'mis' if is_mismatched else ''}matched" if is_mnli else "validation"
     return EvalResult(
         task_type="text-classification",
-        dataset_type=HUB_ID,
+        dataset_type=TASKS[row["task"]].hub_id,
         dataset_name=f"GLUE {row_title(row)}",
         dataset_config=row["task"],
         dataset_split=split,
@@ -155,13 +155,15 @@ def glue_result(row: dict[str, Any], metric: str, value: float) -> EvalResult:
 
 
 def introduction(run: Run) -> list[str]:
+    """Say what the model is, and how far its training is."""
     config, shape = run.config, run.architecture
     origin = f"from {config['model_name_or_path']}" if config["model_name_or_path"] else "from scratch"
     lines = [
         f"# {run.title}",
-        f"{NAMES[config['model_type']]} with {shape['num_hidden_layers']} layers of width {shape['hidden_size']}, "
-        f"{shape['vocab_size']:,} vocabulary entries and {format_count(run.parameters)} parameters, pretrained "
-        f"{origin} by {OBJECTIVES[config['objective']]} after the recipe of [RoBERTa](https://arxiv.org/abs/1907.11692).",
+        f"{MODEL_TITLES[config['model_type']]} with {shape['num_hidden_layers']} layers of width "
+        f"{shape['hidden_size']}, {shape['vocab_size']:,} vocabulary entries and {format_count(run.parameters)} "
+        f"parameters, pretrained {origin} by {OBJECTIVE_TITLES[config['objective']]} after the recipe of "
+        "[RoBERTa](https://arxiv.org/abs/1907.11692).",
     ]
     if run.step < config["max_steps"]:
         lines.append(f"**Training is under way:** {run.step:,} of {config['max_steps']:,} updates are done.")
@@ -169,6 +171,7 @@ def introduction(run: Run) -> list[str]:
 
 
 def usage(run: Run) -> list[str]:
+    """Show how to load the model."""
     code = f'from transformers import pipeline\n\nfill_mask = pipeline("fill-mask", model="{run.name}")\n'
     code += 'fill_mask(f"The capital of France is{fill_mask.tokenizer.mask_token}.")'
     if run.config["model_type"] != "roberta":
@@ -184,15 +187,19 @@ def usage(run: Run) -> list[str]:
 
 
 def evaluation(run: Run, has_plot: bool) -> list[str]:
+    """Report the held-out loss and the results on GLUE."""
     lines = []
     if run.evaluations:
         last = run.evaluations[-1]
         perplexity = last["eval_perplexity"]
+        held_out = f"blocks of {corpus_names(run.config['corpora'])} that are not trained on"
+        if run.config["eval_corpora"]:
+            held_out = f"{corpus_names(run.config['eval_corpora'])}: text that is in none of the corpora's files"
         lines.append(
             f"Held-out loss {last['eval_loss']:.3f} nats a masked token"
             + (f", perplexity {perplexity:,.2f}" if perplexity is not None else "")
             + f", after {last['step']:,} updates; a unigram model has {last['unigram_loss']:.3f}. "
-            f"Held out are {run.held_out}; {run.config['eval_mlm_probability']:.0%} of the tokens are masked."
+            f"Held out are {held_out}; {run.config['eval_mlm_probability']:.0%} of the tokens are masked."
         )
     if has_plot:
         lines.append("![Loss over tokens](loss.png)")
@@ -209,88 +216,85 @@ def evaluation(run: Run, has_plot: bool) -> list[str]:
 
 
 def data(run: Run) -> list[str]:
+    """Report what the model was trained on, and what was left out."""
     config = run.config
     seen = run.training[-1]["corpora"] if run.training else {}
     rows = [["corpus", "source", "weight", "tokens seen", "passes"]]
     for corpus in config["corpora"]:
         counts = seen.get(corpus["name"])
-        share = "its size" if corpus["weight"] is None else f"{corpus['weight']:g}"
-        rows.append([corpus["name"], source(corpus), share, *(format_seen(counts) if counts else ["–", "–"])])
-    left_out = {
-        name: sum(counts.get(name, 0) for counts in seen.values())  # a stream counts no copies
+        weight = "its size" if corpus["weight"] is None else f"{corpus['weight']:g}"
+        seen_columns = [f"{counts['tokens']:,}", f"{counts['passes']:.2f}"] if counts else ["–", "–"]
+        rows.append([corpus["name"], source(corpus), weight, *seen_columns])
+    dropped = {
+        name: sum(counts.get(name, 0) for counts in seen.values())  # the streaming mode does not count copies
         for name in ("empty", "unreadable", "contaminated", "copies")
     }
     lines = ["## Training data", table(rows)]
-    if any(left_out.values()):
-        lines.append("Documents left out: " + ", ".join(f"{n:,} {name}" for name, n in left_out.items() if n) + ".")
+    if any(dropped.values()):
+        lines.append("Documents left out: " + ", ".join(f"{n:,} {name}" for name, n in dropped.items() if n) + ".")
     return lines
 
 
-def format_seen(counts: dict[str, float]) -> list[str]:
-    return [f"{counts['tokens']:,}", f"{counts['passes']:.2f}"]
-
-
 def procedure(run: Run) -> list[str]:
+    """Report the objective, the schedule and the optimizer."""
     config = run.config
     clipping = f"clipped to a norm of {config['max_grad_norm']:g}" if config["max_grad_norm"] else "not clipped"
     blocks = f"{config['packing']}, {config['max_seq_length']} tokens"
     if config["seq_length_warmup_steps"]:
         blocks += f"; of each the first quarter for {config['seq_length_warmup_steps']:,} updates"
-    rows = [
-        ["", ""],
-        ["objective", OBJECTIVES[config["objective"]]],
-        ["masks", f"{config['masking']}, {config['mlm_probability']:.0%} of the tokens"],
-        ["blocks", blocks],
-        ["batch", f"{config['train_batch_size']:,} blocks"],
-        ["updates", f"{run.step:,} of {config['max_steps']:,}"],
-        [
-            "learning rate",
-            f"{config['learning_rate']:g} after {config['warmup_steps']:,} updates of warmup, then linearly to zero",
-        ],
-        [
-            "AdamW",
-            f"betas {config['adam_beta1']:g} and {config['adam_beta2']:g}, epsilon {config['adam_epsilon']:g}, weight "
-            f"decay {config['weight_decay']:g}",
-        ],
-        ["gradients", clipping],
-        ["seed", config["seed"]],
-    ]
+    betas = f"{config['adam_beta1']:g} and {config['adam_beta2']:g}"
+    rows = {
+        "objective": OBJECTIVE_TITLES[config["objective"]],
+        "masks": f"{config['masking']}, {config['mlm_probability']:.0%} of the tokens",
+        "blocks": blocks,
+        "batch": f"{config['train_batch_size']:,} blocks",
+        "updates": f"{run.step:,} of {config['max_steps']:,}",
+        "learning rate": f"{config['learning_rate']:g} after {config['warmup_steps']:,} updates of warmup, then "
+        "linearly to zero",
+        "AdamW": f"betas {betas}, epsilon {config['adam_epsilon']:g}, weight decay {config['weight_decay']:g}",
+        "gradients": clipping,
+        "seed": config["seed"],
+    }
     if run.training:
         last = run.training[-1]
-        rows.append(["tokens seen", f"{last['tokens']:,}, padding ({last['padding_share']:.1%}) left out"])
+        rows["tokens seen"] = f"{last['tokens']:,}, padding ({last['padding_share']:.1%}) left out"
         if skipped := last["nonfinite_updates"] + last["overflows"]:
-            rows.append(["updates skipped", f"{skipped:,}, not finite"])
-    return ["## Training", table(rows)]
+            rows["updates skipped"] = f"{skipped:,}, not finite"
+    return ["## Training", two_columns(rows)]
 
 
 def cost(run: Run) -> list[str]:
+    """Report the hardware and what training took."""
     machine = run.environment
-    rows = [["", ""], ["devices", f"{machine['num_processes']} × {machine['device']}"]]
-    rows.append(["precision", machine["mixed_precision"] if machine["mixed_precision"] != "no" else "float32"])
+    rows = {
+        "devices": f"{machine['num_processes']} × {machine['device']}",
+        "precision": machine["mixed_precision"] if machine["mixed_precision"] != "no" else "float32",
+    }
     if run.training:
-        rate = statistics.median(record["tokens_per_second"] for record in run.training)
-        rows.append(["throughput", f"{rate:,.0f} tokens/s, median"])
-        mfu = statistics.median(record["mfu"] for record in run.training)
-        rows.append(["MFU", f"{mfu:.0%} of what a large matrix product reaches there, median"])
-        rows.append(["peak memory", f"{run.training[-1]['peak_memory'] / 1e9:.1f} GB a process"])
+        rate, mfu = (
+            statistics.median(record[name] for record in run.training) for name in ("tokens_per_second", "mfu")
+        )
         device_hours = run.seconds / 3600 * machine["num_processes"]
-        rows.append(["training time", f"{format_duration(run.seconds)} (h:min:s), {device_hours:.3g} device-hours"])
+        rows |= {
+            "throughput": f"{rate:,.0f} tokens/s, median",
+            "MFU": f"{mfu:.0%} of what a large matrix product reaches there, median",
+            "peak memory": f"{run.training[-1]['peak_memory'] / 1e9:.1f} GB a process",
+            "training time": f"{format_duration(run.seconds)} (h:min:s), {device_hours:.3g} device-hours",
+        }
         if watts := machine.get("power_limit_watts"):
-            rows.append(
-                [
-                    "energy",
-                    f"at most {device_hours * watts / 1000:.3g} kWh (estimate: {watts:g} W, the limit of a board, × "
-                    "device-hours; without host and cooling)",
-                ]
+            rows["energy"] = (
+                f"at most {device_hours * watts / 1000:.3g} kWh (estimate: {watts:g} W, the limit of a board, × "
+                "device-hours; without host and cooling)"
             )
     return [
         "## Hardware and cost",
-        table(rows),
+        two_columns(rows),
         "Devices and precision are of the last start; the time leaves out evaluation and checkpoints.",
     ]
 
 
 def limits(run: Run) -> list[str]:
+    """Say what the model is not for."""
     config = run.config
     lines = [
         f"- It has read text in one language ({config['language']}) and was trained on at most "
@@ -310,6 +314,7 @@ def limits(run: Run) -> list[str]:
 
 
 def reproduction(run: Run, config_text: str) -> list[str]:
+    """Give the command, the versions and the config."""
     machine = run.environment
     command = (
         f"accelerate launch --num_processes {machine['num_processes']} --mixed_precision {machine['mixed_precision']} "
@@ -327,17 +332,13 @@ def reproduction(run: Run, config_text: str) -> list[str]:
 
 
 def build_card(path: Path, model: Path) -> str:
-    """The card of the weights in a folder.
-
-    Args:
-        path: the run's folder.
-        model: the folder, with config.json, safetensors and, if there are results, glue.json.
+    """Build the card of a run and of its weights in `model`, with config.json and, if there are results, glue.json.
 
     Raises:
         UserError: one of the files that the card is made from is damaged.
     """
     files = f"a file of {path} or {model} that the model card is made from (config.yaml, metrics.jsonl, config.json, …)"
-    with raising_damaged_file(files, "mend it; nothing but the card needs all of them"):
+    with raising_damaged_file(files, "repair it; only the card needs all of them"):
         run = Run(path, model)
         sections = [
             *introduction(run),
@@ -353,12 +354,13 @@ def build_card(path: Path, model: Path) -> str:
 
 
 def as_card(head: ModelCardData, sections: list[str]) -> str:
+    """Join a head and sections into the text of a card."""
     text = str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def write_card(path: Path, model: Path) -> None:
-    """README.md and the plot that it shows, beside the weights."""
+    """Write README.md and the plot that it shows beside the weights."""
     if (path / "loss.png").exists():
         shutil.copyfile(path / "loss.png", model / "loss.png")
     write_atomically(model / "README.md", build_card(path, model))

@@ -1,6 +1,6 @@
-"""What GLUE results are told of: the card of the pretrained model, and one for each classifier that was kept.
+"""GLUE results on model cards: that of the pretrained model, and one for each classifier that was kept.
 
-Every number stands in a file of finetune_glue.py: config.yaml, summary.json, results.jsonl, best/<task>.json.
+Every number is in a file of finetune_glue.py: config.yaml, summary.json, results.jsonl, best/<task>.json.
 """
 
 import json
@@ -11,16 +11,14 @@ from huggingface_hub import ModelCardData
 
 from recipe.base.files import read_yaml, write_atomically
 from recipe.finetune.jobs import Job, Results
-from recipe.finetune.tasks.glue import HUB_ID, TASKS
-from recipe.publish.card import RECIPE, Run, as_card, glue_result, table, write_card
+from recipe.finetune.report import percent, points
+from recipe.finetune.tasks.glue import TASKS
+from recipe.publish.card import RECIPE_TAG, Run, as_card, glue_result, table, two_columns, write_card
 from recipe.publish.hub import GLUE_FILE, stage_card
 
 
 def add_glue_to_card(output_dir: Path) -> list[str]:
-    """Write the results beside the weights that they are of, if a run's, and cards for these and for the classifiers.
-
-    Args:
-        output_dir: of finetune_glue.py, finished.
+    """Write the cards of the classifiers and, if the pretrained model is a run's, its results and its card.
 
     Returns:
         lines for the log.
@@ -35,8 +33,8 @@ def add_glue_to_card(output_dir: Path) -> list[str]:
         lines += [f"model card: {model / 'README.md'}", *stage_card(model.parent)]
         run = Run(model.parent, model)
     for row in summary["tasks"]:
-        folder, note = output_dir / "models" / row["task"], output_dir / "best" / f"{row['task']}.json"
-        job = Job(**json.loads(note.read_text())["job"]) if folder.is_dir() and note.is_file() else None
+        folder, best = output_dir / "models" / row["task"], output_dir / "best" / f"{row['task']}.json"
+        job = Job(**json.loads(best.read_text())["job"]) if folder.is_dir() and best.is_file() else None
         if job is not None and job.init == row["init"]:
             result = Results(output_dir).read()[job]
             write_atomically(folder / "README.md", build_classifier_card(folder, config, row, job, result, run))
@@ -47,15 +45,10 @@ def add_glue_to_card(output_dir: Path) -> list[str]:
 def build_classifier_card(
     folder: Path, config: dict[str, Any], row: dict[str, Any], job: Job, result: dict[str, Any], run: Run | None
 ) -> str:
-    """The card of a fine-tuned model.
+    """Build the card of the model that a job has left in a folder.
 
-    Args:
-        folder: of the model.
-        config: of finetune_glue.py.
-        row: of the task, in summary.json.
-        job: that the model is of.
-        result: of the job.
-        run: that the pretrained model is of, if it is known.
+    It is made from config.yaml, the task's row of summary.json, the job's line of results.jsonl and, if the pretrained
+    model is of a run, what is known of that.
     """
     machine, task = config["environment"], TASKS[job.task]
     base = run.name if run else config["model_name_or_path"]
@@ -67,9 +60,9 @@ def build_classifier_card(
         license=run.config["license"] if run else None,
         library_name="transformers",
         pipeline_tag="text-classification",
-        tags=[RECIPE, "glue", job.task],
+        tags=[RECIPE_TAG, "glue", job.task],
         base_model=base if is_on_hub else None,
-        datasets=[HUB_ID] if row["official"] else None,
+        datasets=[task.hub_id] if row["official"] else None,
         model_name=title,
         eval_results=results if row["official"] else None,
     )
@@ -90,7 +83,7 @@ def build_classifier_card(
         table(result_rows(row, result, config["compare_with"])),
         " ".join(remarks),
         "## Fine-tuning",
-        table(setting_rows(config, job, result, base)),
+        two_columns(settings(config, job, result, base)),
         "## Limits and biases",
         "It knows the one task, as its annotators saw it, and inherits what the pretrained model has from its corpora; "
         "neither has been measured on other text.",
@@ -102,27 +95,23 @@ def build_classifier_card(
 
 
 def result_rows(row: dict[str, Any], result: dict[str, Any], compare_with: str) -> list[list[str]]:
-    """Of each metric in percent: this model, the median and, of the first, the majority and what is published."""
+    """List each metric in percent: this model, the median and, for the first, the majority and what is published."""
     rows = [["metric", "this model", f"median (n = {row['n']})", "majority", f"roberta.{compare_with}"]]
     for metric, value in result["metrics"].items():
-        cells = [metric, f"{100 * value:.1f}", f"{100 * row['metrics'][metric]:.1f}", "–", "–"]
-        if metric == row["metric"]:
-            cells[3] = f"{100 * row['majority']:.1f}"
-            cells[4] = "–" if row["published"] is None else f"{row['published']:.1f}"
-        rows.append(cells)
+        known = [percent(row["majority"]), points(row["published"])] if metric == row["metric"] else ["–", "–"]
+        rows.append([metric, percent(value), percent(row["metrics"][metric]), *known])
     return rows
 
 
-def setting_rows(config: dict[str, Any], job: Job, result: dict[str, Any], base: str) -> list[list[Any]]:
-    """How the model was made."""
+def settings(config: dict[str, Any], job: Job, result: dict[str, Any], base: str) -> dict[str, Any]:
+    """List the settings that the model was made with."""
     betas = f"{config['adam_beta1']:g} and {config['adam_beta2']:g}"
-    return [
-        ["", ""],
-        ["started from", base + (", by way of its best MNLI model" if job.init == "mnli" else "")],
-        ["learning rate", f"{job.learning_rate:g} after {config['warmup_ratio']:.0%} of warmup, then linearly to zero"],
-        ["batch", f"{job.batch_size} examples of at most {config['max_seq_length']} tokens"],
-        ["epochs", f"{config['num_train_epochs']}, of which number {result['best_epoch']} was the best"],
-        ["AdamW", f"betas {betas}, epsilon {config['adam_epsilon']:g}, weight decay {config['weight_decay']:g}"],
-        ["seed", job.seed],
-        ["time", f"{result['seconds']:,.0f} s on {result['processes']} × {config['environment']['device']}"],
-    ]
+    return {
+        "started from": base + (", by way of its best MNLI model" if job.init == "mnli" else ""),
+        "learning rate": f"{job.learning_rate:g} after {config['warmup_ratio']:.0%} of warmup, then linearly to zero",
+        "batch": f"{job.batch_size} examples of at most {config['max_seq_length']} tokens",
+        "epochs": f"{config['num_train_epochs']}, of which number {result['best_epoch']} was the best",
+        "AdamW": f"betas {betas}, epsilon {config['adam_epsilon']:g}, weight decay {config['weight_decay']:g}",
+        "seed": job.seed,
+        "time": f"{result['seconds']:,.0f} s on {result['processes']} × {config['environment']['device']}",
+    }

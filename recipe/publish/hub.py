@@ -1,13 +1,12 @@
-"""Checkpoints to the model hub while training, and back.
+"""Push checkpoints to the model hub while training, and fetch one to resume from.
 
-1. `Publisher.publish` lays what the hub is to have of a checkpoint into `RUN_DIR/hub/step-00010000`: model, tokenizer,
-   card, metrics. Large files are hard links, so this takes milliseconds and, as long as the checkpoint lives, no disk.
-2. It starts the command that a user types later for what is left, which pushes what waits, the oldest first: a commit
-   on `main` and a tag for each. A folder is removed once the hub has it.
+1. `Publisher.publish` puts what the hub is to have of a checkpoint into `RUN_DIR/hub/step-00010000`: model, tokenizer,
+   card, metrics. Large files are hard links, so this takes milliseconds and, as long as the checkpoint exists, no disk.
+2. It starts the command below, which users run themselves for what is left over. The command pushes all folders that
+   wait, the oldest first: a commit on `main` and a tag for each. A folder is removed once the hub has it.
 
-The command runs as a process of its own, at low priority, because the library's requests have no time limit and a
-thread that hangs keeps its process from ending: this way no fault of the hub reaches training, nor does a crash of
-training lose a push.
+The command is a process of its own, at low priority, because the library's requests have no time limit and a thread
+that hangs keeps its process from ending. So no fault of the hub reaches training, and a crash of it loses no push.
 
 python -m recipe.publish.hub runs/roberta-base
 """
@@ -34,44 +33,39 @@ from tqdm import tqdm
 
 from recipe.arguments import PretrainArguments, identity_of
 from recipe.arguments.checks import check_repo_id
-from recipe.base.errors import UserError, did_you_mean, raising_damaged_file, report_user_errors
-from recipe.base.files import read_yaml
+from recipe.base.errors import UserError, describe_error, did_you_mean, raising_damaged_file, report_user_errors
+from recipe.base.files import read_yaml, replace_folder
 from recipe.run.directory import STATE_FILES, checkpoint_path, read_config, read_step
 
 SCHEME = "hub://"
-GLUE_FILE = "glue.json"  # results of just these weights
-REQUEST_SECONDS = 60  # that a connection may stand still
-PATIENCE_SECONDS = 120  # that a push is tried again before it has to wait for the next checkpoint
-LAST_PUSH_SECONDS = 3600  # that the end of a run waits for
-TRANSIENT = (408, 409, 412, 423, 429)  # and all from 500 on
+GLUE_FILE = "glue.json"  # results of the weights beside it
+REQUEST_SECONDS = 60  # without a byte, after which a request is given up
+PATIENCE_SECONDS = 120  # of trying a push again, after which it waits for the next checkpoint
+LAST_PUSH_SECONDS = 3600  # for which the end of a run waits for its last push
+TRANSIENT_STATUSES = (408, 409, 412, 423, 429)  # and all from 500 on
 
 Result = TypeVar("Result")
+# Describes the hub's answer behind an error or, if there is none, the innermost cause.
+reason = partial(describe_error, until=HfHubHTTPError)
 
 
 def limit_requests() -> None:
-    """Have requests of `huggingface_hub` in this process end when nothing moves any more."""
+    """Give requests of `huggingface_hub` in this process a time limit for each wait."""
     set_client_factory(lambda: httpx.Client(follow_redirects=True, timeout=REQUEST_SECONDS))
 
 
 def refusal(error: BaseException | None) -> HfHubHTTPError | None:
-    """The answer behind an error by which the hub says that it will not, as against that it cannot now."""
+    """Return the answer behind an error if by it the hub refuses the request, and None if trying again may help."""
     while error is not None:
         if isinstance(error, HfHubHTTPError):
             status = error.response.status_code
-            return error if status < 500 and status not in TRANSIENT else None
+            return error if status < 500 and status not in TRANSIENT_STATUSES else None
         error = error.__cause__
     return None
 
 
-def reason(error: BaseException) -> str:
-    """An error in a line."""
-    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
-        error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 def retrying(action: Callable[[], Result], what: str) -> Result:
-    """The action's result, tried again after 2, 4, 8, … seconds for PATIENCE_SECONDS if the hub or the line fails."""
+    """Return the action's result; where the hub or the line fails, try again after 2, 4, … s, for PATIENCE_SECONDS."""
     started, wait = time.monotonic(), 2.0
     while True:
         try:
@@ -89,20 +83,20 @@ def retrying(action: Callable[[], Result], what: str) -> Result:
 def check_access(
     repo_id: str, private: bool | None, identity: dict[str, Any], is_fresh: bool, dry_run: bool
 ) -> tuple[str, list[str]]:
-    """Find out before training whether checkpoints can be pushed, and create the repository.
+    """Check before training that checkpoints can be pushed, and create the repository.
 
     Args:
-        repo_id: with or without a namespace.
-        private: of a new repository.
+        repo_id: its id, with or without a namespace.
+        private: whether a new repository is.
         identity: the fields that define the run's experiment.
-        is_fresh: whether the run begins now, and its repository must be empty.
-        dry_run: create nothing.
+        is_fresh: whether the run begins now, so that its repository has to be empty.
+        dry_run: whether to create nothing.
 
     Returns:
         the repository's full id, and a warning if the hub cannot be reached: pushes are tried all the same.
 
     Raises:
-        UserError: no token, one that is not valid or may not write there, or a repository with another model.
+        UserError: there is no token, it is not valid or may not write there, or the repository holds another model.
     """
     check_repo_id("hub_model_id", repo_id)
     if constants.HF_HUB_OFFLINE:
@@ -137,7 +131,7 @@ def check_access(
 
 
 def check_push(args: PretrainArguments, is_fresh: bool) -> tuple[str | None, list[str]]:
-    """The repository that a run is to push to, and lines for the log; see `check_access`."""
+    """Return the repository that a run is to push to, and lines for the log; see `check_access`."""
     if not args.push_to_hub:
         return args.hub_model_id, []
     repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
@@ -154,9 +148,10 @@ def check_writing(api: HfApi, repo_id: str) -> None:
 
 
 def check_contents(api: HfApi, repo_id: str, identity: dict[str, Any], is_fresh: bool) -> None:
-    """
+    """Check that the repository is empty or holds earlier checkpoints of the run.
+
     Raises:
-        UserError: the repository holds something else than earlier checkpoints of the run.
+        UserError: it holds something else.
     """
     files = set(api.list_repo_files(repo_id)) - {".gitattributes", "README.md"}
     if not files:
@@ -166,10 +161,8 @@ def check_contents(api: HfApi, repo_id: str, identity: dict[str, Any], is_fresh:
             f"`hub_model_id` {repo_id} already holds files; choose another or, to go on from its checkpoints, give "
             f"--resume_from_checkpoint {SCHEME}{repo_id}"
         )
-    theirs = {}
-    if "config.yaml" in files:
-        theirs = read_yaml(Path(api.hf_hub_download(repo_id, "config.yaml")))
-    if different := [name for name, value in identity.items() if theirs.get(name) != value]:
+    pushed = read_yaml(Path(api.hf_hub_download(repo_id, "config.yaml"))) if "config.yaml" in files else {}
+    if different := [name for name, value in identity.items() if pushed.get(name) != value]:
         raise UserError(
             f"`hub_model_id` {repo_id} holds another experiment, with other values of {', '.join(different)}; choose "
             "another"
@@ -177,19 +170,19 @@ def check_contents(api: HfApi, repo_id: str, identity: dict[str, Any], is_fresh:
 
 
 def list_waiting(run: Path) -> list[Path]:
-    """Folders that are yet to be pushed, the oldest first."""
+    """List the folders that are still to be pushed, the oldest first."""
     return sorted(path for path in (run / "hub").glob("step-*") if path.is_dir())
 
 
 def describe_waiting(run: Path) -> list[str]:
-    """For the log: what is not on the hub, and how it gets there."""
+    """Say in lines for the log what is not on the hub yet, and how to push it."""
     if not (names := [path.name for path in list_waiting(run)]):
         return []
     return [f"not on the hub yet: {', '.join(names)}, in {run / 'hub'}; push with: python -m recipe.publish.hub {run}"]
 
 
-def link(source: Path, target: Path) -> None:
-    """A second name of a file or, where the file system has no such thing, a copy."""
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name or, where the file system has no hard links, copy it."""
     try:
         target.hardlink_to(source)
     except OSError:
@@ -197,32 +190,31 @@ def link(source: Path, target: Path) -> None:
 
 
 def push(api: HfApi, config: dict[str, Any], folder: Path) -> str:
-    """A commit on `main` that holds the folder's files and, of a checkpoint, a tag with its name.
+    """Commit a folder's files to `main`, and tag the commit with the folder's name if it is a checkpoint.
 
     Returns:
         the repository's id.
     """
     repo_id = api.create_repo(config["hub_model_id"], private=config["hub_private_repo"], exist_ok=True).repo_id
     is_checkpoint = re.fullmatch(r"step-\d+", folder.name)
-    # What a model does not have of these is of the update before.
+    # Those of these files that the folder lacks belong to an earlier checkpoint.
     stale = [name for name in (*STATE_FILES, GLUE_FILE) if not (folder / name).exists()] if is_checkpoint else None
     commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=folder.name, delete_patterns=stale)
     if is_checkpoint:
-        with suppress(RevisionNotFoundError):  # there is one if the run went back, or if the hub's answer was lost
+        with suppress(RevisionNotFoundError):  # the tag exists if the run went back, or if an answer was lost
             api.delete_tag(repo_id, tag=folder.name)
         api.create_tag(repo_id, tag=folder.name, revision=commit.oid)
     return repo_id
 
 
 def push_waiting(run: Path) -> None:
-    """Push what waits; one process at a time.
+    """Push all folders that wait; one process at a time.
 
     Raises:
         UserError: the folder holds no run.
-        Exception: whatever the last try of a push ended with; what is not pushed waits on.
+        Exception: the last try of a push failed, for whatever reason; its folder and the later ones still wait.
     """
-    config_file = run / "config.yaml"
-    if not config_file.is_file():
+    if not (run / "config.yaml").is_file():
         raise UserError(f"RUN_DIR {run} holds no run: it has no config.yaml; name the `output_dir` of pretrain.py")
     config = read_config(run)
     if not list_waiting(run):
@@ -239,10 +231,10 @@ def push_waiting(run: Path) -> None:
 
 
 def stage_card(run: Path) -> list[str]:
-    """Have a new card of the finished model wait, if the run is on the hub.
+    """Stage a new card of the finished model for the next push, if the run is on the hub.
 
     Returns:
-        for the log: what waits.
+        lines for the log: what waits.
     """
     if not read_config(run)["push_to_hub"]:
         return []
@@ -255,19 +247,19 @@ def stage_card(run: Path) -> list[str]:
 
 
 def search_path() -> str:
-    """PYTHONPATH under which another Python finds this package, installed or not, from any working folder."""
+    """Build the PYTHONPATH by which another Python finds this package, installed or not, from any working folder."""
     root = str(Path(__file__).parents[2])
     return os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 class Publisher:
-    """Pushes a run's checkpoints in the background; without `push_to_hub` and beside the main process it does nothing.
+    """Pushes a run's checkpoints in the background, from the main process and with `push_to_hub` only.
 
     Args:
-        args: of the run, `hub_model_id` with the repository's id.
+        args: the run's, with the repository's full id as `hub_model_id`.
         is_main: whether this is the main process.
         save_tokenizer: saves the run's tokenizer into a folder.
-        build_card: the model card from the run's folder and a folder with the model.
+        build_card: builds the model card from the run's folder and a folder with the model.
     """
 
     def __init__(
@@ -285,40 +277,38 @@ class Publisher:
         self.folder = self.run / "hub"
         self.log_file = self.folder / "log.txt"
         self.process: subprocess.Popen[bytes] | None = None
-        self.logged = self.log_file.stat().st_size if self.log_file.exists() else 0  # bytes that were shown
+        self.logged = self.log_file.stat().st_size if self.log_file.exists() else 0  # bytes already shown
 
     def publish(self, checkpoint: Path, is_last: bool) -> None:
-        """Have a checkpoint pushed, if the strategy says so; whatever fails is a warning."""
+        """Stage a checkpoint and start a push, if `hub_strategy` asks for it; whatever fails is a warning."""
         if not self.is_active or (self.args.hub_strategy == "end" and not is_last):
             return
         try:
             self.stage(checkpoint)
             self.push()
-        except Exception as error:  # no push is worth a run
+        except Exception as error:  # no push is worth losing a run
             tqdm.write(f"warning: {checkpoint.name} is not pushed to the hub: {reason(error)}")
 
     def stage(self, checkpoint: Path) -> None:
-        """Lay out what is to be pushed. Of what waits, the oldest but for what is being pushed makes room when more
-        than `save_total_limit` would wait."""
-        temporary, final = self.folder / f".{checkpoint.name}", self.folder / checkpoint.name
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        self.save_tokenizer(temporary)
-        for file in checkpoint.iterdir():
-            if self.args.hub_strategy == "checkpoint" or file.name not in STATE_FILES:
-                link(file, temporary / file.name)
-        for name in ("config.yaml", "metrics.jsonl", "loss.png"):  # these go on changing
-            if (self.run / name).exists():
-                shutil.copyfile(self.run / name, temporary / name)
-        (temporary / "README.md").write_text(self.build_card(self.run, temporary))
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
+        """Put what is to be pushed of a checkpoint into a folder.
+
+        When more than `save_total_limit` folders would wait, the oldest but for the one being pushed are removed.
+        """
+        with replace_folder(self.folder / checkpoint.name) as folder:
+            self.save_tokenizer(folder)
+            for file in checkpoint.iterdir():
+                if self.args.hub_strategy == "checkpoint" or file.name not in STATE_FILES:
+                    link_or_copy(file, folder / file.name)
+            for name in ("config.yaml", "metrics.jsonl", "loss.png"):  # copied, since the run goes on changing them
+                if (self.run / name).exists():
+                    shutil.copyfile(self.run / name, folder / name)
+            (folder / "README.md").write_text(self.build_card(self.run, folder), "utf-8")
         for surplus in list_waiting(self.run)[1 : -self.args.save_total_limit]:
             shutil.rmtree(surplus)
             tqdm.write(f"hub: {surplus.name} could not be pushed in time and makes room for later ones")
 
     def push(self) -> None:
-        """Have what waits pushed, by the process that is at it or by a new one."""
+        """Start a process that pushes all folders that wait, unless one is already pushing."""
         self.show_log()
         if self.process is not None and self.process.poll() is None:
             return
@@ -329,11 +319,11 @@ class Publisher:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # a signal to the training processes is none to this one
+                start_new_session=True,  # signals to the training processes do not reach it
             )
 
     def show_log(self) -> None:
-        """What the pushing processes have said since the last time."""
+        """Show what the pushing processes have printed since the last call."""
         if self.log_file.exists():
             with self.log_file.open("rb") as log:
                 self.logged = log.seek(self.logged)
@@ -342,14 +332,14 @@ class Publisher:
                 self.logged += len(new)
 
     def waiting(self) -> list[str]:
-        """Lines for the log of a run that stops before its end."""
+        """Say in lines for the log what is not on the hub yet when a run stops before its end."""
         return describe_waiting(self.run) if self.is_active else []
 
     def finish(self) -> list[str]:
-        """Wait for what is being pushed.
+        """Wait for the push that is under way.
 
         Returns:
-            lines for the log: where the model is, and what is not there.
+            lines for the log: where the model is on the hub, and what is not there yet.
         """
         if not self.is_active:
             return []
@@ -365,12 +355,11 @@ class Publisher:
 
 
 def fetch_checkpoint(args: PretrainArguments) -> str | None:
-    """Download the checkpoint that `resume_from_checkpoint` names on the hub, with the metrics that lead up to it, into
-    the folder of a run that begins with it.
+    """Download the checkpoint that `resume_from_checkpoint` names on the hub, and its metrics, into the run's folder.
 
     Returns:
-        `resume_from_checkpoint` or, if that was on the hub, the path of the copy; whether it is whole is yet to be
-        verified. None if it is only looked for, since the run does not begin now.
+        `resume_from_checkpoint` or, if that is on the hub, the path of the copy, which is not verified yet. None if the
+        run does not begin now, so that the hub is only asked whether the checkpoint exists.
 
     Raises:
         UserError: there is no such repository, revision or training state, or the hub cannot be reached.
@@ -383,8 +372,8 @@ def fetch_checkpoint(args: PretrainArguments) -> str | None:
     limit_requests()
     api, revision = HfApi(), revision or "main"
     temporary = run / "checkpoints" / ".from-hub"
-    begins = not (args.dry_run or args.prepare_only)
-    wanted = re.compile("|".join(["config.json", r"model[\w.-]*", *STATE_FILES, "metrics.jsonl"]))  # none in a folder
+    downloads = not (args.dry_run or args.prepare_only)
+    needed = re.compile("|".join(["config.json", r"model[\w.-]*", *STATE_FILES, "metrics.jsonl"]))  # none in a folder
 
     def download() -> None:
         files = api.list_repo_files(repo_id, revision=revision)
@@ -393,12 +382,12 @@ def fetch_checkpoint(args: PretrainArguments) -> str | None:
                 f"`resume_from_checkpoint` {uri} has no {', '.join(lacking)}: it was pushed without `hub_strategy: "
                 "checkpoint`, as a model alone; go on from that by `model_name_or_path`"
             )
-        if begins:
+        if downloads:
             snapshot_download(
                 repo_id,
                 revision=revision,
                 local_dir=temporary,
-                allow_patterns=[name for name in files if wanted.fullmatch(name)],
+                allow_patterns=[name for name in files if needed.fullmatch(name)],
             )
 
     try:
@@ -409,9 +398,9 @@ def fetch_checkpoint(args: PretrainArguments) -> str | None:
         raise UserError(f"`resume_from_checkpoint` {uri}: {repo_id} has {', '.join(tags) or 'no tags'}{near}") from None
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         raise UserError(f"`resume_from_checkpoint` {uri} cannot be downloaded: {reason(error)}") from None
-    if not begins:
+    if not downloads:
         return None
-    shutil.rmtree(temporary / ".cache", ignore_errors=True)  # the library's notes on the download
+    shutil.rmtree(temporary / ".cache", ignore_errors=True)  # what the library recorded of the download
     with raising_damaged_file(f"state.json of {uri}", "choose another checkpoint"):
         folder = checkpoint_path(run / "checkpoints", json.loads((temporary / "state.json").read_text())["step"])
     if (temporary / "metrics.jsonl").exists():
@@ -420,6 +409,7 @@ def fetch_checkpoint(args: PretrainArguments) -> str | None:
 
 
 def main() -> None:
+    """Push what a run could not push."""
     parser = argparse.ArgumentParser(description="Push what a run could not push to the hub.")
     parser.add_argument("run_dir", type=Path, help="the `output_dir` of pretrain.py")
     run = parser.parse_args().run_dir

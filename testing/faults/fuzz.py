@@ -1,12 +1,12 @@
-"""Random damage to everything that the recipe reads: it has to end in success or in an error of ours, and soon.
+"""Damage everything that the recipe reads at random: each case has to end in success or in a `UserError`, and soon.
 
 python -m testing.faults.fuzz [--cases 10000] [--seed 0] [--targets config corpus]
-python -m testing.faults.fuzz --only checkpoint:17     # that case alone, with its traceback
+python -m testing.faults.fuzz --only checkpoint:17     # one case, with its traceback
 
-1. A target writes what the recipe reads, whole, into an empty folder, with one to three random changes (`mutate` of
-   values, `mutate_bytes` of files), and reads it by the functions that the scripts call.
-2. What comes out is ok, refused (a `UserError`) or found: another exception, 30 s of CPU without an end, or something
-   half written. A case is a function of (seed, target, number) and can be repeated alone.
+1. A target writes valid input into an empty folder, makes one to three random changes (`mutate` for values,
+   `mutate_bytes` for files), and reads it by the functions that the scripts call.
+2. The outcome is ok, refused (a `UserError`) or found: another exception, 30 s of CPU without an end, or something half
+   written. A case is a function of (seed, target, number) and can be repeated alone.
 """
 
 from testing.helpers import ROOT, SAMPLE, SMALL_MODEL, make_text, reset_accelerate  # first: sets the environment  # noqa: I001
@@ -59,8 +59,9 @@ from recipe.data.corpora import (
     sample_texts,
 )
 from recipe.finetune.finetuning import encode_splits
-from recipe.finetune.report import describe_data
-from recipe.finetune.tasks.glue import TASKS, Task, load_task
+from recipe.finetune.tasks.glue import TASKS, Task
+from recipe.finetune.tasks.loading import load_task
+from recipe.finetune.tasks.scoring import describe_data
 from recipe.data.hygiene import Decontaminator
 from recipe.run.metrics import TrainState
 from recipe.modeling.model import build_config, build_model
@@ -76,7 +77,7 @@ from recipe.data.tokenizer import DocumentEncoder, load_tokenizer, save_tokenize
 
 CPU_SECONDS = 30  # that a case may take
 WAIT_SECONDS = 10 * CPU_SECONDS  # and with what it waits for, however busy the machine
-DEEP = 20_000  # brackets in each other
+NESTED_BRACKETS = 20_000
 ODD_BYTES = [
     b"\0",
     b"\xff",
@@ -92,7 +93,15 @@ ODD_BYTES = [
     b"- ",
     b"#",
 ]
-ODD_BYTES += [b"[" * DEEP, b"9" * 5000, b"1e999", b"NaN", b"null", b"&a [*a]", b"!!python/object/apply:os.getpid []"]
+ODD_BYTES += [
+    b"[" * NESTED_BRACKETS,
+    b"9" * 5000,
+    b"1e999",
+    b"NaN",
+    b"null",
+    b"&a [*a]",
+    b"!!python/object/apply:os.getpid []",
+]
 ODD_BYTES += ["\u2028".encode(), "\u202e\u0301".encode(), b"\x1b[31m", b"x" * 3_000_000]
 ODD = [None, True, False, 0, 1, -1, 2, 0.5, -0.0, 10**6, 2**31, 2**63, 10**30, float("inf"), float("nan"), 1e-300]
 ODD += [
@@ -116,12 +125,14 @@ ODD += [datetime.date(2020, 1, 1)]
 
 
 class HangError(BaseException):
-    """A case takes too long. (No `Exception`, which some code catches for good reasons.)"""
+    """A case takes too long. (It is no `Exception`, since some code catches these for good reasons.)"""
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
-    """One to three changes: cut off, emptied, bits flipped, a part left out, doubled or overwritten, odd bytes put in,
-    another encoding."""
+    """Make one to three changes.
+
+    They are: cut off, emptied, a bit flipped, a part removed, doubled or overwritten, odd bytes added, re-encoded.
+    """
     for _ in range(rng.choice([1, 1, 2, 3])):
         start = rng.randrange(len(data) + 1)
         end = min(len(data), start + rng.choice([1, 1, 4, 40, 4000]))
@@ -148,7 +159,7 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
-    """(dictionary or list, key or index) of everything inside a value."""
+    """Find everything inside a value, as (dictionary or list, key or index)."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield value, key
@@ -156,7 +167,7 @@ def places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def mutate(value: Any, rng: random.Random, odd: list[Any] = ODD) -> Any:
-    """A copy with one change somewhere inside: removed, replaced, renamed, wrapped, exchanged or bent."""
+    """Copy a value with one change somewhere inside: removed, replaced, renamed, wrapped, exchanged or altered."""
     value = copy.deepcopy(value)
     found = list(places(value))
     if not found or rng.random() < 0.03:
@@ -177,7 +188,7 @@ def mutate(value: Any, rng: random.Random, odd: list[Any] = ODD) -> Any:
     elif change == 4 and isinstance(holder[key], int | float):
         number = holder[key]
         holder[key] = rng.choice([-number, number + 1, number - 1, number * 10**9, number / 7, str(number)])
-    else:  # most often by something of its own kind: what is of another is soon refused
+    else:  # most often by a value of the same type, since others are soon refused
         like = [other for other in odd if type(other) is type(holder[key])] if change < 10 else odd
         holder[key] = copy.deepcopy(rng.choice(like or odd))
     return value
@@ -185,7 +196,7 @@ def mutate(value: Any, rng: random.Random, odd: list[Any] = ODD) -> Any:
 
 @dataclass
 class Material:
-    """What is damaged, whole.
+    """What is damaged, as it is before.
 
     Args:
         root: folder with a `tokenizer`, and the `run` of pretrain.py that used it.
@@ -224,14 +235,14 @@ class Material:
 
 @dataclass
 class Case:
-    """`folder`: empty, and the working directory. `material`: not to be changed."""
+    """One case; its folder is empty and the working directory, the material must not be changed."""
 
     rng: random.Random
     folder: Path
     material: Material
 
     def damage(self, file: Path) -> None:
-        """Damage a file, most often its bytes."""
+        """Damage a file: most often its bytes, else remove it or put a folder in its place."""
         kind = self.rng.random()
         if kind < 0.05:
             file.unlink()
@@ -243,7 +254,7 @@ class Case:
 
 
 def run_script(name: str, arguments: list[str]) -> None:
-    """A script's `main` in this process."""
+    """Run a script's `main` in this process."""
     reset_accelerate()
     with mock.patch.object(sys, "argv", [f"{name}.py", *arguments]):
         importlib.import_module(name).main()
@@ -261,11 +272,11 @@ KINDS = {
 
 
 def fuzz_config(case: Case) -> None:
-    """YAML and flags of a script, through all that it checks before it begins to work."""
+    """Damage the YAML and flags of a script, and run everything that it checks before it begins to work."""
     rng, root = case.rng, case.material.root
     kind, (script, cls) = rng.choice(list(KINDS.items()))
     values = yaml.safe_load(rng.choice(sorted((ROOT / "recipe" / "configs" / kind).glob("*.yaml"))).read_text())
-    # What it names is there, but for the corpora and names that are odd now.
+    # What the config names exists, unless the changes below give it another name.
     local = {"corpora": [{"name": name, "path": str(case.material.corpus)} for name in "ab"], "output_dir": "out"}
     local |= {"tokenizer_name": str(root / "tokenizer"), "model_name_or_path": str(root / "run" / "model")}
     local |= {"glue_dir": str(SAMPLE / "glue"), "tasks": ["cola"], "max_seq_length": 16, "token_store_dir": "stores"}
@@ -292,14 +303,14 @@ def fuzz_config(case: Case) -> None:
         else flag
         for flag in flags
     ]
-    flags = [flag.replace("\0", "")[:100_000] for flag in flags]  # as the system has it
+    flags = [flag.replace("\0", "")[:100_000] for flag in flags]  # as the system passes flags on
     before = contents(case.folder)
     run_script(script, [*(f"--config={file}" for file in parts), *flags, "--dry_run=true"])
     assert contents(case.folder) == before, "a dry run has written something"
 
 
 def fuzz_corpus(case: Case) -> None:
-    """A local file of any format, through the readers and, now and then, into a token store."""
+    """Damage a local file of any format, and read it or, now and then, make a token store of it."""
     rng = case.rng
     suffix = rng.choice([*SUFFIXES, *TABLES * 4])
     path = Path(f"text{suffix}")
@@ -337,7 +348,7 @@ def fuzz_corpus(case: Case) -> None:
 
 
 def write_table(path: Path, records: Any, rng: random.Random) -> None:
-    """A Parquet or Arrow file with the texts as strings or, now and then, as something else."""
+    """Write a Parquet or Arrow file with the texts as strings or, now and then, as something else."""
     values = [record.get("text") if isinstance(record, dict) else record for record in records]
     kind = rng.choice([pa.string(), pa.string(), pa.string(), pa.large_string(), pa.string_view(), pa.binary(), None])
     texts = [value.encode(errors="replace").decode() if isinstance(value, str) else None for value in values]
@@ -347,7 +358,7 @@ def write_table(path: Path, records: Any, rng: random.Random) -> None:
         column = pa.array(texts)
     if kind is pa.binary():
         column = pa.array([mutate_bytes((text or "").encode(), rng) for text in texts], pa.binary())
-        if rng.random() < 0.5:  # as writers that do not look do
+        if rng.random() < 0.5:  # as writers do that check nothing
             column = pa.StringArray.from_buffers(len(column), *column.buffers()[1:])
     table = pa.table({rng.choice(["text"] * 9 + ["x"]): column, "id": range(len(values))})
     if path.suffix == ".parquet":
@@ -368,7 +379,7 @@ def compress(path: Path, data: bytes) -> None:
 
 
 def fuzz_glue(case: Case) -> None:
-    """The TSVs of a task."""
+    """Damage the TSVs of a task, and load them."""
     rng = case.rng
     name, task = rng.choice(list(TASKS.items()))
     for split in task.splits:
@@ -407,7 +418,7 @@ ODD_TENSORS = [torch.zeros(0), torch.ones(3, dtype=torch.int8), torch.full((2, 2
 
 
 def fuzz_checkpoint(case: Case) -> None:
-    """The newest of two checkpoints, with checksums that fit the damage or not, as far as pretrain.py goes with it."""
+    """Damage the newest of two checkpoints, with checksums that fit the damage or not, and resume from it."""
     rng, folder = case.rng, case.folder / "checkpoints"
     shutil.copytree(case.material.run / "checkpoints", folder)
     older, newest = list_checkpoints(folder)
@@ -438,13 +449,13 @@ def fuzz_checkpoint(case: Case) -> None:
         path, state, _ = ckpt.open_checkpoint(folder, "latest", saved["identity"], saved["arguments"])
         if is_changed and not fits and file.name != MANIFEST:
             assert path == older, f"the damaged {path} is used"
-        go_on(path, state, case.material)
+        resume(path, state, case.material)
     finally:
         assert contents(folder) == before, "reading has changed something"
 
 
-def go_on(path: Path, saved: dict[str, Any], material: Material) -> None:
-    """What pretrain.py does with an open checkpoint, and an update."""
+def resume(path: Path, saved: dict[str, Any], material: Material) -> None:
+    """Do what pretrain.py does with an open checkpoint, and an update."""
     ckpt.check_identity(saved["identity"], saved["identity"], path)
     state = TrainState.restore(saved["train_state"], 1, path)
     objective = MaskedLMObjective(build_model(material.model_config, None), 0.15)
@@ -462,7 +473,7 @@ def go_on(path: Path, saved: dict[str, Any], material: Material) -> None:
 
 
 def fuzz_run(case: Case) -> None:
-    """The files of a run, through what shows it, publishes it and goes on with it."""
+    """Damage the files of a run, and plot, publish or resume it."""
     rng, run = case.rng, case.folder / "run"
     shutil.copytree(case.material.run, run, ignore=shutil.ignore_patterns("checkpoints", "loss.png"))
     file = run / rng.choice(["config.yaml", "status.json", "metrics.jsonl", "model/config.json"])
@@ -514,7 +525,7 @@ TARGETS: dict[str, Callable[[Case], None]] = {
 
 
 def run_case(seed: int, target: str, number: int, material: Material, folder: Path) -> BaseException | None:
-    """One case, in an empty `folder`; what it ended with."""
+    """Run one case in an empty folder, and return the error that it ended with."""
     folder.mkdir()
     home = Path.cwd()
     os.chdir(folder)
@@ -523,7 +534,7 @@ def run_case(seed: int, target: str, number: int, material: Material, folder: Pa
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             TARGETS[target](Case(random.Random(f"{seed}:{target}:{number}"), folder, material))
-    except SystemExit as end:  # of --help
+    except SystemExit as end:  # --help ends so
         return end if end.code else None
     except (Exception, HangError) as error:
         return error
@@ -542,13 +553,13 @@ def stop_case(number: int, _: Any) -> None:
 
 @contextlib.contextmanager
 def prepared() -> Iterator[Callable[[int, str, int], BaseException | None]]:
-    """A function that runs the case of a seed, a target and a number."""
+    """Yield a function that runs the case of a seed, a target and a number."""
     earlier = {number: signal.signal(number, stop_case) for number in (signal.SIGALRM, signal.SIGPROF)}
     patches = [
         mock.patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true", "TQDM_DISABLE": "1"}),
         mock.patch("recipe.data.corpora.RETRY_SECONDS", ()),
         mock.patch("recipe.publish.hub.PATIENCE_SECONDS", 0),
-        mock.patch("recipe.plan.matmul_flops", return_value=1e12),  # is a measurement
+        mock.patch("recipe.plan.matmul_flops", return_value=1e12),  # otherwise measured
     ]
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory(prefix="fuzz-") as root:
         for patch in patches:
@@ -564,26 +575,26 @@ def prepared() -> Iterator[Callable[[int, str, int], BaseException | None]]:
 
 
 def fuzz(cases: int, seed: int, targets: list[str]) -> int:
-    """Run so many cases, shared among the targets, and print a table and what was found.
+    """Run cases of each target in turn, and print a table and the findings.
 
     Returns:
-        how many were found.
+        the number of findings.
     """
     outcomes: dict[str, Counter[str]] = {target: Counter() for target in targets}
     findings = []
     with prepared() as run:
         for index in range(cases):
             target, number = targets[index % len(targets)], index // len(targets)
-            # Whoever crashes the process is the last one here, on a terminal; a log has every 500th, and the same seed
-            # crashes again.
+            # A case that crashes the process is the last one printed on a terminal. A log has every 500th only; the
+            # same seed crashes again.
             if sys.stderr.isatty() or number % 500 == 0:
                 print(f"\r{target}:{number} ", end="", file=sys.stderr, flush=True)
             started = time.perf_counter()
             error = run(seed, target, number)
             outcomes[target]["seconds"] += time.perf_counter() - started
-            is_ours = error is None or isinstance(error, UserError)
-            outcomes[target]["ok" if error is None else "refused" if is_ours else "found"] += 1
-            if not is_ours:
+            is_expected = error is None or isinstance(error, UserError)
+            outcomes[target]["ok" if error is None else "refused" if is_expected else "found"] += 1
+            if not is_expected:
                 frame = traceback.extract_tb(error.__traceback__)[-1]
                 where = f"{Path(frame.filename).name}:{frame.lineno}"
                 message = " ".join(str(error).split())[:200]
@@ -604,7 +615,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", metavar="TARGET:NUMBER", help="this case alone, with its traceback")
     args = parser.parse_args()
-    faulthandler.enable()  # a crash of the interpreter shows where
+    faulthandler.enable()  # shows where the interpreter crashes
     if args.only is None:
         sys.exit(fuzz(args.cases, args.seed, args.targets) > 0)
     target, _, number = args.only.partition(":")

@@ -1,14 +1,14 @@
-"""A run of pretrain.py that is killed at random moments until it is complete, against one that nothing disturbs.
+"""Kill runs of pretrain.py at random moments until they are complete, and compare them with an undisturbed run.
 
 python -m testing.faults.storm --kills 100 --seed 0
 
-Tiny models on one process and on two, in turns, pushing to a hub on this machine. A rank, all ranks or the launcher get
-SIGKILL or SIGTERM: while starting, training, evaluating, saving or pushing. Afterwards no process may be left, every
-file of the run must be readable, and the next start goes on. In the end every line of metrics.jsonl, with the digest
-of all blocks and masks, and every weight must be those of the undisturbed run on one process, bit for bit.
+The runs train tiny models on one process and on two, in turns, and push to a hub on this machine. A rank, all ranks or
+the launcher get SIGKILL or SIGTERM: while starting, training, evaluating, saving or pushing. Afterwards no process may
+be left and every file of the run must be readable; then the run is resumed. In the end every line of metrics.jsonl,
+with the digest of all blocks and masks, and every weight must be those of the undisturbed run, bit for bit.
 
-(So they can be: without dropout, two processes with a micro-batch each add the same two gradients as one process with
-both micro-batches, and the factor of two that DDP divides by is exact. Held-out blocks make two micro-batches too.)
+(They can be: without dropout, two processes with a micro-batch each add the same two gradients as one process with both
+micro-batches, and the factor of two that DDP divides by is exact. Held-out blocks make two micro-batches too.)
 """
 
 import argparse
@@ -39,12 +39,12 @@ ROOT = Path(__file__).parents[2]
 EVAL_STEPS, SAVE_STEPS = 7, 5
 MOMENTS = ("starting", "training", "evaluating", "saving", "pushing")
 UPLOADS = ("/preupload/", "PUT ", "/commit/", "/tag/")
-# Measured, or told by the clock.
+# Values that depend on the machine.
 TIMED = {"tokens_per_second", "mfu", "peak_memory", "data_wait_share", "seconds_per_update"}
 
 
 def build_flags(folder: Path, max_steps: int) -> dict[str, Any]:
-    """Of a small run; a tokenizer and its text are made first."""
+    """Build the flags of a small run; its text and tokenizer are made first."""
     rng = random.Random(0)
     words = [f"{a}{b}" for a in ("ta", "ro", "mi", "lu") for b in ("n", "ber", "sti", "ka")]
     texts = [" ".join(rng.choices(words, k=rng.randint(5, 200))).capitalize() + "." for _ in range(300)]
@@ -74,7 +74,7 @@ def build_flags(folder: Path, max_steps: int) -> dict[str, Any]:
 
 
 def start(flags: dict[str, Any], processes: int, environment: dict[str, str], log: Path) -> subprocess.Popen:
-    """pretrain.py on the CPU, with torchrun for several processes, and what it prints in a file."""
+    """Start pretrain.py on the CPU, by torchrun if on several processes, with its output in a file."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), "pretrain.py"]
     with log.open("w") as out:
@@ -89,7 +89,7 @@ def start(flags: dict[str, Any], processes: int, environment: dict[str, str], lo
 
 
 def family(process: subprocess.Popen) -> list[psutil.Process]:
-    """The process and all below it, none if it has ended. (torchrun's ranks are sessions of their own.)"""
+    """List the process and all below it, none if it has ended. (torchrun's ranks are sessions of their own.)"""
     with suppress(psutil.NoSuchProcess):
         if process.poll() is None:
             return [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
@@ -103,11 +103,11 @@ def kill(members: list[psutil.Process], number: signal.Signals = signal.SIGKILL)
 
 
 class Storm:
-    """Runs that are killed, one after the other until there were enough kills.
+    """Runs that are killed, one after the other, until there are enough kills.
 
     Attributes:
-        killed: how often, by (signal, target, moment).
-        failures: what should not have happened.
+        killed: numbers of kills by (signal, target, moment).
+        failures: descriptions of what should not have happened.
     """
 
     def __init__(self, folder: Path, seed: int, max_steps: int, hub: HubServer) -> None:
@@ -132,7 +132,7 @@ class Storm:
         return run
 
     def strike(self, kills: int) -> None:
-        """Kill runs until there were so many kills, and let the last run end."""
+        """Kill runs until there are enough kills, and let the last run end."""
         whole = self.undisturbed()
         while self.killed.total() < kills:
             self.runs += 1
@@ -151,11 +151,11 @@ class Storm:
             self.compare(whole, run)
 
     def kill_some_time(self, process: subprocess.Popen, processes: int, run: Path) -> None:
-        wanted = self.rng.choices(MOMENTS, weights=(1, 3, 3, 3, 3))[0]
-        self.wait_for(wanted, process, run)
+        chosen = self.rng.choices(MOMENTS, weights=(1, 3, 3, 3, 3))[0]
+        self.wait_for(chosen, process, run)
         members = family(process)
         if not members:
-            return  # it was complete before
+            return  # the run was complete before
         targets = {"all ranks": members[:1]}
         if processes > 1:
             with suppress(psutil.NoSuchProcess):
@@ -165,19 +165,19 @@ class Storm:
                     targets |= {"one rank": [self.rng.choice(ranks)], "all ranks": ranks}
         target = self.rng.choice(list(targets))
         number = self.rng.choice((signal.SIGKILL, signal.SIGTERM))
-        moment = self.moment(run) if wanted != "starting" else wanted
+        moment = self.moment(run) if chosen != "starting" else chosen
         kill(targets[target], number)
         _, left = psutil.wait_procs(members, timeout=600)
         if left:
             self.failures.append(f"{len(left)} processes left after {number.name} to {target}")
             kill(left)
         self.killed[number.name, target, moment] += 1
-        if number == signal.SIGTERM and wanted != "starting":
+        if number == signal.SIGTERM and chosen != "starting":
             self.check_preempted(run, target)
         print(f"{self.killed.total():4}  {number.name} to {target}, {moment}", flush=True)
 
     def wait_for(self, moment: str, process: subprocess.Popen, run: Path) -> None:
-        """Until the run is at it, or has ended."""
+        """Wait until the run is at that moment, or has ended."""
         if moment == "starting":
             time.sleep(self.rng.uniform(0, 6))
             return
@@ -185,8 +185,8 @@ class Storm:
         requests, wait = self.requests, self.rng.uniform(0, 1)
         while process.poll() is None:
             written = [file.stat().st_mtime if file.exists() else 0 for file in (metrics, status)]
-            if written[0] > written[1] > begun:  # a line after the status that a start writes first
-                if wait > 0:  # not always the first of its kind
+            if written[0] > written[1] > begun:  # there is a line after the status that a start writes first
+                if wait > 0:  # so that it is not always the first such moment
                     time.sleep(wait)
                     wait = 0
                 pushing = any(part in request for request in self.hub.requests[requests:] for part in UPLOADS)
@@ -196,7 +196,7 @@ class Storm:
             time.sleep(0.002)
 
     def moment(self, run: Path) -> str:
-        """What the run is doing, as far as it can be seen."""
+        """Tell what the run is doing, as far as it can be seen from outside."""
         last = self.hub.requests[self.requests :][-1:]
         if list((run / "checkpoints").glob(".step-*")):
             return "saving"
@@ -207,23 +207,25 @@ class Storm:
         return "pushing" if last and any(part in last[0] for part in UPLOADS[:3]) else "training"
 
     def check_preempted(self, run: Path, target: str) -> None:
-        """A run that was asked to stop has saved, or was done."""
+        """Check that a run that was asked to stop has saved, or was complete."""
         status = json.loads((run / "status.json").read_text())
         if status["state"] != "complete" and status["step"] < self.flags["max_steps"]:
             if status["state"] != "preempted" or not checkpoint_path(run / "checkpoints", status["step"]).is_dir():
                 self.failures.append(f"SIGTERM to {target}: {status}")
-            elif target != "launcher" and "Traceback" in (log := self.log.read_text()):  # torchrun writes its own
+            elif target != "launcher" and "Traceback" in (
+                log := self.log.read_text()
+            ):  # the launcher's own is torchrun's
                 self.failures.append(f"SIGTERM to {target}: {log[log.index('Traceback') :][:1000]}")
 
     def check_readable(self, run: Path) -> None:
-        """Whatever the run has left can be read, and its start found nothing damaged."""
+        """Check that everything the run has left can be read, and that its start found nothing damaged."""
         try:
             if (run / "status.json").exists():
                 json.loads((run / "status.json").read_text())
                 read_config(run)
             read_records(run / "metrics.jsonl")
             _, warnings = find_checkpoint(run / "checkpoints", "latest")
-        except Exception as error:  # all of them are findings
+        except Exception as error:  # any error is a finding
             warnings = [f"{type(error).__name__}: {error}"]
         self.failures += warnings + [line for line in self.log.read_text().splitlines() if "is damaged" in line]
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from recipe.base.errors import UserError
+from recipe.finetune.finetuning import Finetuner, load_classifier
 from recipe.finetune.jobs import Job, Results
-from testing.glue_data import write_cola, write_mnli, write_rte, write_stsb
+from recipe.finetune.tasks.glue import TASKS, Split, Task
+from testing.glue_data import sentence, write, write_cola, write_mnli, write_rte, write_stsb
 from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, read_lines
 
 
@@ -58,6 +61,8 @@ def test_grid_ends_with_results_summary_table_plot_and_submission(run_glue, flag
     printed = capsys.readouterr().out
     assert (out / "table.md").read_text() in printed
     assert "warning: CoLA: the train split has 48 rows, the official one 8,551" in printed
+    assert f"submission: {out / 'submission.zip'}, without SST-2.tsv" in printed
+    assert "gluebenchmark.com" not in printed  # this is not the official data
     assert (out / "glue.png").stat().st_size > 10_000
     with zipfile.ZipFile(out / "submission.zip") as file:
         assert sorted(file.namelist()) == ["CoLA.tsv", "RTE.tsv"]
@@ -117,11 +122,11 @@ def test_failed_job_is_recorded_and_tried_again(run_glue, flags, tmp_path: Path,
     assert "1 jobs failed; results.jsonl says why" in (out / "table.md").read_text()
 
     attempts = []
-    finetune = __import__("recipe.finetune.finetuning").finetuning.Finetuner.run
+    finetune = Finetuner.run
 
-    def run(self, name, splits, model, learning_rate, *rest):
-        attempts.append(learning_rate)
-        return finetune(self, name, splits, model, min(learning_rate, 1e-3), *rest)
+    def run(self, job, *rest):
+        attempts.append(job.learning_rate)
+        return finetune(self, replace(job, learning_rate=min(job.learning_rate, 1e-3)), *rest)
 
     monkeypatch.setattr("recipe.finetune.grid.Finetuner.run", run)
     run_glue(flags)
@@ -130,12 +135,12 @@ def test_failed_job_is_recorded_and_tried_again(run_glue, flags, tmp_path: Path,
 
 
 def test_out_of_memory_fails_one_job(run_glue, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    finetune = __import__("recipe.finetune.finetuning").finetuning.Finetuner.run
+    finetune = Finetuner.run
 
-    def run(self, name, splits, model, learning_rate, batch_size, seed, keeps_weights):
-        if seed == 1:
+    def run(self, job, *rest):
+        if job.seed == 1:
             raise torch.OutOfMemoryError("no room")
-        return finetune(self, name, splits, model, learning_rate, batch_size, seed, keeps_weights)
+        return finetune(self, job, *rest)
 
     monkeypatch.setattr("recipe.finetune.grid.Finetuner.run", run)
     run_glue(flags | {"tasks": "[rte]"})
@@ -160,10 +165,12 @@ def test_kept_model_is_the_best_and_loads_without_our_code(run_glue, flags, tmp_
 def test_small_tasks_start_from_the_best_mnli_model_too(run_glue, flags, tmp_path: Path, monkeypatch):
     write_mnli(tmp_path / "glue")
     sources = []
-    load = __import__("recipe.finetune.finetuning").finetuning.load_classifier
-    monkeypatch.setattr(
-        "recipe.finetune.grid.load_classifier", lambda name, task: (sources.append(name), load(name, task))[1]
-    )
+
+    def load(name, task):
+        sources.append(name)
+        return load_classifier(name, task)
+
+    monkeypatch.setattr("recipe.finetune.grid.load_classifier", load)
     run_glue(flags | {"tasks": "[rte,mnli]", "init_from_mnli": "true"})
     out = tmp_path / "out"
     assert [Path(name).name for name in sources[-2:]] == ["mnli", "mnli"]
@@ -177,6 +184,79 @@ def test_small_tasks_start_from_the_best_mnli_model_too(run_glue, flags, tmp_pat
     assert "RTE (from MNLI)" in (out / "table.md").read_text()
     curves = learnt(out)
     assert curves[Job("rte", "mnli", 3e-3, 8, 1)] != curves[Job("rte", "pretrained", 3e-3, 8, 1)]
+
+
+def test_task_needs_no_more_than_an_entry(run_glue, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """As the docstring of recipe/finetune/tasks/glue.py has it: a table of one task that knows none of GLUE's."""
+    rng = random.Random(0)
+    words = {"bad": "rive", "fair": "mor", "good": "belda"}
+    for name, rows in (("train", 120), ("dev", 12), ("test", 4)):
+        labels = [rng.choice(list(words)) for _ in range(rows)]
+        texts = [[sentence(rng, words[label]), label][: 1 if name == "test" else 2] for label in labels]
+        write(tmp_path / "glue" / f"toy-{name}.tsv", "review\tmark"[: 6 if name == "test" else None], texts)
+    monkeypatch.setitem(
+        TASKS,
+        "toy",
+        Task(
+            title="Toy",
+            columns=("review",),
+            tsv_columns=("review", "mark"),
+            labels=tuple(words),
+            tsv_labels=tuple(words),
+            metrics=("accuracy",),
+            learning_rate=3e-3,
+            batch_size=8,
+            published={},
+            splits={
+                "train": Split(("toy", "train"), ("toy-train.tsv",), 120),
+                "validation": Split(("toy", "validation"), ("toy-dev.tsv",), 12),
+                "test": Split(("toy", "test"), ("toy-test.tsv",), 4, submission="Toy.tsv"),
+            },
+            hub_id="someone/toy",
+        ),
+    )
+    changes = {"tasks": "[toy]", "learning_rates": "null", "batch_sizes": "null", "num_train_epochs": 12}
+    run_glue(flags | changes | {"save_models": "true"})
+    [row] = json.loads((tmp_path / "out" / "summary.json").read_text())["tasks"]
+    assert (row["task"], row["learning_rate"], row["n"], row["official"]) == ("toy", 3e-3, 2, True)
+    assert row["median"] > 0.9  # the sentences tell their label
+    assert "| Toy " in (tmp_path / "out" / "table.md").read_text()
+    predictions = (tmp_path / "out" / "predictions" / "Toy.tsv").read_text().splitlines()[1:]
+    assert {line.split("\t")[1] for line in predictions} <= set(words)
+    assert "A classifier for Toy" in (tmp_path / "out" / "models" / "toy" / "README.md").read_text()
+
+
+HEAVY = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("loaded:", *{"torch", "transformers", "datasets", "evaluate", "accelerate"} & sys.modules.keys())
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "expected"),
+    [
+        ("finetune_glue.py", ["--help"], "--learning_rates"),
+        ("finetune_glue.py", ["--output_dir=x", "--model_name_or_path=x", "--print_config"], "warmup_ratio: 0.06"),
+        ("finetune_glue.py", ["--output_dirs=x"], "there is no field `output_dirs`"),
+        ("finetune_glue.py", ["--config=nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        ("finetune_glue.py", ["--output_dir=x", "--model_name_or_path=x", "--tasks=[rt]"], "did you mean `rte`"),
+        ("train_tokenizer.py", ["--help"], "--max_train_bytes"),
+        ("train_tokenizer.py", ["--output_dir=x", "--corpora=[]", "--print_config"], "min_frequency: 2"),
+        ("train_tokenizer.py", ["--output_dirs=x"], "there is no field `output_dirs`"),
+        ("train_tokenizer.py", ["--config=nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        ("train_tokenizer.py", ["--output_dir=x", "--corpora=[]"], "`corpora` is empty"),
+    ],
+)
+def test_options_are_answered_without_loading_torch(script, arguments, expected, tmp_path: Path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", HEAVY, str(ROOT / script), *arguments]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert expected in result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1] == "loaded:", result.stderr
 
 
 def test_bad_input_is_refused_before_training(run_glue, flags, tmp_path: Path, small_model: Path):

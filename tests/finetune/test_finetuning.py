@@ -30,7 +30,9 @@ from recipe.finetune.finetuning import (
     load_glue_tokenizer,
     model_checksum,
 )
-from recipe.finetune.tasks.glue import TASKS, load_task
+from recipe.finetune.jobs import Job
+from recipe.finetune.tasks.glue import TASKS
+from recipe.finetune.tasks.loading import load_task
 from testing.glue_data import write_mnli, write_rte, write_stsb
 from testing.helpers import PATIENCE_SECONDS, ROOT
 
@@ -82,7 +84,8 @@ def test_same_learning_as_a_plain_loop(accelerator, small_model: Path, tmp_path:
     splits = encode_splits(raw, task, tokenizer, 32)
     torch.manual_seed(3)
     model = load_classifier(str(small_model), task)
-    ours = Finetuner(accelerator, args, tokenizer, is_shared=False).run(name, splits, model, 1e-3, 8, 3, False)
+    job = Job(name, "pretrained", 1e-3, 8, 3)
+    ours = Finetuner(accelerator, args, tokenizer, is_shared=False).run(job, splits, model, keeps_weights=False)
 
     stock_tokenizer = AutoTokenizer.from_pretrained(small_model)
     torch.manual_seed(3)
@@ -131,7 +134,8 @@ def test_micro_batches_make_no_difference(accelerator, dropless_model: Path, tmp
         args = arguments(tmp_path, dropless_model, per_device_train_batch_size=size)
         torch.manual_seed(0)
         model = load_classifier(str(dropless_model), task)
-        outcome = Finetuner(accelerator, args, tokenizer, False).run("rte", splits, model, 1e-3, 8, 0, False)
+        finetuner = Finetuner(accelerator, args, tokenizer, is_shared=False)
+        outcome = finetuner.run(Job("rte", "pretrained", 1e-3, 8, 0), splits, model, keeps_weights=False)
         curves.append([epoch["loss"] for epoch in outcome.epochs])
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
@@ -144,7 +148,7 @@ def test_best_epoch_counts_and_its_weights_are_kept(accelerator, small_model: Pa
     torch.manual_seed(0)
     model = load_classifier(str(small_model), task)
     finetuner = Finetuner(accelerator, args, tokenizer, is_shared=False)
-    outcome = finetuner.run("rte", splits, model, 3e-3, 8, 0, keeps_weights=True)
+    outcome = finetuner.run(Job("rte", "pretrained", 3e-3, 8, 0), splits, model, keeps_weights=True)
     scores = [epoch["accuracy"] for epoch in outcome.epochs]
     assert outcome.metrics == {"accuracy": max(scores)}
     assert outcome.best_epoch == scores.index(max(scores)) + 1
@@ -163,7 +167,7 @@ def test_scores_are_predicted_on_their_own_scale(accelerator, small_model: Path,
     torch.manual_seed(0)
     model = load_classifier(str(small_model), task)
     finetuner = Finetuner(accelerator, args, tokenizer, is_shared=False)
-    outcome = finetuner.run("stsb", splits, model, 3e-3, 8, 0, keeps_weights=False)
+    outcome = finetuner.run(Job("stsb", "pretrained", 3e-3, 8, 0), splits, model, keeps_weights=False)
     assert outcome.metrics["pearson"] > 0.9
     found = finetuner.predict(task, splits["train"], model)
     assert found.max() > 3
@@ -197,7 +201,7 @@ def test_diverged_training_is_an_error(accelerator, small_model: Path, tmp_path:
     model = load_classifier(str(small_model), task)
     finetuner = Finetuner(accelerator, arguments(tmp_path, small_model), tokenizer, is_shared=False)
     with pytest.raises(FloatingPointError, match="the training loss of epoch 1 is nan"):
-        finetuner.run("rte", splits, model, 1e30, 8, 0, keeps_weights=False)
+        finetuner.run(Job("rte", "pretrained", 1e30, 8, 0), splits, model, keeps_weights=False)
 
 
 def test_model_without_encoder_weights_is_refused(small_model: Path, tmp_path: Path):
@@ -241,7 +245,9 @@ import json, sys
 import torch
 from recipe.arguments import GlueArguments
 from recipe.finetune.finetuning import Finetuner, encode_splits, load_classifier, load_glue_tokenizer
-from recipe.finetune.tasks.glue import TASKS, load_task
+from recipe.finetune.jobs import Job
+from recipe.finetune.tasks.glue import TASKS
+from recipe.finetune.tasks.loading import load_task
 from recipe.run.launch import start_accelerator
 
 folder, model, out = sys.argv[1:]
@@ -251,7 +257,8 @@ tokenizer = load_glue_tokenizer(model, 32)
 splits = encode_splits(load_task("mnli", folder)[0], TASKS["mnli"], tokenizer, 32)
 torch.manual_seed(5)
 classifier = load_classifier(model, TASKS["mnli"])
-outcome = Finetuner(accelerator, args, tokenizer, is_shared=True).run("mnli", splits, classifier, 1e-3, 8, 5, False)
+job = Job("mnli", "pretrained", 1e-3, 8, 5)
+outcome = Finetuner(accelerator, args, tokenizer, is_shared=True).run(job, splits, classifier, False)
 if accelerator.is_main_process:
     json.dump(outcome.epochs, open(out, "w"))
 """
@@ -275,6 +282,6 @@ def test_shared_job_ends_as_that_of_one_process(accelerator, dropless_model: Pat
     torch.manual_seed(5)
     model = load_classifier(str(dropless_model), TASKS["mnli"])
     finetuner = Finetuner(accelerator, arguments(tmp_path, dropless_model), tokenizer, is_shared=False)
-    expected = finetuner.run("mnli", splits, model, 1e-3, 8, 5, keeps_weights=False).epochs
+    expected = finetuner.run(Job("mnli", "pretrained", 1e-3, 8, 5), splits, model, keeps_weights=False).epochs
     for one, other in zip(found, expected, strict=True):
         assert one == pytest.approx(other, abs=1e-5)

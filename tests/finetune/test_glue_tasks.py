@@ -11,7 +11,9 @@ import yaml
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from recipe.base.errors import UserError
-from recipe.finetune.tasks.glue import TASKS, GlueMetric, Split, check_tasks, format_predictions, is_official, load_task
+from recipe.finetune.tasks.glue import TASKS, Split, check_tasks, is_official
+from recipe.finetune.tasks.loading import load_task
+from recipe.finetune.tasks.scoring import format_predictions, score
 from testing.glue_data import write, write_cola, write_mnli, write_rte, write_stsb
 from testing.helpers import PATIENCE_SECONDS, ROOT
 from testing.hub_server import serve
@@ -53,8 +55,8 @@ def test_labels_are_ids_by_name_and_scores_stay_scores(tmp_path: Path):
 
 def test_other_row_counts_than_the_official_ones_are_named(tmp_path: Path):
     write_cola(tmp_path, train=48)
-    splits, remarks = load_task("cola", str(tmp_path))
-    assert "CoLA: the train split has 48 rows, the official one 8,551" in remarks
+    splits, warnings = load_task("cola", str(tmp_path))
+    assert "CoLA: the train split has 48 rows, the official one 8,551" in warnings
     assert not is_official("cola", splits)
 
 
@@ -83,9 +85,9 @@ def test_malformed_lines_of_a_file_that_is_whole_are_left_out(tmp_path: Path, mo
     monkeypatch.setitem(TASKS["rte"].splits, "train", Split(("rte", "train"), ("RTE/train.tsv",), 3))
     with (tmp_path / "RTE" / "train.tsv").open("a") as file:
         file.write("9\tshort\n")
-    splits, remarks = load_task("rte", str(tmp_path))
+    splits, warnings = load_task("rte", str(tmp_path))
     assert len(splits["train"]) == 3
-    assert any("1 malformed lines" in remark for remark in remarks)
+    assert any("1 malformed lines" in warning for warning in warnings)
 
 
 def test_missing_files_are_listed(tmp_path: Path):
@@ -117,7 +119,7 @@ HUB_LABELS = {"rte": ["not_entailment", "entailment"], "wnli": ["not_entailment"
 LOAD = """
 import json
 from recipe.base.errors import UserError
-from recipe.finetune.tasks.glue import load_task
+from recipe.finetune.tasks.loading import load_task
 
 splits, _ = load_task("rte", None)
 print("FOUND", json.dumps({name: split.to_dict() for name, split in splits.items()}))
@@ -168,17 +170,17 @@ def test_hub_labels_are_taken_by_name_and_minus_one_is_none(tmp_path: Path):
 
 def test_metrics_are_those_of_scikit_learn_and_scipy():
     references, predictions = [0, 1, 1, 0, 1], [0, 1, 0, 0, 1]
-    assert GlueMetric("cola").compute(predictions=predictions, references=references) == {
+    assert score(TASKS["cola"], predictions, references) == {
         "matthews_correlation": pytest.approx(matthews_corrcoef(references, predictions))
     }
-    assert GlueMetric("mrpc").compute(predictions=predictions, references=references) == {
+    assert score(TASKS["mrpc"], predictions, references) == {
         "accuracy": 0.8,
         "f1": pytest.approx(f1_score(references, predictions)),
     }
-    scores = GlueMetric("stsb").compute(predictions=[0.0, 1.0, 9.0], references=[0.0, 1.0, 2.0])
+    scores = score(TASKS["stsb"], [0.0, 1.0, 9.0], [0.0, 1.0, 2.0])
     assert scores["spearman"] == pytest.approx(1)
     assert scores["pearson"] == pytest.approx(np.corrcoef([0, 1, 9], [0, 1, 2])[0, 1])
-    assert GlueMetric("stsb").compute(predictions=[1.0, 1.0], references=[0.0, 1.0]) == {"pearson": 0, "spearman": 0}
+    assert score(TASKS["stsb"], [1.0, 1.0], [0.0, 1.0]) == {"pearson": 0, "spearman": 0}
 
 
 def test_submission_has_names_where_the_task_has_names():
@@ -198,6 +200,6 @@ def test_a_zip_of_all_tasks_has_the_eleven_files_of_the_site():
 @pytest.mark.skipif(not REAL.is_dir(), reason="the official TSVs are not here")
 @pytest.mark.parametrize("name", ["cola", "sst2", "mrpc", "stsb", "rte"])
 def test_official_files_are_read_whole(name: str):
-    splits, remarks = load_task(name, str(REAL))
-    assert not remarks
+    splits, warnings = load_task(name, str(REAL))
+    assert not warnings
     assert is_official(name, splits)

@@ -17,7 +17,7 @@ JOBS = [Job("rte", "pretrained", rate, 16, seed) for rate in (1e-5, 3e-5) for se
 
 def work(folder: Path, seconds: float, log: Path) -> None:
     results = Results(folder)
-    for job in results.take(JOBS, lambda job: True):
+    for job in results.claim(JOBS, lambda job: True):
         time.sleep(seconds)
         with log.open("a") as file:
             file.write(f"{job.file_name}\n")
@@ -91,7 +91,7 @@ def test_job_of_a_dead_process_goes_to_another(tmp_path: Path):
 
 def test_jobs_wait_for_what_they_need(tmp_path: Path):
     results, order = Results(tmp_path), []
-    for job in results.take(JOBS, lambda job: job == JOBS[-1] or JOBS[-1] in results.read()):
+    for job in results.claim(JOBS, lambda job: job == JOBS[-1] or JOBS[-1] in results.read()):
         order.append(job)
         results.add(job, state="done")
     assert order == [JOBS[-1], *JOBS[:-1]]
@@ -101,7 +101,7 @@ def test_failures_are_forgotten_and_results_stay(tmp_path: Path):
     results = Results(tmp_path)
     results.forget_failures()
     results.add(JOBS[0], state="failed", reason="diverged")
-    assert next(results.take(JOBS[:1], lambda job: True), None) is None
+    assert next(results.claim(JOBS[:1], lambda job: True), None) is None
     results.forget_failures()
     assert not results.read()
     results.add(JOBS[0], state="failed", reason="diverged")

@@ -1,3 +1,4 @@
+import json
 import statistics
 import zipfile
 from pathlib import Path
@@ -5,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from recipe.finetune.jobs import Job
-from recipe.finetune.report import describe_data, format_table, summarise, write_submission
-from recipe.finetune.tasks.glue import TASKS, load_task
-from recipe.run.plots import plot_glue
+from recipe.finetune.report import format_table, summarise, write_report, write_submission
+from recipe.finetune.tasks.glue import TASKS
+from recipe.finetune.tasks.loading import load_task
+from recipe.finetune.tasks.scoring import describe_data
 from testing.glue_data import write_cola, write_stsb
 
 SCORES = {  # (task, init, learning rate) -> a score a seed
@@ -101,8 +103,19 @@ def test_submission_holds_what_is_there_and_names_the_rest(tmp_path: Path):
         assert file.read("AX.tsv") == b"index\tprediction\n0\tneutral\n"
 
 
-def test_figure_is_drawn_with_failed_tasks_too(summary, tmp_path: Path):
-    plot_glue(
-        summary["tasks"], [row["task"] for row in summary["tasks"]], "published", "a model", tmp_path / "glue.png"
-    )
+def test_report_is_written_with_failed_tasks_too(summary, tmp_path: Path):
+    [table, *others] = write_report(tmp_path, summary, 1.5, "a model")
     assert (tmp_path / "glue.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    assert table == f"\n{(tmp_path / 'table.md').read_text()}"
+    assert not any("submission" in line for line in others)  # there are no predictions
+
+
+def test_only_predictions_on_the_official_data_are_to_be_submitted(summary, tmp_path: Path):
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions" / "AX.tsv").write_text("index\tprediction\n0\tneutral\n")
+    official = summary | {"tasks": [row for row in summary["tasks"] if row["task"] != "cola"]}
+    for given, is_named in ((official, True), (summary, False)):
+        lines = write_report(tmp_path, given, 1.5, "a model")
+        assert any(line.startswith(f"submission: {tmp_path / 'submission.zip'}, without CoLA.tsv, ") for line in lines)
+        assert any("gluebenchmark.com" in line for line in lines) == is_named

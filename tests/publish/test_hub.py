@@ -90,9 +90,8 @@ for revision in revisions:
 """
 
 
-@pytest.mark.long
 def test_pushing_process_loads_no_torch():
-    """Which would take five seconds of a core from training, at each checkpoint."""
+    """It would take five seconds of a core from training, at each checkpoint."""
     code = (
         "import sys, recipe.publish.hub; sys.exit(bool({'torch', 'transformers', 'accelerate'} & sys.modules.keys()))"
     )

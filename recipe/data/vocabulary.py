@@ -1,0 +1,99 @@
+"""Learn a vocabulary from corpora, and save it once it has passed the checks.
+
+`VocabularyText` reads the text for `train_vocabulary` and keeps what the checks of `save_checked` and the last lines of
+train_tokenizer.py need of it, so that nothing is read twice.
+"""
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from recipe.arguments import CorpusArguments, TokenizerArguments
+from recipe.base.progress import progress_bar
+from recipe.data.corpora import check_corpus, corpus_bytes, sample_texts
+from recipe.data.tokenizer import (
+    check_common_words,
+    check_saved_tokenizer,
+    save_tokenizer,
+    train_byte_level_bpe,
+    train_unigram,
+    train_wordpiece,
+)
+
+# Of each corpus, for the checks after training:
+COUNTED_BYTES = 1_000_000  # text whose words are counted
+COMPARED_TEXTS, COMPARED_CHARACTERS = 50, 2000  # texts encoded with the trained and the saved tokenizer
+
+
+class VocabularyText:
+    """The text that a vocabulary is learnt from, `max_bytes` of it in all.
+
+    Raises:
+        UserError: a corpus cannot be read.
+    """
+
+    def __init__(self, corpora: list[CorpusArguments], max_bytes: int) -> None:
+        self.corpora = corpora
+        self.max_bytes = max_bytes
+        self.sizes = {corpus.name: corpus_bytes(corpus) for corpus in corpora if corpus.weight is None}
+        self.read_bytes: Counter[str] = Counter()  # of each corpus
+        self.word_counts: Counter[str] = Counter()  # in the beginning of each corpus
+        self.sample: list[str] = []  # the beginnings of the first texts of each corpus
+        for corpus in corpora:
+            check_corpus(corpus)
+
+    def describe(self) -> list[str]:
+        """Name the corpora, and their sizes where these decide how much of each is read."""
+        sizes = {name: f", about {size / 1e6:,.0f} MB" for name, size in self.sizes.items()}
+        return [f"corpus {corpus.name}: {corpus.path}{sizes.get(corpus.name, '')}" for corpus in self.corpora]
+
+    def batches(self) -> Iterator[list[str]]:
+        """Read the corpora, under a progress bar."""
+        expected_bytes = min(self.max_bytes, round(sum(self.sizes.values())) or self.max_bytes)
+        with progress_bar("reading", expected_bytes, "B") as bar:
+            for name, batch, size in sample_texts(self.corpora, self.max_bytes):
+                self.keep_for_checks(name, batch)
+                self.read_bytes[name] += size
+                bar.update(size)
+                yield batch
+
+    def keep_for_checks(self, name: str, batch: list[str]) -> None:
+        """Count the words and keep a sample of a corpus, as long as it is at its beginning."""
+        if not self.read_bytes[name]:
+            self.sample += [text[:COMPARED_CHARACTERS] for text in batch[:COMPARED_TEXTS]]
+        if self.read_bytes[name] < COUNTED_BYTES:
+            self.word_counts.update(word for text in batch for word in re.findall(r"(?<= )[^\W\d_]+", text))
+
+    def bytes_per_token(self, tokenizer: Tokenizer) -> float:
+        """Measure on the sample how much text a token stands for."""
+        tokens = sum(len(encoding) for encoding in tokenizer.encode_batch(self.sample, add_special_tokens=False))
+        return sum(len(text.encode()) for text in self.sample) / tokens
+
+
+def train_vocabulary(args: TokenizerArguments, texts: Iterator[list[str]]) -> Tokenizer:
+    """Learn a vocabulary of the kind that `tokenizer_type` asks for."""
+    longest = args.max_document_characters
+    if args.tokenizer_type == "wordpiece":
+        return train_wordpiece(texts, args.vocab_size, args.min_frequency, args.do_lower_case, longest)
+    if args.tokenizer_type == "unigram":
+        return train_unigram(texts, args.vocab_size, args.do_lower_case, longest)
+    return train_byte_level_bpe(texts, args.vocab_size, args.min_frequency, args.add_prefix_space, longest)
+
+
+def save_checked(args: TokenizerArguments, tokenizer: Tokenizer, text: VocabularyText) -> None:
+    """Save a tokenizer under its name once it has passed the checks; one that fails stays as `.NAME.unchecked`.
+
+    Raises:
+        RuntimeError: the tokenizer fails a check.
+    """
+    output_dir = Path(args.output_dir).resolve()
+    unchecked = output_dir.with_name(f".{output_dir.name}.unchecked")
+    save_tokenizer(tokenizer, unchecked, args.add_prefix_space, args.model_max_length, args.do_lower_case)
+    check_common_words(tokenizer, text.word_counts)
+    check_saved_tokenizer(tokenizer, unchecked, text.sample, args.add_prefix_space)
+    shutil.copytree(unchecked, output_dir, dirs_exist_ok=True)
+    shutil.rmtree(unchecked)
