@@ -41,11 +41,7 @@ Result = TypeVar("Result")
 
 
 class Preconditions:
-    """Tries one thing after the other; a dry run prints a line for each and counts the problems.
-
-    Args:
-        dry_run: whether a problem is printed; else it ends the run.
-    """
+    """Tries one thing after the other; a dry run prints a line for each and counts the problems."""
 
     def __init__(self, dry_run: bool) -> None:
         self.dry_run = dry_run
@@ -80,17 +76,11 @@ class CheckedRun:
 
     Attributes:
         args: of the run, `hub_model_id` with the repository's full id.
-        tried: what was tried, and how many problems there were.
-        tokenizer: of the run.
-        config: the architecture.
         model: with the weights that training begins with; in a dry run only one that was loaded.
-        preprocessor: what documents become batches with.
         fits_world_size: whether the processes divide the batch.
         identity: what a checkpoint must have in common with the run that resumes it, without that of the data.
-        checkpoint: to resume from.
-        saved: state of that checkpoint.
+        checkpoint, saved: to resume from, and its state.
         tokens: in a dry run, about how many tokens each corpus has; NaN where that is not known.
-        lines: for the log.
     """
 
     args: PretrainArguments
@@ -108,12 +98,7 @@ class CheckedRun:
 
 
 def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirectory) -> CheckedRun:
-    """Try everything that a run needs.
-
-    Args:
-        args: of the run; a dry run is the main process's alone, for `num_gpus` processes.
-        accelerator: of this process.
-        run: the run's folder.
+    """Try everything that a run needs. A dry run is the main process's alone.
 
     Raises:
         UserError: there is a problem, and this is no dry run.
@@ -250,12 +235,7 @@ def bytes_per_token(corpus: CorpusArguments, preprocessor: Preprocessor) -> floa
 
 
 def check_stores(stores: list[TokenStore], preprocessor: Preprocessor, tokens: dict[str, float]) -> str:
-    """Estimate the token stores that are still to be made.
-
-    Args:
-        stores: of all corpora.
-        preprocessor: what they are made with.
-        tokens: of each corpus, by its name.
+    """Estimate the token stores that are still to be made, by the tokens of each corpus.
 
     Raises:
         UserError: they do not fit on the disk.

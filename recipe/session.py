@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast
 
 from recipe.arguments import PretrainArguments
+from recipe.arguments.checks import recorded_values
 from recipe.base.errors import UserError
 from recipe.base.progress import print_line
 from recipe.checks import CheckedRun
@@ -48,14 +49,9 @@ class Session:
     """What a run trains with, and how it saves, goes back and ends.
 
     Attributes:
-        accelerator: of this process.
-        args: of the run.
-        run: the run's folder.
         objective, optimizer: prepared by the accelerator; the objective holds the model.
         state: how far training is; advanced in place.
         identity: what a checkpoint must have in common with the run that resumes it.
-        writer: writes checkpoints in the background.
-        publisher: pushes checkpoints to the hub.
         last_saved_step: update of the newest checkpoint, complete or being written.
         can_plot: whether figures are drawn; False once that has failed.
     """
@@ -209,12 +205,6 @@ def build_session(
 ) -> tuple[Session, Resume]:
     """Build what a run trains with, as its checkpoint left it, and write its config.yaml.
 
-    Args:
-        check: what `check_run` found.
-        accelerator: of this process.
-        run: the run's folder.
-        data: of the run, opened.
-
     Returns:
         the session, and where in its data training begins.
 
@@ -239,7 +229,7 @@ def build_session(
     session = Session(accelerator, args, run, prepared, optimizer, state, identity, writer, publisher, state.step)
     session.run.log(warnings)
     lanes = load_training_state(checkpoint, prepared, adamw, accelerator.scaler) if checkpoint else {}
-    run.write_config(asdict(args), environment(accelerator) | {"tokenizer_checksum": identity["tokenizer"]})
+    run.write_config(recorded_values(args), environment(accelerator) | {"tokenizer_checksum": identity["tokenizer"]})
     run.cut_metrics(state.step)
     if accelerator.is_main_process:
         archive_later_checkpoints(run.checkpoints, state.step)

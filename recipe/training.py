@@ -64,11 +64,6 @@ class Update:
 def train(session: Session, data: TrainingData, resume: Resume) -> bool:
     """Train from `session.state.step` to `max_steps`, logging, evaluating and saving on the way.
 
-    Args:
-        session: what is trained, advanced in place.
-        data: of the run.
-        resume: where in the data to begin.
-
     Returns:
         whether the run is complete; False when it was asked to stop, with a checkpoint of the last update.
 
@@ -140,12 +135,7 @@ def train(session: Session, data: TrainingData, resume: Resume) -> bool:
 
 
 class TrainingLog:
-    """What is logged of training: lines at intervals, and what is counted between them.
-
-    Args:
-        session: whose progress is logged.
-        data: of the run.
-    """
+    """What is logged of training: lines at intervals, and what is counted between them."""
 
     def __init__(self, session: Session, data: TrainingData) -> None:
         self.session = session
@@ -197,22 +187,14 @@ class TrainingLog:
 
 
 class SpikeGuard:
-    """Ends a run whose numbers stay wrong, and takes one whose loss spikes back to a checkpoint.
-
-    Args:
-        session: whose losses are looked at.
-    """
+    """Ends a run whose numbers stay wrong, and takes one whose loss spikes back to a checkpoint."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.rollbacks: Counter[Path] = Counter()  # to each checkpoint
 
     def check_nonfinite(self) -> None:
-        """End the run if too many updates in a row were skipped.
-
-        Raises:
-            FloatingPointError: they were.
-        """
+        """Raise a FloatingPointError if too many updates in a row were skipped."""
         state, writer = self.session.state, self.session.writer
         if state.skipped_in_a_row >= self.session.args.max_nonfinite_updates:
             writer.wait()
@@ -224,10 +206,6 @@ class SpikeGuard:
 
     def find_rollback(self, update: Update, masked: int) -> Path | None:
         """Take in the loss of an update, and warn of a spike.
-
-        Args:
-            update: whose loss it is.
-            masked: tokens that its loss is a sum over.
 
         Returns:
             the checkpoint to go back to, if the loss has spiked, there is one, and `roll_back_loss_spikes` asks for it.
@@ -253,13 +231,7 @@ class SpikeGuard:
 
 
 def update_weights(session: Session, local: UpdateData, counts: Counts, request: StopRequest) -> Update:
-    """Make one update with what this process has of it.
-
-    Args:
-        session: what is trained.
-        local: micro-batches of this process.
-        counts: of the update on all processes.
-        request: whether this process was asked to stop.
+    """Make one update with what this process has of it, given the counts of all processes.
 
     Raises:
         UserError: the device has no room for a micro-batch; the message says which would fit.
