@@ -17,7 +17,8 @@ BELOW = {  # what the modules of each package may import of the recipe, beside t
     "publish": {"base", "arguments", "data", "modeling", "run", "finetune"},
 }
 PACKAGES = set(BELOW)
-MODULES = ["demo", "checks", "plan", "session", "training"]  # beside the packages: the top floor, lowest first
+# Beside the packages: the top floor, lowest first.
+MODULES = ["demo", "checks", "plan", "session", "monitoring", "training"]
 HEAVY = {"torch", "transformers", "datasets", "evaluate", "accelerate"}
 
 

@@ -1,0 +1,168 @@
+"""What is watched of training: the log, the held-out loss, and numbers that go wrong."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from recipe.base.progress import progress_bar
+from recipe.data.batches import Batch, Counts, MicroBatches, TrainingData
+from recipe.modeling.model import model_flops_per_token
+from recipe.run.hardware import matmul_flops, peak_memory
+from recipe.run.metrics import (
+    Stopwatch,
+    eval_record,
+    format_data_line,
+    format_eval_line,
+    format_train_line,
+    train_record,
+)
+from recipe.session import Session
+
+MAX_ROLLBACKS = 3  # to the same checkpoint
+
+
+@dataclass
+class Update:
+    """What an update did, the same on all ranks.
+
+    Attributes:
+        sums: of each of the objective's measures, over the whole update.
+        grad_norm: of the whole update's gradient.
+        skipped: None, `nonfinite` or `overflow`.
+        stopping: whether some rank was asked to stop.
+    """
+
+    sums: list[float]
+    grad_norm: float
+    skipped: str | None
+    stopping: bool
+
+    @property
+    def loss_sum(self) -> float:
+        """Cross-entropy in nats, summed over the masked tokens."""
+        return self.sums[0]
+
+
+class TrainingLog:
+    """What is logged of training: lines at intervals, and what is counted between them."""
+
+    def __init__(self, session: Session, data: TrainingData) -> None:
+        self.session = session
+        self.data = data
+        self.watch = Stopwatch()
+        self.measures = session.unwrapped.measures
+        self.eval_batches = data.eval_batches(session.rank)
+        has_baseline = session.args.eval_blocks and session.accelerator.is_main_process
+        self.unigram_loss = data.unigram_loss() if has_baseline else math.nan
+        accelerator = session.accelerator
+        self.reachable_flops = matmul_flops(accelerator.device, accelerator.mixed_precision) * accelerator.num_processes
+
+    def count(self, update: Update, counts: Counts) -> None:
+        """Take in an update."""
+        divisors = [counts[counted] for counted in self.measures.values()]
+        measured = dict(zip(self.measures, zip(update.sums, divisors, strict=True), strict=True))
+        self.session.state.count(measured, counts.corpora, counts["digest"], update.skipped)
+        self.watch.count(counts.tokens)
+
+    def corpora(self, counts: Counts) -> dict[str, dict[str, float]]:
+        """Return the per-corpus totals so far."""
+        return self.data.corpora_record(self.session.state.corpora, counts.streams)
+
+    def log_training(self, update: Update, learning_rate: float, counts: Counts) -> None:
+        """Log the means since the last line, and the throughput."""
+        session, args, state = self.session, self.session.args, self.session.state
+        length = args.seq_length(state.step - 1)
+        flops = model_flops_per_token(session.unwrapped.model.config, length, args.mlm_probability, args.predicts_pairs)
+        rates = self.watch.rates(flops / self.reachable_flops)
+        rates["peak_memory"] = peak_memory(session.accelerator.device)
+        settings = {"learning_rate": learning_rate, "grad_norm": update.grad_norm}
+        record = train_record(state, settings, rates, self.corpora(counts), args.positions(state.step))
+        session.report(record, format_train_line(record, args.max_steps))
+        self.watch = Stopwatch()
+
+    def log_data(self, counts: Counts) -> None:
+        """Log what has been seen of each corpus."""
+        args, state = self.session.args, self.session.state
+        self.session.run.log(
+            [format_data_line(state, self.corpora(counts), args.positions(state.step), args.max_steps)]
+        )
+
+    def evaluate(self) -> None:
+        """Evaluate on the held-out blocks, and log it."""
+        session = self.session
+        means = evaluate(session.accelerator, session.objective, self.eval_batches)
+        record = eval_record(session.state, dict(zip(self.measures, means, strict=True)), self.unigram_loss)
+        session.report(record, format_eval_line(record, session.args.max_steps))
+
+
+class SpikeGuard:
+    """Ends a run whose numbers stay wrong, and takes one whose loss spikes back to a checkpoint."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.rollbacks: Counter[Path] = Counter()  # to each checkpoint
+
+    def check_nonfinite(self) -> None:
+        """Raise a FloatingPointError if too many updates in a row were skipped."""
+        state, writer = self.session.state, self.session.writer
+        if state.skipped_in_a_row >= self.session.args.max_nonfinite_updates:
+            writer.wait()
+            raise FloatingPointError(
+                f"{state.skipped_in_a_row} updates in a row had a non-finite loss or gradient, up to update "
+                f"{state.step}; the last checkpoint is {writer.last or 'not there yet'}. Go on from there with a "
+                "lower --learning_rate, a longer --warmup_steps or, in place of fp16, --mixed_precision bf16"
+            )
+
+    def find_rollback(self, update: Update, masked: int) -> Path | None:
+        """Take in the loss of an update, and warn of a spike.
+
+        Returns:
+            the checkpoint to go back to, if the loss has spiked, there is one, and `roll_back_loss_spikes` asks for it.
+
+        Raises:
+            FloatingPointError: training has gone back to that checkpoint too often.
+        """
+        session, args, loss = self.session, self.session.args, update.loss_sum / max(1, masked)
+        spike = None if update.skipped else session.state.record_loss(loss, args.loss_spike_ratio)
+        if not spike:
+            return None
+        place = f"update {session.state.step:,}: {loss:.3f}"
+        session.run.log([f"warning: loss spike in {place}, {spike:.2f} times the median before it"])
+        if not args.roll_back_loss_spikes or not (checkpoint := session.newest_checkpoint()):
+            return None
+        self.rollbacks[checkpoint] += 1
+        if self.rollbacks[checkpoint] > MAX_ROLLBACKS:
+            raise FloatingPointError(
+                f"the loss spikes again after {MAX_ROLLBACKS} rollbacks to {checkpoint}; go on from there with a lower "
+                "--learning_rate, or with a higher --loss_spike_ratio"
+            )
+        return checkpoint
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, objective: nn.Module, batches: MicroBatches) -> list[float]:
+    """Return the means of the objective's measures over the held-out blocks, each counted once; NaN without any."""
+    objective.eval()
+    totals = torch.zeros((), device=accelerator.device)
+    micro_batches = next(batches.iterate(0, 1, num_workers=0))[0]
+    with progress_bar(
+        "evaluating", len(micro_batches), "micro-batches", accelerator.is_main_process, stays=False
+    ) as bar:
+        for batch in micro_batches:
+            totals = totals + torch.stack(objective(**to_device(batch, accelerator.device)))
+            bar.update()
+    objective.train()
+    sums, counts = accelerator.reduce(totals, "sum")
+    return (sums / counts).tolist()
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Copy a batch without the host waiting for it, which pinned memory allows."""
+    if device.type != "cuda":
+        return batch
+    return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
