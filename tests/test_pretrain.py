@@ -487,7 +487,7 @@ def test_run_goes_on_where_nothing_compiles(flags, tmp_path: Path):
         ({"max_seq_length": 600}, "`max_seq_length` (600) needs `max_position_embeddings` >= 602, got 514"),
         ({"train_batch_size": 9}, "`train_batch_size` (9) is not a multiple"),
         ({"model_config": '{"vocab_size": 10}'}, "the tokenizer has 400 entries"),
-        ({"tokenizer_name": "no/such/tokenizer"}, "`tokenizer_name` no/such/tokenizer"),
+        ({"tokenizer_name": "no/such/tokenizer"}, "`tokenizer_name` is no/such/tokenizer"),
         ({"resume_from_checkpoint": "no/such/checkpoint"}, "there is no such checkpoint"),
         ({"output_dir": __file__}, "is a file"),
         ({"model_config": '{"num_attention_heads": 0}'}, "`num_attention_heads` is 0"),
