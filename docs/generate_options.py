@@ -6,7 +6,7 @@ python docs/generate_options.py > docs/options.md
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields
 
 from docstring_parser import parse_from_object
 
@@ -46,8 +46,7 @@ def describe_default(field: Field) -> str:
 
 def describe_options(arguments: type) -> Iterator[str]:
     """Yield a list entry in Markdown for each field of a dataclass: name, type, default, identity and help."""
-    classes = [base for base in reversed(arguments.__mro__) if is_dataclass(base)]
-    documented = {option.arg_name: option for base in classes for option in parse_from_object(base).params}
+    documented = {option.arg_name: option for option in parse_from_object(arguments).params}
     for field in fields(arguments):
         option = documented[field.name]
         # Bounds are given in words, for the types that have no name of their own too.

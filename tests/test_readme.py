@@ -91,7 +91,8 @@ def test_readme_names_every_package_and_page():
 
 def test_options_page_is_what_the_dataclasses_say():
     build_reference = runpy.run_path(str(ROOT / "docs/generate_options.py"))["build_reference"]
-    assert (ROOT / "docs/options.md").read_text() == build_reference(), "run `python docs/generate_options.py > docs/options.md`"
+    page = (ROOT / "docs/options.md").read_text()
+    assert page == build_reference(), "run `python docs/generate_options.py > docs/options.md`"
 
 
 def test_old_python_is_refused_before_anything_is_installed(tmp_path: Path):

@@ -37,15 +37,7 @@ class CorpusArguments:
 
 
 def check_corpora(name: str, corpora: list[CorpusArguments]) -> None:
-    """Check that a list of corpora has different names, and weights for all of them or for none.
-
-    Args:
-        name: the field that holds the list.
-        corpora: the list.
-
-    Raises:
-        UserError: it has not.
-    """
+    """Raise a `UserError` unless the corpora have different names, and weights for all of them or for none."""
     names = [corpus.name for corpus in corpora]
     if doubled := sorted({n for n in names if names.count(n) > 1}):
         raise UserError(f"`{name}` holds two corpora named {doubled[0]!r}; give each a name of its own")
