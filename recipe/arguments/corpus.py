@@ -27,8 +27,7 @@ class CorpusArguments:
     sample_by: Literal["document", "paragraph"] = "document"
     """What counts as one document of a `.txt`: the whole file, or each paragraph between blank lines."""
     weight: PositiveFloat | None = None
-    """Share of this corpus in training, relative to the weights of the others. Null: its size. Either all corpora have
-    a weight or none has."""
+    """Share of this corpus in training, relative to the weights of others; all have one or none. Null: its size."""
 
     def __post_init__(self) -> None:
         if not self.path:

@@ -70,9 +70,8 @@ class PretrainArguments:
     and `sentence_pair`: two parts, half of them from different documents. `sentence_order`: two consecutive segments,
     half of them swapped."""
     objective: Literal["masked_lm", "next_sentence", "sentence_order"] = identity(default="masked_lm")
-    """What the model learns to predict: the masked tokens alone, in blocks of any packing; also whether the second part
-    of a block follows the first (`segment_pair` and `sentence_pair`); or also which part comes first
-    (`sentence_order`)."""
+    """What the model predicts: the masked tokens alone, in blocks of any packing; also whether the second part of a
+    block follows the first (`segment_pair`, `sentence_pair`); or also which part comes first (`sentence_order`)."""
     masking: Literal["dynamic", "static"] = identity(default="dynamic")
     """`dynamic`: a block has new masks on every visit (paper, section 4.1). `static`: a block has ten masks, which
     repeat after ten visits, as in the data of BERT."""
@@ -88,8 +87,7 @@ class PretrainArguments:
     """Number of updates at the start that read only the first quarter of each block, with as many blocks an update as
     later ones: faster, but fewer tokens are seen. For `full_sentences` and `contiguous` only."""
     mlm_probability: Share = identity(default=0.15)
-    """Share of the tokens to predict; 80 % of them become `<mask>`, 10 % a random token, 10 % stay (paper, section
-    2.3)."""
+    """Share of the tokens to predict: 80 % become `<mask>`, 10 % a random token, 10 % stay (paper, section 2.3)."""
     eval_mlm_probability: Share = identity(default=0.15)
     """Share of the tokens to predict in evaluation, so that losses compare whatever the masks of training."""
     streaming: bool = identity(default=False)
