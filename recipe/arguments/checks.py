@@ -9,6 +9,7 @@ from recipe.base.errors import UserError
 from recipe.base.files import is_path
 
 NUMBER_LIMIT = 2**48  # numbers below it can be multiplied with each other, and their divisors found, in no time
+PLAN_FIELDS = ("num_gpus", "gpu", "price_per_gpu_hour")  # they mean something with `dry_run` only; no run records them
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,11 +41,6 @@ def identity(**kwargs: Any) -> Any:
     return field(metadata={"identity": True}, **kwargs)
 
 
-def plan_only() -> Any:
-    """Make a dataclass field, None by default, that means something with `dry_run` only; no run records it."""
-    return field(default=None, metadata={"plan_only": True})
-
-
 def identity_of(arguments: Any) -> dict[str, Any]:
     """Return the values of the fields that define the experiment."""
     values = asdict(arguments)
@@ -53,8 +49,7 @@ def identity_of(arguments: Any) -> dict[str, Any]:
 
 def recorded_values(arguments: Any) -> dict[str, Any]:
     """Return the values that a run records in its config.yaml: all but those of a plan."""
-    values = asdict(arguments)
-    return {f.name: values[f.name] for f in fields(arguments) if not f.metadata.get("plan_only")}
+    return {name: value for name, value in asdict(arguments).items() if name not in PLAN_FIELDS}
 
 
 def rules(kind: Any) -> Iterator[Rule]:
@@ -67,14 +62,9 @@ def rules(kind: Any) -> Iterator[Rule]:
 
 
 def check_values(arguments: Any, owner: str = "") -> None:
-    """Check each value, and each element of a list, by the rules of its annotation; numbers must be finite at least.
+    """Raise a `UserError` if a value, or an element of a list, breaks a rule of its annotation, or is not finite.
 
-    Args:
-        arguments: the dataclass of options.
-        owner: words that tell one such dataclass from others in an error, such as ` of corpus 'books'`.
-
-    Raises:
-        UserError: a value breaks a rule.
+    `owner` tells one such dataclass from others in the error, such as ` of corpus 'books'`.
     """
     for f in fields(arguments):
         value, own_rules = getattr(arguments, f.name), list(rules(f.type))
@@ -87,11 +77,7 @@ def check_values(arguments: Any, owner: str = "") -> None:
 
 
 def check_repo_id(name: str, repo_id: str) -> None:
-    """Check the syntax of a repository's name.
-
-    Raises:
-        UserError: no repository on the hub can have this name.
-    """
+    """Raise a `UserError` unless the hub could have a repository of this name."""
     # Importing it takes longer than answering `--help`, and few runs name a repository.
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 

@@ -27,8 +27,7 @@ class CorpusArguments:
     sample_by: Literal["document", "paragraph"] = "document"
     """What counts as one document of a `.txt`: the whole file, or each paragraph between blank lines."""
     weight: PositiveFloat | None = None
-    """Share of this corpus in training, relative to the weights of the others. Null: its size. Either all corpora have
-    a weight or none has."""
+    """Share of this corpus in training, relative to the weights of others; all have one or none. Null: its size."""
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -37,15 +36,7 @@ class CorpusArguments:
 
 
 def check_corpora(name: str, corpora: list[CorpusArguments]) -> None:
-    """Check that a list of corpora has different names, and weights for all of them or for none.
-
-    Args:
-        name: the field that holds the list.
-        corpora: the list.
-
-    Raises:
-        UserError: it has not.
-    """
+    """Raise a `UserError` unless the corpora have different names, and weights for all of them or for none."""
     names = [corpus.name for corpus in corpora]
     if doubled := sorted({n for n in names if names.count(n) > 1}):
         raise UserError(f"`{name}` holds two corpora named {doubled[0]!r}; give each a name of its own")

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from recipe.arguments.adam import AdamArguments
 from recipe.arguments.checks import (
     DecayRate,
     NonNegativeFloat,
@@ -20,8 +19,8 @@ from recipe.base.errors import UserError, require
 
 
 @dataclass(kw_only=True)
-class GridArguments:
-    """Options of what is fine-tuned on what: a job for each task, learning rate, batch size and seed."""
+class GlueArguments:
+    """Options of `finetune_glue.py`."""
 
     output_dir: PathName
     """Folder of the results: results.jsonl, summary.json, table.md, glue.png, submission.zip."""
@@ -42,19 +41,17 @@ class GridArguments:
     init_from_mnli: bool = False
     """Run RTE, STS-B and MRPC from the best MNLI model too, with a new head (paper, section 5.1)."""
 
-
-@dataclass(kw_only=True)
-class GlueArguments(AdamArguments, GridArguments):
-    """Options of `finetune_glue.py`."""
-
     # Update
     num_train_epochs: PositiveInt = identity(default=10)
     """Number of passes over the training set; the best of them by the task's dev metric counts (paper: 10)."""
     warmup_ratio: Annotated[float, Rule("from 0 to 1", lambda x: 0 <= x <= 1)] = identity(default=0.06)
     """Share of the updates in which the learning rate rises linearly; then it falls linearly to zero (paper: 0.06)."""
-    adam_beta1: DecayRate = identity(default=AdamArguments.adam_beta1)
-    adam_beta2: DecayRate = identity(default=AdamArguments.adam_beta2)
-    adam_epsilon: PositiveFloat = identity(default=AdamArguments.adam_epsilon)
+    adam_beta1: DecayRate = identity(default=0.9)
+    """AdamW averages gradients with this decay rate (paper: 0.9)."""
+    adam_beta2: DecayRate = identity(default=0.98)
+    """AdamW averages squared gradients with this decay rate (paper: 0.98)."""
+    adam_epsilon: PositiveFloat = identity(default=1e-6)
+    """AdamW adds this to the denominator of its step (paper: 1e-6)."""
     weight_decay: NonNegativeFloat = identity(default=0.1)
     """Each update shrinks weights by the learning rate times this, except biases and layer norms (paper: 0.1)."""
     per_device_train_batch_size: PositiveInt = 32

@@ -4,37 +4,24 @@ import argparse
 import logging
 import re
 import typing
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_parsing_settings
 
-from recipe.arguments.glue import GlueArguments
-from recipe.arguments.pretraining import PretrainArguments
-from recipe.arguments.tokenizer import TokenizerArguments
+from recipe.arguments.corpus import CorpusArguments
 from recipe.base.errors import UserError, describe_error, did_you_mean
 
-Arguments = TypeVar("Arguments", TokenizerArguments, PretrainArguments, GlueArguments)
-
-
-def known_names(cls: type) -> list[str]:
-    """Return the field names of a dataclass, and of the dataclasses in its lists."""
-    inner = [t for f in fields(cls) for t in typing.get_args(f.type) if isinstance(t, type) and is_dataclass(t)]
-    return [f.name for f in fields(cls)] + [name for t in inner for name in known_names(t)]
+Arguments = TypeVar("Arguments", bound=Any)
 
 
 def read_configs(cls: type, files: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """Merge YAML files: a later one wins, field by field, and in `model_config` key by key.
 
-    Args:
-        cls: the dataclass whose fields they give.
-        files: in their order on the command line.
-
     Returns:
-        values: of the fields that are given.
-        sources: the file that each field's value is from.
+        The values of the fields that are given, and the file that each of them is from.
 
     Raises:
         UserError: a file cannot be read, has an unknown field, or gives nothing that the files after it do not replace.
@@ -47,10 +34,8 @@ def read_configs(cls: type, files: list[str]) -> tuple[dict[str, Any], dict[str,
             raise UserError(f"--config {file}: there is no such file")
         try:
             given = get_loader("yaml")(Path(file).read_text("utf-8"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"--config {file}: not valid UTF-8 at byte {error.start}") from None
-        except Exception as error:  # of the parser, and of Python for numbers and nesting beyond its limits
-            raise UserError(f"--config {file}: not valid YAML ({describe_error(error)})") from None
+        except Exception as error:  # of the parser, and of Python for text, numbers and nesting beyond its limits
+            raise UserError(f"--config {file}: not valid YAML in UTF-8 ({describe_error(error)})") from None
         if not given or not isinstance(given, dict):
             content = "nothing" if not given else "a list" if isinstance(given, list) else "a single value"
             raise UserError(f"--config {file} holds {content}; write fields with their values, as in `seed: 42`")
@@ -84,10 +69,9 @@ def explain(error: Exception, cls: type, flags: list[str], sources: dict[str, st
         return "on the command line" if on_line else f"in {sources[name]}"
 
     if unknown := re.search(r"Option '([^']+)' is not accepted|[Uu]nrecognized arguments: --([^\s=]+)", text):
-        name = unknown[1] or unknown[2]
-        parent = re.search(r'Parser key "([^"]+)"', text)
+        name, parent = unknown[1] or unknown[2], re.search(r'Parser key "([^"]+)"', text)
+        hint = did_you_mean(name, [f.name for f in fields(CorpusArguments if parent else cls)])
         place = f" in `{parent[1]}`" if parent else ""
-        hint = did_you_mean(name, known_names(cls))
         return f"there is no field `{name}`{place} ({source(parent[1] if parent else name)}){hint}"
     if wrong := re.search(r"given class_path '([^']+)'", text):
         return f"`corpora` ({source('corpora')}): {wrong[1]!r} is no corpus; write {{name: ..., path: {wrong[1]}}}"
@@ -101,14 +85,9 @@ def explain(error: Exception, cls: type, flags: list[str], sources: dict[str, st
 
 
 def parse_config(cls: type[Arguments], description: str, arguments: list[str] | None = None) -> Arguments:
-    """Read `cls` from the command line and the YAMLs of `--config`.
+    """Read `cls` from `sys.argv[1:]`, or the arguments given instead, and from the YAMLs of `--config`.
 
     Flags win over the YAMLs, a later YAML over an earlier one, all of them over defaults.
-
-    Args:
-        cls: the dataclass to fill.
-        description: shown by `--help`.
-        arguments: the command line without the program's name; `sys.argv[1:]` if None.
 
     Raises:
         UserError: unknown or misspelt field, wrong type, bad choice, missing file, or values that contradict.
@@ -141,8 +120,7 @@ def parse_config(cls: type[Arguments], description: str, arguments: list[str] | 
         namespace = parser.parse_args(merged + flags)
     except (ArgumentError, TypeError, RecursionError) as error:
         raise UserError(explain(error, cls, flags, sources)) from None
-    values = dict(vars(parser.instantiate(namespace)))
-    del values["config"]
+    values = {name: value for name, value in vars(parser.instantiate(namespace)).items() if name != "config"}
     for f in fields(cls):
         # The parser lets a null of the YAML through for every type.
         if values[f.name] is None and type(None) not in typing.get_args(f.type):

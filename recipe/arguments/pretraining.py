@@ -1,10 +1,11 @@
 """Options of `pretrain.py`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from recipe.arguments.adam import AdamArguments
 from recipe.arguments.checks import (
+    PLAN_FIELDS,
+    DecayRate,
     NonNegativeFloat,
     NonNegativeInt,
     PathName,
@@ -18,7 +19,6 @@ from recipe.arguments.checks import (
     check_values,
     divisors,
     identity,
-    plan_only,
 )
 from recipe.arguments.corpus import CorpusArguments, check_corpora
 from recipe.base.errors import UserError, require
@@ -27,11 +27,18 @@ from recipe.base.errors import UserError, require
 ONE_PART_PACKINGS = ("full_sentences", "contiguous")
 PAIR_PACKINGS = ("segment_pair", "sentence_pair", "sentence_order")
 OBJECTIVE_PACKINGS = {"next_sentence": ("segment_pair", "sentence_pair"), "sentence_order": ("sentence_order",)}
+# Values that need all of the data at once, which `streaming` does not have.
+NOT_STREAMED = {
+    ("masking", "static"): "is static, which knows a block by its number, and a stream has new blocks in every pass",
+    ("objective", "next_sentence"): "is next_sentence, which exchanges parts of more documents than a stream holds",
+    ("deduplicate", True): "needs every document's checksum before the first block is packed",
+    ("prepare_only", True): "makes token stores, and a stream does without",
+}
 
 
 @dataclass(kw_only=True)
-class DataAndModelArguments:
-    """Options of what is trained on what."""
+class PretrainArguments:
+    """Options of `pretrain.py`."""
 
     output_dir: PathName
     """Folder of the run: config.yaml, status.json, metrics.jsonl, checkpoints/, model/, loss.png."""
@@ -63,9 +70,8 @@ class DataAndModelArguments:
     and `sentence_pair`: two parts, half of them from different documents. `sentence_order`: two consecutive segments,
     half of them swapped."""
     objective: Literal["masked_lm", "next_sentence", "sentence_order"] = identity(default="masked_lm")
-    """What the model learns to predict: the masked tokens alone, in blocks of any packing; also whether the second part
-    of a block follows the first (`segment_pair` and `sentence_pair`); or also which part comes first
-    (`sentence_order`)."""
+    """What the model predicts: the masked tokens alone, in blocks of any packing; also whether the second part of a
+    block follows the first (`segment_pair`, `sentence_pair`); or also which part comes first (`sentence_order`)."""
     masking: Literal["dynamic", "static"] = identity(default="dynamic")
     """`dynamic`: a block has new masks on every visit (paper, section 4.1). `static`: a block has ten masks, which
     repeat after ten visits, as in the data of BERT."""
@@ -81,8 +87,7 @@ class DataAndModelArguments:
     """Number of updates at the start that read only the first quarter of each block, with as many blocks an update as
     later ones: faster, but fewer tokens are seen. For `full_sentences` and `contiguous` only."""
     mlm_probability: Share = identity(default=0.15)
-    """Share of the tokens to predict; 80 % of them become `<mask>`, 10 % a random token, 10 % stay (paper, section
-    2.3)."""
+    """Share of the tokens to predict: 80 % become `<mask>`, 10 % a random token, 10 % stay (paper, section 2.3)."""
     eval_mlm_probability: Share = identity(default=0.15)
     """Share of the tokens to predict in evaluation, so that losses compare whatever the masks of training."""
     streaming: bool = identity(default=False)
@@ -111,11 +116,6 @@ class DataAndModelArguments:
     """Folder or hub id of a pretrained model of this type to continue from, with its own tokenizer and a new schedule.
     Null: the weights are new."""
 
-
-@dataclass(kw_only=True)
-class PretrainArguments(AdamArguments, DataAndModelArguments):
-    """Options of `pretrain.py`."""
-
     # Update
     train_batch_size: PositiveInt = identity(default=8192)
     """Number of blocks in an update, over all processes and micro-batches (paper: 8192)."""
@@ -140,6 +140,15 @@ class PretrainArguments(AdamArguments, DataAndModelArguments):
     warmup_steps: NonNegativeInt = 24_000
     """Number of updates in which the learning rate rises linearly; then it falls linearly to zero at `max_steps`
     (paper: 24K for base, 30K for large)."""
+    adam_beta1: DecayRate = 0.9
+    """AdamW averages gradients with this decay rate (paper: 0.9)."""
+    adam_beta2: DecayRate = 0.98
+    """AdamW averages squared gradients with this decay rate (paper: 0.98)."""
+    adam_epsilon: PositiveFloat = 1e-6
+    """AdamW adds this to the denominator of its step (paper: 1e-6)."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Each update shrinks weights by the learning rate times this, except biases and layer norms, which fairseq shrinks
+    too (paper: 0.01)."""
     max_grad_norm: NonNegativeFloat = 0.0
     """Norm to which gradients are clipped; 0 means no clipping (paper: 0)."""
     max_nonfinite_updates: PositiveInt = 20
@@ -183,11 +192,11 @@ class PretrainArguments(AdamArguments, DataAndModelArguments):
     """Tokenise and pack, shared among all processes of all nodes, and stop."""
     dry_run: bool = False
     """Check everything, print the plan and stop; the exit status is an error if a check fails."""
-    num_gpus: PositiveInt | None = plan_only()
+    num_gpus: PositiveInt | None = None
     """Number of GPUs to plan for with `dry_run`. Null: the processes of this launch."""
-    gpu: str | None = plan_only()
+    gpu: str | None = None
     """Kind of GPU to plan for with `dry_run`, such as `h200`. Null: what this machine has."""
-    price_per_gpu_hour: PositiveFloat | None = plan_only()
+    price_per_gpu_hour: PositiveFloat | None = None
     """Price of an hour of one GPU to plan with in `dry_run`, in any currency."""
 
     def __post_init__(self) -> None:
@@ -196,50 +205,49 @@ class PretrainArguments(AdamArguments, DataAndModelArguments):
         require(bool(self.corpora), "corpora", "empty", "name at least one corpus")
         check_corpora("corpora", self.corpora)
         check_corpora("eval_corpora", self.eval_corpora)
-        for f in fields(self):
-            value = getattr(self, f.name)
-            is_in_place = value is None or self.dry_run or not f.metadata.get("plan_only")
-            require(is_in_place, f.name, value, "it is for a plan only: add --dry_run")
-        if self.tokenizer_name is None and self.model_name_or_path is None:
-            raise UserError(
-                "`tokenizer_name` is missing; name a folder or hub id, or give `model_name_or_path` (an overlay comes "
-                "after the file it changes)"
+        for name in PLAN_FIELDS:
+            is_in_place = self.dry_run or getattr(self, name) is None
+            require(is_in_place, name, getattr(self, name), "it is for a plan only: add --dry_run")
+        if self.tokenizer_name is None:
+            remedy = "name a folder or hub id, or `model_name_or_path` (an overlay comes after the file it changes)"
+            require(self.model_name_or_path is not None, "tokenizer_name", "missing", remedy)
+        else:
+            remedy = (
+                "`model_name_or_path` is given too, and a pretrained model keeps its own tokenizer: leave this one out"
             )
-        if self.tokenizer_name is not None and self.model_name_or_path is not None:
-            raise UserError(
-                f"`tokenizer_name` ({self.tokenizer_name}) and `model_name_or_path` ({self.model_name_or_path}) are "
-                "both given; a pretrained model keeps its own tokenizer: leave `tokenizer_name` out"
-            )
+            require(self.model_name_or_path is None, "tokenizer_name", self.tokenizer_name, remedy)
         for name in ("mlm_probability", "eval_mlm_probability"):
-            if getattr(self, name) * (self.max_seq_length - 2) < 1:
-                raise UserError(
-                    f"`{name}` ({getattr(self, name)}) of `max_seq_length` ({self.max_seq_length}) is less than one "
-                    "masked token in a block; raise either"
-                )
-        if self.predicts_pairs and self.packing not in OBJECTIVE_PACKINGS[self.objective]:
-            raise UserError(
-                f"`objective` is {self.objective}, which cannot use blocks of `packing` {self.packing}; give it "
-                f"{' or '.join(OBJECTIVE_PACKINGS[self.objective])}"
-            )
+            share, length = getattr(self, name), self.max_seq_length
+            remedy = f"that is less than one masked token in a block of `max_seq_length` ({length}): raise either"
+            require(share * (length - 2) >= 1, name, share, remedy)
+        fitting = OBJECTIVE_PACKINGS.get(self.objective, (self.packing,))
+        misfit = f"{self.objective}, which cannot use blocks of `packing` {self.packing}"
+        require(self.packing in fitting, "objective", misfit, f"give it {' or '.join(fitting)}")
+        if self.seq_length_warmup_steps:
+            name, steps = "seq_length_warmup_steps", self.seq_length_warmup_steps
+            remedy = f"blocks of `packing` {self.packing} cannot be cut: give it {' or '.join(ONE_PART_PACKINGS)}"
+            require(self.packing in ONE_PART_PACKINGS, name, steps, remedy)
+            remedy = "it counts updates by their data, of which `roll_back_loss_spikes` skips some: switch either off"
+            require(not self.roll_back_loss_spikes, name, steps, remedy)
+        remedy = f"`max_steps` is {self.max_steps}, and the learning rate would never reach its peak: lower it"
+        require(self.warmup_steps <= self.max_steps, "warmup_steps", self.warmup_steps, remedy)
         if self.hub_model_id is not None:
             check_repo_id("hub_model_id", self.hub_model_id)
-        if self.seq_length_warmup_steps and self.packing not in ONE_PART_PACKINGS:
-            raise UserError(
-                f"`seq_length_warmup_steps` cuts blocks, and those of `packing` {self.packing} have parts that belong "
-                f"together; give it {' or '.join(ONE_PART_PACKINGS)}, or 0 updates"
-            )
-        if self.seq_length_warmup_steps and self.roll_back_loss_spikes:
-            raise UserError(
-                "`seq_length_warmup_steps` counts updates by their data, of which `roll_back_loss_spikes` skips some; "
-                "switch one of them off"
-            )
         if self.streaming:
-            self.check_streaming()
-        if self.warmup_steps > self.max_steps:
-            raise UserError(
-                f"`warmup_steps` ({self.warmup_steps}) is more than `max_steps` ({self.max_steps}): "
-                "the learning rate would never reach its peak"
-            )
+            for (name, value), reason in NOT_STREAMED.items():
+                if getattr(self, name) == value:
+                    raise UserError(f"`{name}` {reason}: change it, or switch `streaming` off")
+            if self.train_batch_size % self.num_lanes:
+                nearest = min(divisors(self.train_batch_size), key=lambda n: abs(n - self.num_lanes))
+                raise UserError(
+                    f"`num_lanes` ({self.num_lanes}) does not divide `train_batch_size` ({self.train_batch_size}); the "
+                    f"nearest number that does is {nearest}"
+                )
+
+    @property
+    def adam_betas(self) -> tuple[float, float]:
+        """Both decay rates."""
+        return self.adam_beta1, self.adam_beta2
 
     @property
     def predicts_pairs(self) -> bool:
@@ -261,70 +269,30 @@ class PretrainArguments(AdamArguments, DataAndModelArguments):
         lengths = short * self.seq_length(0) + (updates - short) * self.max_seq_length
         return self.train_batch_size * lengths
 
-    def check_streaming(self) -> None:
-        """Refuse, for `streaming`, what needs all of the data at once.
-
-        Raises:
-            UserError: an option does.
-        """
-        if self.masking == "static":
-            raise UserError(
-                "`masking` is static, which knows a block by its number, and a stream has new blocks in every pass; "
-                "switch `streaming` off, or mask dynamically"
-            )
-        if self.objective == "next_sentence":
-            raise UserError(
-                "`objective` next_sentence exchanges parts among millions of tokens, and a stream packs few documents "
-                "at a time, or one; switch `streaming` off"
-            )
-        if self.deduplicate:
-            raise UserError(
-                "`deduplicate` needs every document's checksum before the first block is packed, which a stream does "
-                "not have; switch `streaming` or `deduplicate` off"
-            )
-        if self.prepare_only:
-            raise UserError("`prepare_only` makes token stores, and `streaming` does without; switch either off")
-        if self.train_batch_size % self.num_lanes:
-            nearest = min(divisors(self.train_batch_size), key=lambda n: abs(n - self.num_lanes))
-            raise UserError(
-                f"`num_lanes` ({self.num_lanes}) does not divide `train_batch_size` ({self.train_batch_size}); the "
-                f"nearest number that does is {nearest}"
-            )
-
     def check_lanes(self, num_processes: int) -> None:
-        """Check that processes and workers divide `num_lanes`.
-
-        Raises:
-            UserError: they do not.
-        """
-        readers = num_processes * max(1, self.dataloader_num_workers)
-        if self.streaming and self.num_lanes % readers:
+        """Raise a `UserError` if processes times workers do not divide `num_lanes`."""
+        workers = max(1, self.dataloader_num_workers)
+        if self.streaming and self.num_lanes % (num_processes * workers):
             raise UserError(
-                f"`num_lanes` ({self.num_lanes}) is not a multiple of {num_processes} processes x "
-                f"{max(1, self.dataloader_num_workers)} `dataloader_num_workers` = {readers}; choose other workers or, "
-                "with more processes than lanes, `streaming: false`"
+                f"`num_lanes` ({self.num_lanes}) is not a multiple of {num_processes} processes x {workers} "
+                f"`dataloader_num_workers` = {num_processes * workers}; choose other workers or, with more processes "
+                "than lanes, `streaming: false`"
             )
 
     def gradient_accumulation_steps(self, num_processes: int) -> int:
-        """Return the number of micro-batches of one process in an update.
-
-        Raises:
-            UserError: processes and micro-batch do not divide `train_batch_size`.
-        """
-        rows = self.per_device_train_batch_size * num_processes
-        if self.train_batch_size % rows:
+        """Return the number of micro-batches of one process in an update; raise a `UserError` if it is not whole."""
+        size = self.per_device_train_batch_size
+        if self.train_batch_size % (size * num_processes):
             share, rest = divmod(self.train_batch_size, num_processes)
-            fitting = [n for n in divisors(share) if n < self.per_device_train_batch_size]
-            remedy = (
-                f"choose a `train_batch_size` that {num_processes} processes divide"
-                if rest or not fitting
-                else f"the nearest smaller `per_device_train_batch_size` is {fitting[-1]}"
-            )
+            remedy = f"choose a `train_batch_size` that {num_processes} processes divide"
+            if not rest:
+                nearest = max(n for n in divisors(share) if n < size)
+                remedy = f"the nearest smaller `per_device_train_batch_size` is {nearest}"
             raise UserError(
                 f"`train_batch_size` ({self.train_batch_size}) is not a multiple of `per_device_train_batch_size` "
-                f"({self.per_device_train_batch_size}) x {num_processes} processes = {rows}; {remedy}"
+                f"({size}) x {num_processes} processes = {size * num_processes}; {remedy}"
             )
-        return self.train_batch_size // rows
+        return self.train_batch_size // (size * num_processes)
 
 
 def first_position(model_type: str, pad_token_id: int) -> int:

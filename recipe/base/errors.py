@@ -2,8 +2,7 @@
 
 import difflib
 import sys
-import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pickle import UnpicklingError
 from typing import Any
@@ -24,12 +23,7 @@ def report_user_errors() -> Iterator[None]:
 
 
 def describe_error(error: BaseException, until: type[BaseException] | None = None) -> str:
-    """Describe an error of a library in one line, as a part of a message.
-
-    Args:
-        error: what was raised.
-        until: if given, the innermost cause is described, or the first cause of this type.
-    """
+    """Describe an error of a library in one line: with `until`, its first cause of this type, or else its innermost."""
     while until and error.__cause__ and not isinstance(error, until):
         error = error.__cause__
     if isinstance(error, UnpicklingError):  # its own message recommends loading the file without the check
@@ -48,7 +42,7 @@ def raising_damaged_file(file: object, remedy: str) -> Iterator[None]:
         raise UserError(f"{file} is damaged or missing ({describe_error(error)}); {remedy}") from error
 
 
-def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean `x`?` for the nearest known name, or an empty string if none is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean `{near[0]}`?" if near else ""

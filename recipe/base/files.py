@@ -14,11 +14,7 @@ from recipe.base.formatting import format_bytes
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Read a YAML file of names and values.
-
-    Raises:
-        UserError: the file is missing, or holds something else.
-    """
+    """Read a YAML file of names and values; raise a `UserError` if it is missing or holds something else."""
     with raising_damaged_file(file, "correct it, or name another folder"):
         values = yaml.safe_load(file.read_text("utf-8"))
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
@@ -34,10 +30,10 @@ def to_yaml(values: dict[str, Any]) -> str:
 def is_path(name: str) -> bool:
     """Tell whether the operating system accepts the name as a path."""
     try:
-        parts = [os.fsencode(part) for part in name.split("/")]
+        path = os.fsencode(name)
     except UnicodeEncodeError:
         return False
-    return "\0" not in name and max(map(len, parts)) < 256 and len(os.fsencode(name)) < 4096
+    return b"\0" not in path and len(path) < 4096 and max(map(len, path.split(b"/"))) < 256
 
 
 def nearest_existing_parent(path: Path) -> Path:
@@ -46,16 +42,11 @@ def nearest_existing_parent(path: Path) -> Path:
 
 
 def check_output_dir(path: Path) -> None:
-    """Check that the output folder exists or can be created, and that this user may write there.
-
-    Raises:
-        UserError: a file stands in its place, or the folder is read-only.
-    """
+    """Raise a `UserError` unless the output folder exists or can be created, and this user may write there."""
     folder = nearest_existing_parent(path)
-    if not folder.is_dir():
-        raise UserError(f"`output_dir` {path}: {folder} is a file; name another folder")
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"`output_dir` {path}: {folder} cannot be written; name another folder")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        problem = "cannot be written" if folder.is_dir() else "is a file"
+        raise UserError(f"`output_dir` {path}: {folder} {problem}; name another folder")
 
 
 def free_bytes(path: Path) -> int:
@@ -66,14 +57,10 @@ def free_bytes(path: Path) -> int:
 def check_free_space(folder: Path, needed_bytes: float, contents: str, remedy: str) -> str:
     """Describe what will be written to a folder beside its free space, such as `2 files in runs/x, 3 GB free`.
 
-    Args:
-        folder: where the contents go; it need not exist yet.
-        needed_bytes: what the contents take in addition to what is there.
-        contents: what is written, for the message.
-        remedy: the way out if it does not fit.
+    The folder need not exist yet. The needed bytes are those that the contents take in addition to what is there.
 
     Raises:
-        UserError: the contents do not fit.
+        UserError: the contents do not fit; it ends with the remedy.
     """
     free = free_bytes(folder)
     text = f"{contents} in {folder}, {format_bytes(free)} free"
@@ -123,8 +110,7 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     """
     temporary, old = (folder.with_name(f".{folder.name}{suffix}") for suffix in ("", ".old"))
     for leftover in (temporary, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         yield temporary

@@ -165,7 +165,7 @@ def test_switch_may_stand_alone(config_file):
         ),
         ({"mlm_probability": 1.5}, [], ["mlm_probability", "1.5"]),
         ({"tokenizer_name": None}, [], ["tokenizer_name", "missing"]),
-        ({"model_name_or_path": "m"}, [], ["tokenizer_name", "model_name_or_path", "both"]),
+        ({"model_name_or_path": "m"}, [], ["tokenizer_name", "model_name_or_path", "keeps its own tokenizer"]),
         ({"max_grad_norm": None}, [], ["max_grad_norm", "null"]),
         ({"language": None}, [], ["language", "null"]),
         ({"output_dir": ""}, [], ["output_dir", "empty"]),
