@@ -222,7 +222,8 @@ def build_session(
     warnings = []
     if args.torch_compile:
         warnings = compile_in_place(objective, accelerator.device, in_one=not accelerator.is_fsdp2)
-    adamw = build_optimizer(objective, args.learning_rate, args.adam_betas, args.adam_epsilon, args.weight_decay)
+    betas = args.adam_beta1, args.adam_beta2
+    adamw = build_optimizer(objective, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
     prepared, optimizer = prepare(accelerator, objective, adamw)
     publisher = Publisher(args, accelerator.is_main_process, check.tokenizer.save_pretrained, build_card)
     writer = CheckpointWriter(print_line, checkpoint)

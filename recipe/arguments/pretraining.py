@@ -245,11 +245,6 @@ class PretrainArguments:
                 )
 
     @property
-    def adam_betas(self) -> tuple[float, float]:
-        """Both decay rates."""
-        return self.adam_beta1, self.adam_beta2
-
-    @property
     def predicts_pairs(self) -> bool:
         """Whether the objective has a part about pairs of segments."""
         return self.objective in OBJECTIVE_PACKINGS
