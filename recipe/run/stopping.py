@@ -37,17 +37,11 @@ class StopRequest:
     """A request to save and stop, made by a signal or the time limit, and looked at once an update.
 
     A second SIGINT ends the process at once.
-
-    Args:
-        max_hours: time limit, from the start of the process; None for none.
-
-    Attributes:
-        reason: the signal's name or the limit; None until there is a request.
     """
 
     def __init__(self, max_hours: float | None = None) -> None:
-        self.reason: str | None = None
-        self.max_hours = max_hours
+        self.reason: str | None = None  # the signal's name or the limit, once there is a request
+        self.max_hours = max_hours  # from the start of the process
         self.updated = time.monotonic()
         self.longest_update = self.seconds_to_save = 0.0
 

@@ -15,11 +15,7 @@ PROJECT_NAME = "pretraining"  # the project in which trackers show the runs side
 
 
 def check_trackers(report_to: str | list[str]) -> list[str]:
-    """List the trackers' names; `none` stands for an empty list.
-
-    Raises:
-        UserError: accelerate does not know a name, or a tracker is not installed.
-    """
+    """List the trackers' names, none for `none`; refuse those that accelerate does not know or are not installed."""
     names = [report_to] if isinstance(report_to, str) else report_to
     if names == ["none"]:
         return []
@@ -46,11 +42,7 @@ def name_numbers(record: dict[str, Any], prefix: str) -> dict[str, float]:
 
 @contextmanager
 def tracking(accelerator: Accelerator, run: Path, arguments: dict[str, Any]) -> Iterator[None]:
-    """Start the trackers on the main process, with the run's name and arguments, and close them at the end.
-
-    Raises:
-        UserError: a tracker cannot be started, because of a missing login for example.
-    """
+    """Start the trackers on the main process, with the run's name and arguments, and close them at the end."""
     plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in arguments.items()}
     name = {"name": run.resolve().name}
     try:
