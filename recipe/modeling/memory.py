@@ -31,22 +31,13 @@ class StepMemory:
     """
 
     parameters: int  # their number
+    weights: int
+    gradients: int
+    optimizer: int  # its two moments
     activations: int  # of a micro-batch, with the copies of weights that autocast makes
     logits: int  # of a micro-batch, and their gradients
     row: int  # for a further row, from `LINEAR_FROM_ROWS` rows on
     first_rows: int  # for `LINEAR_FROM_ROWS` rows, with weights, gradients and moments
-
-    @property
-    def weights(self) -> int:
-        """Bytes of the weights, and as many of their gradients."""
-        return 4 * self.parameters
-
-    gradients = weights
-
-    @property
-    def optimizer(self) -> int:
-        """Bytes of the two moments."""
-        return 8 * self.parameters
 
     @property
     def total(self) -> int:
@@ -67,8 +58,10 @@ def compute_memory(
     """
     with FakeTensorMode():
         objective = make_objective().train()
-        if on_gpu:
-            replace_dropout(objective)
+        for module in objective.modules() if on_gpu else ():
+            for name, child in module.named_children():
+                if isinstance(child, nn.Dropout) and child.p:
+                    setattr(module, name, DropoutOfGPU())
         parameters = sum(parameter.numel() for parameter in objective.parameters())
         sizes = (rows, LINEAR_FROM_ROWS, 2 * LINEAR_FROM_ROWS)
         peaks = [peak_bytes(objective, size, length, precision) for size in sizes]
@@ -76,6 +69,9 @@ def compute_memory(
     logits = LOGIT_BYTES * slots * objective.model.config.vocab_size
     return StepMemory(
         parameters=parameters,
+        weights=4 * parameters,
+        gradients=4 * parameters,
+        optimizer=8 * parameters,
         activations=peaks[0] - 4 * parameters - logits,  # and without the gradients
         logits=logits,
         row=(peaks[2] - peaks[1]) // LINEAR_FROM_ROWS,
@@ -132,15 +128,6 @@ class DropoutOfGPU(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Multiply with a mask that drops nothing."""
         return hidden * torch.ones_like(hidden, dtype=torch.bool)
-
-
-def replace_dropout(module: nn.Module) -> None:
-    """Put `DropoutOfGPU` in the place of all dropout inside a module."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.Dropout) and child.p:
-            setattr(module, name, DropoutOfGPU())
-        else:
-            replace_dropout(child)
 
 
 def largest_micro_batch(

@@ -6,18 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_PRETRAINING_MAPPING,
     AlbertConfig,
-    AlbertForMaskedLM,
-    AlbertForPreTraining,
     AutoConfig,
-    BertConfig,
-    BertForMaskedLM,
-    BertForPreTraining,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaForMaskedLM,
 )
 
 from recipe.arguments.checks import NUMBER_LIMIT
@@ -32,13 +28,6 @@ MAX_LAYERS = 256  # since the model is built, without contents, before anything 
 ROBERTA_DEFAULTS = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 ALBERT_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 DEFAULTS: dict[str, dict[str, Any]] = {"roberta": ROBERTA_DEFAULTS, "bert": {}, "albert": ALBERT_DEFAULTS}
-CONFIG_CLASSES = {"roberta": RobertaConfig, "bert": BertConfig, "albert": AlbertConfig}
-# Without and with a pair head. RoBERTa has none; the objective adds it.
-MODEL_CLASSES: dict[str, tuple[type[PreTrainedModel], type[PreTrainedModel]]] = {
-    "roberta": (RobertaForMaskedLM, RobertaForMaskedLM),
-    "bert": (BertForMaskedLM, BertForPreTraining),
-    "albert": (AlbertForMaskedLM, AlbertForPreTraining),
-}
 
 
 def build_config(
@@ -51,20 +40,20 @@ def build_config(
     """Build the architecture from the released defaults or a checkpoint, the user's fields and the tokenizer's size.
 
     The user's fields go over the others. A plan made before there is a tokenizer has the released vocabulary's size.
+    A `UserError` names what does not fit: a field, the type of the checkpoint, the tokenizer or the length.
     """
-    check_fields(model_config, CONFIG_CLASSES[model_type])
+    check_fields(model_config, CONFIG_MAPPING[model_type])
     config = load_config(model_config, model_name_or_path, tokenizer, model_type)
     if config.model_type != model_type:
-        remedy = f"; give `model_type: {config.model_type}`" if config.model_type in CONFIG_CLASSES else ""
-        raise UserError(
-            f"`model_name_or_path` {model_name_or_path} is a {config.model_type}, not a {model_type}{remedy}"
-        )
+        remedy = f"; give `model_type: {config.model_type}`" if config.model_type in DEFAULTS else ""
+        problem = f"is a {config.model_type}, not a {model_type}"
+        raise UserError(f"`model_name_or_path` {model_name_or_path} {problem}{remedy}")
     if tokenizer is not None:
         check_tokenizer(config, tokenizer)
     check_sizes(config, max_seq_length)
     try:
         with torch.device("meta"):
-            MODEL_CLASSES[model_type][1](config)
+            build_model(config, None, predicts_pairs=True)
     except Exception as error:
         raise UserError(f"`model_config` {model_config}: no model can be built: {describe_error(error)}") from error
     return config
@@ -95,7 +84,7 @@ def load_config(
         if tokenizer is not None:
             fitting = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "pad", "eos")}
             fitting["vocab_size"] = len(tokenizer)
-        return CONFIG_CLASSES[model_type](**(DEFAULTS[model_type] | fitting | model_config))
+        return CONFIG_MAPPING[model_type](**(DEFAULTS[model_type] | fitting | model_config))
     except OSError as error:
         raise UserError(f"`model_name_or_path` {source}: no model there, as a folder or on the hub: {error}") from None
     except Exception as error:  # of one library or another
@@ -141,18 +130,18 @@ def build_model(
 ) -> PreTrainedModel:
     """Build a model with new float32 weights, drawn under torch's current seed, or with those of a checkpoint.
 
-    A BERT or ALBERT has its pair head if it predicts pairs.
+    A BERT or ALBERT has its pair head if it predicts pairs; a RoBERTa has none, and the objective adds it.
+    A `UserError` says which weights the checkpoint lacks, or has in another shape.
     """
-    model_class = MODEL_CLASSES[config.model_type][predicts_pairs]
+    classes = MODEL_FOR_PRETRAINING_MAPPING if predicts_pairs else MODEL_FOR_MASKED_LM_MAPPING
+    model_class: Any = classes[type(config)]
     source = model_name_or_path
     if source is None:
         return model_class(config)
-    loaded: Any  # with `output_loading_info` a pair
     try:
-        loaded = model_class.from_pretrained(source, config=config, dtype="float32", output_loading_info=True)
+        model, loading = model_class.from_pretrained(source, config=config, dtype="float32", output_loading_info=True)
     except Exception as error:  # of one library or another
         raise UserError(f"`model_name_or_path` {source} cannot be loaded: {describe_error(error)}") from error
-    model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         problem = f"lacks weights of a {model_class.__name__}: {missing[:3]}"
         raise UserError(f"`model_name_or_path` {source} {problem}")

@@ -24,7 +24,7 @@ class BertAdapter:
     wait for the answer.
     """
 
-    pair_head: nn.Module | None = None  # what a pair objective needs and the model does not have
+    pair_head: Part = None  # what a pair objective needs and the model does not have
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Part = model
@@ -81,8 +81,6 @@ class BertAdapter:
 
 class RobertaAdapter(BertAdapter):
     """Access to the parts of a RoBERTa; BERT's pair head is put beside it, outside of the model that is saved."""
-
-    pair_head: nn.Sequential
 
     def add_pair_head(self) -> None:
         """Make a pooler and a pair head like BERT's, with weights drawn as the model's are."""

@@ -110,10 +110,8 @@ def save_checkpoint(
 
     Args:
         folder: where the checkpoints of the run lie.
-        step: completed updates.
         model: the model whose config is saved, with these `weights`.
         tensors: state dicts of tensors and plain values, read back with `weights_only=True`.
-        state: plain values.
 
     Raises:
         Exception: the disk is full, for example; each library has its own. Nothing is left of the checkpoint then.

@@ -32,7 +32,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """Read all lines of a metrics.jsonl, none if it is not there, without a last line torn by a crash."""
+    """Read all lines of a metrics.jsonl, none if it is not there, without a last line torn by a crash.
+
+    A line that is no record of an update is a `UserError`.
+    """
     if not file.exists():
         return []
     with raising_damaged_file(file, "remove the lines that are no records; a run can resume without them"):
@@ -45,7 +48,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
 
 
 def read_step(run: Path) -> int:
-    """Read from status.json how many updates are done."""
+    """Read from status.json how many updates are done; it is a `UserError` if it does not say so."""
     with raising_damaged_file(run / "status.json", 'write {"step": N} into it, with the number of updates done'):
         step = json.loads((run / "status.json").read_text())["step"]
         if type(step) is not int or step < 0:

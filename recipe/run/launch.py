@@ -41,6 +41,8 @@ def start_accelerator(
 ) -> Accelerator:
     """Start the accelerator as the launcher set it up, with the libraries' progress bars on the main process alone.
 
+    An engine or a precision that this code does not support is a `UserError`.
+
     Args:
         report_to: trackers, see `check_trackers`.
         logging_dir: folder for trackers that write files.
@@ -49,18 +51,13 @@ def start_accelerator(
     """
     trackers = check_trackers(report_to)
     stop_with_launcher()
+    hook = DDPCommunicationHookType(ddp_comm_hook or "no")
     # No buffer of the model ever changes, so none has to be broadcast at each forward.
-    ddp = DistributedDataParallelKwargs(
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        comm_hook=DDPCommunicationHookType(ddp_comm_hook or "no"),
-    )
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook)
+    handlers = [ddp, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)]
+    project = ProjectConfiguration(logging_dir=logging_dir)
     try:
-        accelerator = Accelerator(
-            log_with=trackers or None,
-            project_config=ProjectConfiguration(logging_dir=logging_dir),
-            kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
-        )
+        accelerator = Accelerator(log_with=trackers or None, project_config=project, kwargs_handlers=handlers)
     except ValueError as error:  # the device does not have the precision
         raise UserError(f"{error} Give accelerate another --mixed_precision") from None
     atexit.register(leave_process_group)

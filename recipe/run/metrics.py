@@ -67,13 +67,12 @@ class TrainState:
     def count(
         self, measured: dict[str, tuple[float, int]], corpora: np.ndarray, digest: int, skipped: str | None
     ) -> None:
-        """Take in one update; if it was skipped, it is counted and its measures are left out.
+        """Take in one update; one that was skipped, as `nonfinite` or `overflow`, is counted without its measures.
 
         Args:
             measured: for each of the objective's measures, the sum and what to divide it by.
             corpora: (corpora, 3) blocks, tokens and documents of the update.
             digest: of its blocks and masks.
-            skipped: None, `nonfinite` or `overflow`.
         """
         self.step += 1
         self.corpora = (np.array(self.corpora or np.zeros_like(corpora)) + corpora).tolist()

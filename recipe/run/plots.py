@@ -44,7 +44,7 @@ class Curves:
 
 
 def read_curves(path: Path) -> Curves:
-    """Read the curves of a run from its folder."""
+    """Read the curves of a run from its folder; one that is of no pretraining run or damaged is a `UserError`."""
     run = RunDirectory(path, is_main=False, pids=[])
     for file in (run.config_file, run.metrics_file):
         if not file.is_file():
@@ -88,7 +88,7 @@ def plot_runs(runs: list[Curves], path: Path) -> None:
     """Draw loss and perplexity, learning rate, gradient norm and throughput over the tokens seen, to a PNG file.
 
     A single run is drawn with its unsmoothed training loss, the loss of a unigram model and the expected loss. Runs
-    without a training loss are not drawn, and without any there is no figure.
+    without a training loss are not drawn, and without any there is no figure. Different vocabularies are a `UserError`.
     """
     for run in runs[1:]:
         if run.vocabulary != runs[0].vocabulary:

@@ -29,20 +29,20 @@ def check_trackers(report_to: str | list[str]) -> list[str]:
     return names
 
 
-def name_numbers(record: dict[str, Any], prefix: str) -> dict[str, float]:
+def name_numbers(record: dict[str, Any], path: str = "") -> dict[str, float]:
     """Name the numbers of a record and of the records in it by their path."""
     numbers: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, dict):
-            numbers |= name_numbers(value, f"{prefix}/{name}")
+            numbers |= name_numbers(value, f"{path}{name}/")
         elif isinstance(value, int | float):
-            numbers[f"{prefix}/{name.removeprefix('eval_')}"] = value
+            numbers[path + name.removeprefix("eval_")] = value
     return numbers
 
 
 @contextmanager
 def tracking(accelerator: Accelerator, run: Path, arguments: dict[str, Any]) -> Iterator[None]:
-    """Start the trackers on the main process, with the run's name and arguments, and close them at the end."""
+    """Start the trackers on the main process, or raise a `UserError`, and close them at the end."""
     plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in arguments.items()}
     name = {"name": run.resolve().name}
     try:
@@ -61,9 +61,9 @@ def log_metrics(accelerator: Accelerator, record: dict[str, Any]) -> None:
     They get `train/loss` or `eval/loss`, as `Trainer` names them, and of each corpus `corpora/books/tokens`.
     """
     if accelerator.is_main_process:
+        kind = "eval" if "eval_loss" in record else "train"
         values = {name: value for name, value in record.items() if name not in ("step", "corpora")}
-        values = name_numbers(values, "eval" if "eval_loss" in record else "train")
-        values |= name_numbers(record.get("corpora", {}), "corpora")
+        values = name_numbers({kind: values, "corpora": record.get("corpora", {})})
         call_trackers(accelerator, "log", values, step=record["step"])
 
 
