@@ -140,10 +140,7 @@ class MaskedLMObjective(nn.Module):
     the vocabulary, a quarter of all FLOPs of roberta-base, and most of the last layer, whose other outputs nothing
     reads: only its keys and values are needed everywhere.
 
-    Args:
-        model: the model to train, which stays a plain model of transformers.
-        masked_share: the largest share of a row's positions that can be masked.
-        gradient_checkpointing: keep only each layer's input for the backward pass.
+    The model stays a plain one of transformers; at most `masked_share` of a row's positions are masked.
     """
 
     # What a forward pass measures, and over what in an update each is averaged: `masked` tokens or `pairs`. The sum of
@@ -222,14 +219,9 @@ class MaskedLMObjective(nn.Module):
         self, hidden: torch.Tensor, labels: torch.Tensor, pair_label: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Measure the objective on hidden states (batch, leading_slots + slots, width) and labels (batch, slots)."""
-        loss_sum, count = self.measure_masked_lm(hidden, labels)
-        return loss_sum[None], count[None]
-
-    def measure_masked_lm(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum the cross-entropy over the masked tokens, in nats, and count them."""
         logits = self.adapter.lm_head(hidden).flatten(0, 1).float()
         loss_sum = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
-        return loss_sum, (labels != -100).sum()
+        return loss_sum[None], (labels != -100).sum()[None]
 
 
 class PairObjective(MaskedLMObjective):
@@ -247,11 +239,11 @@ class PairObjective(MaskedLMObjective):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Measure both losses and how many pairs are told right; the first hidden state is the first position's."""
         assert pair_label is not None
-        loss_sum, masked = self.measure_masked_lm(hidden[:, 1:], labels)
+        sums, counts = super().measure(hidden[:, 1:], labels, None)
         logits = self.adapter.pair_logits(hidden[:, 0]).float()
         pair_loss = F.cross_entropy(logits, pair_label, ignore_index=-100, reduction="sum")
         right, pairs = (logits.argmax(1) == pair_label).sum(), (pair_label != -100).sum()
-        return torch.stack([loss_sum, pair_loss, right.float()]), torch.stack([masked, pairs, pairs])
+        return torch.hstack([sums, pair_loss, right]), torch.hstack([counts, pairs, pairs])
 
 
 class NextSentenceObjective(PairObjective):

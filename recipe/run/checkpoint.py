@@ -74,11 +74,9 @@ def check_space(folder: Path, num_parameters: int, limit: int) -> str:
 def training_state(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return weights and moments by parameter names, tied ones once, on the devices where the engine trains them."""
     weights, moments = get_state_dict(objective, optimizer)
-    kept, every = (
-        {name.removeprefix("module.") for name, _ in objective.named_parameters(remove_duplicate=once)}  # DDP's prefix
-        for once in (True, False)
-    )
-    weights = {name: tensor for name, tensor in weights.items() if name not in every - kept}
+    kept, every = (dict(objective.named_parameters(remove_duplicate=once)) for once in (True, False))
+    tied = {name.removeprefix("module.") for name in every.keys() - kept.keys()}  # DDP's prefix
+    weights = {name: tensor for name, tensor in weights.items() if name not in tied}
     return {"weights": weights, "optimizer": moments["state"]}
 
 
@@ -106,12 +104,7 @@ def save_checkpoint(
     state: dict[str, Any],
     limit: int,
 ) -> Path:
-    """Write one checkpoint, then delete the oldest beyond `limit`.
-
-    Args:
-        folder: where the checkpoints of the run lie.
-        model: the model whose config is saved, with these `weights`.
-        tensors: state dicts of tensors and plain values, read back with `weights_only=True`.
+    """Write one checkpoint, with `tensors` that `weights_only=True` loads, then delete the oldest beyond `limit`.
 
     Raises:
         Exception: the disk is full, for example; each library has its own. Nothing is left of the checkpoint then.
@@ -159,8 +152,7 @@ class CheckpointWriter:
     def start(self, step: int, write: Callable[[], Path], then: Callable[[Path], None]) -> None:
         """Start to `write` a checkpoint, once the one before is written; `then` gets its path when it is complete."""
         self.wait()
-        # The thread is a daemon, since a second SIGINT ends the process at once.
-        self.thread = Thread(target=self.run, args=(step, write, then), daemon=True)
+        self.thread = Thread(target=self.run, args=(step, write, then), daemon=True)  # a second SIGINT does not wait
         self.thread.start()
 
     def wait(self) -> None:
@@ -210,13 +202,10 @@ def find_fault(path: Path) -> str | None:
 
 
 def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path | None, list[str]]:
-    """Find the checkpoint to resume from: one that is named by its path, or the `latest` in the run's folder.
+    """Find the checkpoint to resume from, by its path or as the `latest`; a damaged or missing one is a `UserError`.
 
     Returns:
         Its path, None where `latest` finds none; and warnings about damaged checkpoints that are later.
-
-    Raises:
-        UserError: the named checkpoint is missing or damaged, or there are only damaged ones.
     """
     if resume_from != "latest":
         path = Path(resume_from)

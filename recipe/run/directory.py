@@ -32,10 +32,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """Read all lines of a metrics.jsonl, none if it is not there, without a last line torn by a crash.
-
-    A line that is no record of an update is a `UserError`.
-    """
+    """Read the records of a metrics.jsonl, none if it is not there, without a last line torn by a crash."""
     if not file.exists():
         return []
     with raising_damaged_file(file, "remove the lines that are no records; a run can resume without them"):

@@ -41,13 +41,12 @@ def start_accelerator(
 ) -> Accelerator:
     """Start the accelerator as the launcher set it up, with the libraries' progress bars on the main process alone.
 
-    An engine or a precision that this code does not support is a `UserError`.
-
     Args:
-        report_to: trackers, see `check_trackers`.
-        logging_dir: folder for trackers that write files.
         serves_fsdp: whether the script supports a sharded model.
         ddp_comm_hook: `bf16` to have DDP send gradients in bf16.
+
+    Raises:
+        UserError: an engine or a precision that this code does not support.
     """
     trackers = check_trackers(report_to)
     stop_with_launcher()

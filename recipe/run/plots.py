@@ -190,13 +190,9 @@ def add_perplexity(axes: "Axes") -> None:
 
 
 def plot_glue(rows: list[dict[str, Any]], names: list[str], published: str, title: str, path: Path) -> None:
-    """Draw the median of each task and its standard deviation beside the majority's and the published result.
+    """Draw the median and standard deviation of the tasks of summary.json beside the majority's and published results.
 
-    Args:
-        rows: the tasks of summary.json.
-        names: of the tasks, as the figure shows them.
-        published: name of the published results.
-        path: PNG file to write.
+    The figure calls the tasks by `names` and the published results by `published`, and is written to a PNG file.
     """
     figure = new_figure(8, 1.6 + 0.42 * len(rows))
     axes = figure.subplots()

@@ -34,10 +34,7 @@ def watch_launcher() -> None:
 
 
 class StopRequest:
-    """A request to save and stop, made by a signal or the time limit, and looked at once an update.
-
-    A second SIGINT ends the process at once.
-    """
+    """A request to save and stop, made by a signal or the time limit, and looked at once an update."""
 
     def __init__(self, max_hours: float | None = None) -> None:
         self.reason: str | None = None  # the signal's name or the limit, once there is a request
@@ -60,7 +57,7 @@ class StopRequest:
         self.updated, self.seconds_to_save = now, seconds_to_save
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Take a signal as the request; a second SIGINT raises KeyboardInterrupt."""
+        """Take a signal as the request; a second SIGINT raises KeyboardInterrupt, which ends the process at once."""
         if self.reason and number == signal.SIGINT:
             signal.default_int_handler(number, frame)
         self.reason = signal.Signals(number).name

@@ -56,10 +56,7 @@ def tracking(accelerator: Accelerator, run: Path, arguments: dict[str, Any]) -> 
 
 
 def log_metrics(accelerator: Accelerator, record: dict[str, Any]) -> None:
-    """Send a line of metrics.jsonl to all trackers.
-
-    They get `train/loss` or `eval/loss`, as `Trainer` names them, and of each corpus `corpora/books/tokens`.
-    """
+    """Send a line of metrics.jsonl to all trackers, as `train/loss`, `eval/loss` or `corpora/books/tokens`."""
     if accelerator.is_main_process:
         kind = "eval" if "eval_loss" in record else "train"
         values = {name: value for name, value in record.items() if name not in ("step", "corpora")}
