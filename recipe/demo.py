@@ -30,10 +30,8 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     fill_mask = pipeline("fill-mask", model=str(run / "model"))
     for sentence in SENTENCES:
-        answers = ", ".join(
-            f"{answer['token_str'].strip() or '⏎'} {answer['score']:.0%}" for answer in fill_mask(sentence)
-        )
-        print(f"  {sentence}\n    -> {answers}")
+        answers = [f"{answer['token_str'].strip() or '⏎'} {answer['score']:.0%}" for answer in fill_mask(sentence)]
+        print(f"  {sentence}\n    -> {', '.join(answers)}")
     print(f"model:     {run / 'model'}\nloss plot: {run / 'loss.png'}")
 
 

@@ -28,32 +28,16 @@ class StepMemory:
     All tensors of a forward and a backward pass are counted by running them with tensors that have shapes and no
     contents, and what stays between passes: float32 weights, gradients and AdamW's two moments. This is for eager mode;
     compiled, a row takes less.
-
-    Attributes:
-        parameters: number of all trained parameters.
-        activations: bytes of a micro-batch, with the copies of weights that autocast makes.
-        logits: bytes of a micro-batch's logits and their gradients.
-        row: bytes of a further row, from `LINEAR_FROM_ROWS` rows on.
-        first_rows: bytes of `LINEAR_FROM_ROWS` rows, with weights, gradients and moments.
     """
 
-    parameters: int
-    activations: int
-    logits: int
-    row: int
-    first_rows: int
-
-    @property
-    def weights(self) -> int:
-        """Bytes of the weights, and as many of their gradients."""
-        return 4 * self.parameters
-
-    gradients = weights
-
-    @property
-    def optimizer(self) -> int:
-        """Bytes of the two moments."""
-        return 8 * self.parameters
+    parameters: int  # their number
+    weights: int
+    gradients: int
+    optimizer: int  # its two moments
+    activations: int  # of a micro-batch, with the copies of weights that autocast makes
+    logits: int  # of a micro-batch, and their gradients
+    row: int  # for a further row, from `LINEAR_FROM_ROWS` rows on
+    first_rows: int  # for `LINEAR_FROM_ROWS` rows, with weights, gradients and moments
 
     @property
     def total(self) -> int:
@@ -74,16 +58,20 @@ def compute_memory(
     """
     with FakeTensorMode():
         objective = make_objective().train()
-        if on_gpu:
-            replace_dropout(objective)
+        for module in objective.modules() if on_gpu else ():
+            for name, child in module.named_children():
+                if isinstance(child, nn.Dropout) and child.p:
+                    setattr(module, name, DropoutOfGPU())
         parameters = sum(parameter.numel() for parameter in objective.parameters())
-        peaks = [
-            peak_bytes(objective, size, length, precision) for size in (rows, LINEAR_FROM_ROWS, 2 * LINEAR_FROM_ROWS)
-        ]
+        sizes = (rows, LINEAR_FROM_ROWS, 2 * LINEAR_FROM_ROWS)
+        peaks = [peak_bytes(objective, size, length, precision) for size in sizes]
     slots = rows * math.ceil(objective.masked_share * length)
     logits = LOGIT_BYTES * slots * objective.model.config.vocab_size
     return StepMemory(
         parameters=parameters,
+        weights=4 * parameters,
+        gradients=4 * parameters,
+        optimizer=8 * parameters,
         activations=peaks[0] - 4 * parameters - logits,  # and without the gradients
         logits=logits,
         row=(peaks[2] - peaks[1]) // LINEAR_FROM_ROWS,
@@ -92,10 +80,7 @@ def compute_memory(
 
 
 def peak_bytes(objective: nn.Module, rows: int, length: int, precision: str) -> int:
-    """Count the bytes in use at the peak of a second pass forward and backward, with gradients and without weights.
-
-    The objective's tensors have no contents.
-    """
+    """Count the bytes in use at the peak of a second pass forward and backward, with gradients and without weights."""
     ids = torch.zeros(rows, length, dtype=torch.long)
     batch = {"input_ids": ids, "labels": ids, "position_ids": ids, "token_type_ids": ids, "pair_label": ids[:, 0]}
     autocast = torch.autocast("cpu", PRECISIONS.get(precision), enabled=precision in PRECISIONS)
@@ -113,15 +98,12 @@ class BytesInUse(TorchDispatchMode):
     """A count of the bytes of all tensors that are made under it and not freed yet.
 
     torch's MemTracker counts the same, module by module, and takes eight times as long over roberta-base.
-
-    Args:
-        known: tensors that were there before.
     """
 
-    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+    def __init__(self, known_before: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self.storages = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
+        self.storages = weakref.WeakSet(tensor.untyped_storage() for tensor in known_before)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -139,10 +121,7 @@ class BytesInUse(TorchDispatchMode):
 
 
 class DropoutOfGPU(nn.Module):
-    """Dropout that keeps one byte an element for the backward pass, as it does on a GPU.
-
-    On a CPU dropout keeps more, and keeps attention from its fused kernels.
-    """
+    """Dropout that keeps one byte an element, as on a GPU; on a CPU it keeps more, and attention from fused kernels."""
 
     p = 0.0  # for attention, whose fused kernels keep a seed
 
@@ -151,22 +130,12 @@ class DropoutOfGPU(nn.Module):
         return hidden * torch.ones_like(hidden, dtype=torch.bool)
 
 
-def replace_dropout(module: nn.Module) -> None:
-    """Put `DropoutOfGPU` in the place of all dropout inside a module."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.Dropout) and child.p:
-            setattr(module, name, DropoutOfGPU())
-        else:
-            replace_dropout(child)
-
-
 def largest_micro_batch(
     objective: nn.Module, batch: dict[str, torch.Tensor], sizes: list[int], device: torch.device, reserve: int
 ) -> int | None:
     """Find by trying the largest of some sizes for which the device has room; None if not even the smallest fits.
 
-    The rows are those of `batch`, and `reserve` bytes stay free for what is not allocated yet. Gradients are left at
-    None.
+    The rows are those of `batch`, and `reserve` bytes stay free for what is not allocated yet.
     """
     return next((size for size in sorted(sizes, reverse=True) if fits(objective, batch, size, device, reserve)), None)
 

@@ -6,18 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_PRETRAINING_MAPPING,
     AlbertConfig,
-    AlbertForMaskedLM,
-    AlbertForPreTraining,
     AutoConfig,
-    BertConfig,
-    BertForMaskedLM,
-    BertForPreTraining,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaForMaskedLM,
 )
 
 from recipe.arguments.checks import NUMBER_LIMIT
@@ -32,13 +28,6 @@ MAX_LAYERS = 256  # since the model is built, without contents, before anything 
 ROBERTA_DEFAULTS = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 ALBERT_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 DEFAULTS: dict[str, dict[str, Any]] = {"roberta": ROBERTA_DEFAULTS, "bert": {}, "albert": ALBERT_DEFAULTS}
-CONFIG_CLASSES = {"roberta": RobertaConfig, "bert": BertConfig, "albert": AlbertConfig}
-# Without and with a pair head. RoBERTa has none; the objective adds it.
-MODEL_CLASSES: dict[str, tuple[type[PreTrainedModel], type[PreTrainedModel]]] = {
-    "roberta": (RobertaForMaskedLM, RobertaForMaskedLM),
-    "bert": (BertForMaskedLM, BertForPreTraining),
-    "albert": (AlbertForMaskedLM, AlbertForPreTraining),
-}
 
 
 def build_config(
@@ -51,24 +40,20 @@ def build_config(
     """Build the architecture from the released defaults or a checkpoint, the user's fields and the tokenizer's size.
 
     The user's fields go over the others. A plan made before there is a tokenizer has the released vocabulary's size.
-
-    Raises:
-        UserError: a field that the config class does not have or take, a checkpoint of another type, a tokenizer or a
-            length that does not fit.
+    A `UserError` names what does not fit: a field, the type of the checkpoint, the tokenizer or the length.
     """
-    check_fields(model_config, CONFIG_CLASSES[model_type])
+    check_fields(model_config, CONFIG_MAPPING[model_type])
     config = load_config(model_config, model_name_or_path, tokenizer, model_type)
     if config.model_type != model_type:
-        remedy = f"; give `model_type: {config.model_type}`" if config.model_type in CONFIG_CLASSES else ""
-        raise UserError(
-            f"`model_name_or_path` {model_name_or_path} is a {config.model_type}, not a {model_type}{remedy}"
-        )
+        remedy = f"; give `model_type: {config.model_type}`" if config.model_type in DEFAULTS else ""
+        problem = f"is a {config.model_type}, not a {model_type}"
+        raise UserError(f"`model_name_or_path` {model_name_or_path} {problem}{remedy}")
     if tokenizer is not None:
         check_tokenizer(config, tokenizer)
     check_sizes(config, max_seq_length)
     try:
         with torch.device("meta"):
-            MODEL_CLASSES[model_type][1](config)
+            build_model(config, None, predicts_pairs=True)
     except Exception as error:
         raise UserError(f"`model_config` {model_config}: no model can be built: {describe_error(error)}") from error
     return config
@@ -76,18 +61,14 @@ def build_config(
 
 def check_fields(model_config: dict[str, Any], config_class: type[PreTrainedConfig]) -> None:
     """Refuse fields of `model_config` that the config class does not have, and numbers that are not finite."""
-    if "attn_implementation" in model_config:
-        raise UserError(
-            f"`model_config` has `attn_implementation: {model_config['attn_implementation']}`; leave it out: attention "
-            "is torch's scaled_dot_product_attention, which chooses the fastest kernel, flash attention among them"
-        )
+    if chosen := model_config.get("attn_implementation"):
+        remedy = "leave it out: torch's scaled_dot_product_attention chooses the fastest kernel, flash attention too"
+        raise UserError(f"`model_config` has `attn_implementation: {chosen}`; {remedy}")
     known = config_class().to_dict().keys() - DECODER_FIELDS
     for name, value in model_config.items():
         if name not in known:
-            raise UserError(
-                f"`model_config` has a field `{name}` that {config_class.__name__} does not know"
-                f"{did_you_mean(str(name), known)}"
-            )
+            problem = f"a field `{name}` that {config_class.__name__} does not know"
+            raise UserError(f"`model_config` has {problem}{did_you_mean(str(name), known)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"`model_config`: `{name}` is {value}; give a finite number")
 
@@ -103,7 +84,7 @@ def load_config(
         if tokenizer is not None:
             fitting = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "pad", "eos")}
             fitting["vocab_size"] = len(tokenizer)
-        return CONFIG_CLASSES[model_type](**(DEFAULTS[model_type] | fitting | model_config))
+        return CONFIG_MAPPING[model_type](**(DEFAULTS[model_type] | fitting | model_config))
     except OSError as error:
         raise UserError(f"`model_name_or_path` {source}: no model there, as a folder or on the hub: {error}") from None
     except Exception as error:  # of one library or another
@@ -112,16 +93,14 @@ def load_config(
 
 def check_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
     """Refuse a tokenizer with more entries than the model, or with another padding token."""
-    if config.vocab_size < len(tokenizer):
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} entries and the model's `vocab_size` is {config.vocab_size}; "
-            "leave `vocab_size` out of `model_config`, or use the model's own tokenizer"
-        )
-    if config.pad_token_id != tokenizer.pad_token_id:
-        raise UserError(
-            f"the tokenizer pads with {tokenizer.pad_token_id} and the model's `pad_token_id` is "
-            f"{config.pad_token_id}; leave `pad_token_id` out of `model_config`, or use the model's own tokenizer"
-        )
+    for name, is_wrong, fact in (
+        ("vocab_size", config.vocab_size < len(tokenizer), f"has {len(tokenizer)} entries"),
+        ("pad_token_id", config.pad_token_id != tokenizer.pad_token_id, f"pads with {tokenizer.pad_token_id}"),
+    ):
+        if is_wrong:
+            problem = f"the tokenizer {fact} and the model's `{name}` is {getattr(config, name)}"
+            remedy = f"leave `{name}` out of `model_config`, or use the model's own tokenizer"
+            raise UserError(f"{problem}; {remedy}")
 
 
 def check_sizes(config: PreTrainedConfig, max_seq_length: int) -> None:
@@ -129,26 +108,21 @@ def check_sizes(config: PreTrainedConfig, max_seq_length: int) -> None:
     sizes = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "type_vocab_size"]
     if isinstance(config, AlbertConfig):
         sizes += ["embedding_size", "num_hidden_groups", "inner_group_num"]
-        if config.num_hidden_groups > config.num_hidden_layers:
-            raise UserError(
-                f"`model_config`: `num_hidden_groups` ({config.num_hidden_groups}) is more than `num_hidden_layers` "
-                f"({config.num_hidden_layers}); some groups would never be used"
-            )
+        groups, layers = config.num_hidden_groups, config.num_hidden_layers
+        if groups > layers:
+            problem = f"`num_hidden_groups` ({groups}) is more than `num_hidden_layers` ({layers})"
+            raise UserError(f"`model_config`: {problem}; some groups would never be used")
     for name in sizes:
         largest = MAX_LAYERS if name.endswith(("_layers", "_groups", "_num")) else NUMBER_LIMIT
         if not 1 <= getattr(config, name) <= largest:
             raise UserError(f"`model_config`: `{name}` is {getattr(config, name)}; give 1 to {largest}")
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(
-            f"`model_config`: `hidden_size` ({config.hidden_size}) is not a multiple of `num_attention_heads` "
-            f"({config.num_attention_heads})"
-        )
+    width, heads, positions = config.hidden_size, config.num_attention_heads, config.max_position_embeddings
+    if width % heads:
+        raise UserError(f"`model_config`: `hidden_size` ({width}) is not a multiple of `num_attention_heads` ({heads})")
     needed = max_seq_length + first_position(config.model_type, config.pad_token_id)
-    if config.max_position_embeddings < needed:
-        raise UserError(
-            f"`max_seq_length` ({max_seq_length}) needs `max_position_embeddings` >= {needed}, "
-            f"got {config.max_position_embeddings}"
-        )
+    if positions < needed:
+        problem = f"needs `max_position_embeddings` >= {needed}, got {positions}"
+        raise UserError(f"`max_seq_length` ({max_seq_length}) {problem}")
 
 
 def build_model(
@@ -156,27 +130,21 @@ def build_model(
 ) -> PreTrainedModel:
     """Build a model with new float32 weights, drawn under torch's current seed, or with those of a checkpoint.
 
-    A BERT or ALBERT has its pair head if it predicts pairs.
-
-    Raises:
-        UserError: the checkpoint has no weights, lacks some, or has them in another shape.
+    A BERT or ALBERT has its pair head if it predicts pairs; a RoBERTa has none, and the objective adds it.
+    A `UserError` says which weights the checkpoint lacks, or has in another shape.
     """
-    model_class = MODEL_CLASSES[config.model_type][predicts_pairs]
-    if model_name_or_path is None:
+    classes = MODEL_FOR_PRETRAINING_MAPPING if predicts_pairs else MODEL_FOR_MASKED_LM_MAPPING
+    model_class: Any = classes[type(config)]
+    source = model_name_or_path
+    if source is None:
         return model_class(config)
     try:
-        loaded: Any = model_class.from_pretrained(  # with `output_loading_info` a pair
-            model_name_or_path, config=config, dtype="float32", output_loading_info=True
-        )
+        model, loading = model_class.from_pretrained(source, config=config, dtype="float32", output_loading_info=True)
     except Exception as error:  # of one library or another
-        problem = f"cannot be loaded: {describe_error(error)}"
-        raise UserError(f"`model_name_or_path` {model_name_or_path} {problem}") from error
-    model, loading = loaded
-    if loading["missing_keys"]:
-        raise UserError(
-            f"`model_name_or_path` {model_name_or_path} lacks weights of a {model_class.__name__}: "
-            f"{sorted(loading['missing_keys'])[:3]}"
-        )
+        raise UserError(f"`model_name_or_path` {source} cannot be loaded: {describe_error(error)}") from error
+    if missing := sorted(loading["missing_keys"]):
+        problem = f"lacks weights of a {model_class.__name__}: {missing[:3]}"
+        raise UserError(f"`model_name_or_path` {source} {problem}")
     return model
 
 

@@ -14,14 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-
-def gather_positions(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Gather (batch, slots, width) from (batch, length, width) at the positions (batch, slots)."""
-    return values.gather(1, slots[:, :, None].expand(-1, -1, values.shape[2]))
-
-
-# A module of transformers, whose own modules have names that differ from architecture to architecture.
-Part = Any
+Part = Any  # a module of transformers, whose own modules have names that differ from architecture to architecture
 
 
 class BertAdapter:
@@ -29,12 +22,9 @@ class BertAdapter:
 
     The model's own forward would run all of the last layer, and would ask the device whether a mask is all ones, and
     wait for the answer.
-
-    Attributes:
-        pair_head: what a pair objective needs and the model does not have; None if it has it all.
     """
 
-    pair_head: nn.Module | None = None
+    pair_head: Part = None  # what a pair objective needs and the model does not have
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: Part = model
@@ -54,19 +44,16 @@ class BertAdapter:
     def encode_at(
         self, layer: Part, hidden: torch.Tensor, slots: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Run a layer at some positions, which attend to all of them.
+        """Run a layer at some positions, which attend to all of them: (batch, slots, width).
 
         Args:
             layer: one of `layers()`.
             hidden: (batch, length, width), its input.
             slots: (batch, slots) int64, the positions.
             mask: None, or boolean and broadcastable to (batch, heads, slots, length).
-
-        Returns:
-            (batch, slots, width)
         """
         attention, dropout = self.attention(layer)
-        rows = gather_positions(hidden, slots)
+        rows = hidden.gather(1, slots[:, :, None].expand(-1, -1, hidden.shape[2]))
         query, key, value = (
             projected.unflatten(2, (-1, attention.attention_head_size)).transpose(1, 2)
             for projected in (attention.query(rows), attention.key(hidden), attention.value(hidden))
@@ -93,12 +80,7 @@ class BertAdapter:
 
 
 class RobertaAdapter(BertAdapter):
-    """Access to the parts of a RoBERTa, which has no pair head.
-
-    BERT's is put beside it, and stays outside of the model that is saved.
-    """
-
-    pair_head: nn.Sequential
+    """Access to the parts of a RoBERTa; BERT's pair head is put beside it, outside of the model that is saved."""
 
     def add_pair_head(self) -> None:
         """Make a pooler and a pair head like BERT's, with weights drawn as the model's are."""
@@ -158,21 +140,13 @@ class MaskedLMObjective(nn.Module):
     the vocabulary, a quarter of all FLOPs of roberta-base, and most of the last layer, whose other outputs nothing
     reads: only its keys and values are needed everywhere.
 
-    The model inside stays a plain model of transformers.
-
-    Args:
-        model: the model to train.
-        masked_share: the largest share of a row's positions that can be masked.
-        gradient_checkpointing: keep only each layer's input for the backward pass.
-
-    Attributes:
-        measures: what a forward pass measures, and over what in an update each is averaged (`masked` tokens, `pairs`).
-            The sum of these means is minimised; an accuracy has no gradient.
-        leading_slots: positions that are read beside the masked ones.
+    The model stays a plain one of transformers; at most `masked_share` of a row's positions are masked.
     """
 
+    # What a forward pass measures, and over what in an update each is averaged: `masked` tokens or `pairs`. The sum of
+    # these means is minimised; an accuracy has no gradient.
     measures: ClassVar[dict[str, str]] = {"loss": "masked"}
-    leading_slots = 0
+    leading_slots = 0  # positions that are read beside the masked ones
 
     def __init__(self, model: PreTrainedModel, masked_share: float, gradient_checkpointing: bool = False) -> None:
         super().__init__()
@@ -184,7 +158,7 @@ class MaskedLMObjective(nn.Module):
         # it is in ALBERT. Layers alone: embeddings, which BERT and RoBERTa name too, share a weight with the head.
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.adapter.layers()})
         # A method of the layer, since FSDP gathers a layer's weights for methods that are registered with it.
-        *_, last = self.adapter.layers()
+        last = self.adapter.layers()[-1]
         last.encode_at = partial(self.adapter.encode_at, last)
 
     def tie_weights(self) -> None:
@@ -193,12 +167,7 @@ class MaskedLMObjective(nn.Module):
 
     def serve_fsdp(self) -> None:
         """Have FSDP, where it has wrapped the last layer, gather its weights for `encode_at` too."""
-        *_, last = self.adapter.layers()
-        register_fsdp_forward_method(last, "encode_at")
-
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Turn hidden states (…, width) into logits (…, vocabulary)."""
-        return self.adapter.lm_head(hidden)
+        register_fsdp_forward_method(self.adapter.layers()[-1], "encode_at")
 
     def forward(
         self,
@@ -250,21 +219,13 @@ class MaskedLMObjective(nn.Module):
         self, hidden: torch.Tensor, labels: torch.Tensor, pair_label: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Measure the objective on hidden states (batch, leading_slots + slots, width) and labels (batch, slots)."""
-        loss_sum, count = self.measure_masked_lm(hidden, labels)
-        return loss_sum[None], count[None]
-
-    def measure_masked_lm(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sum the cross-entropy over the masked tokens, in nats, and count them."""
-        logits = self.head(hidden).flatten(0, 1).float()
+        logits = self.adapter.lm_head(hidden).flatten(0, 1).float()
         loss_sum = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
-        return loss_sum, (labels != -100).sum()
+        return loss_sum[None], (labels != -100).sum()[None]
 
 
 class PairObjective(MaskedLMObjective):
-    """Masked language modelling, and telling two kinds of pairs apart by the first position (BERT, section 3.1).
-
-    Packing decides what the two kinds are.
-    """
+    """Masked language modelling, and telling two kinds of pairs apart by the first position (BERT, section 3.1)."""
 
     leading_slots = 1  # the first position
 
@@ -278,11 +239,11 @@ class PairObjective(MaskedLMObjective):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Measure both losses and how many pairs are told right; the first hidden state is the first position's."""
         assert pair_label is not None
-        loss_sum, masked = self.measure_masked_lm(hidden[:, 1:], labels)
+        sums, counts = super().measure(hidden[:, 1:], labels, None)
         logits = self.adapter.pair_logits(hidden[:, 0]).float()
         pair_loss = F.cross_entropy(logits, pair_label, ignore_index=-100, reduction="sum")
         right, pairs = (logits.argmax(1) == pair_label).sum(), (pair_label != -100).sum()
-        return torch.stack([loss_sum, pair_loss, right.float()]), torch.stack([masked, pairs, pairs])
+        return torch.hstack([sums, pair_loss, right]), torch.hstack([counts, pairs, pairs])
 
 
 class NextSentenceObjective(PairObjective):

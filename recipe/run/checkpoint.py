@@ -2,8 +2,8 @@
 
 1. `CheckpointWriter.copy`: weights and moments are copied to host memory, whole however the engine shards them.
    Training waits for this, and goes on.
-2. `CheckpointWriter.start`: a background thread calls `save_checkpoint`, which writes to a temporary folder, adds a
-   manifest of sizes and checksums, syncs the files to disk, and renames the folder into place.
+2. `CheckpointWriter.start`: a background thread calls `save_checkpoint`, which writes a temporary folder with a
+   manifest of sizes and checksums, and puts it in its place once it is on the disk.
 3. After a crash there is a temporary folder, or a folder whose manifest does not match: the checkpoint before is used.
 
 `torch.distributed.checkpoint.async_save` would do 1 and 2 in fewer lines, and cannot promise 3, nor one format that any
@@ -21,7 +21,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -40,7 +41,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.base.errors import UserError, describe_error, raising_damaged_file
-from recipe.base.files import nearest_existing_parent, sync
+from recipe.base.files import check_free_space, replace_folder
 from recipe.run.directory import CHECKPOINT_PREFIX, MANIFEST, STATE_FILES, checkpoint_path, list_checkpoints
 
 FORMAT = 4
@@ -62,38 +63,28 @@ def checksum(path: Path) -> str:
 
 
 def check_space(folder: Path, num_parameters: int, limit: int) -> str:
-    """Describe what the `limit` checkpoints of a run will take, and the one more that there is while it is written.
-
-    Raises:
-        UserError: they do not fit on the disk.
-    """
-    size, free = BYTES_PER_PARAMETER * num_parameters, shutil.disk_usage(nearest_existing_parent(folder)).free
+    """Check the disk for the `limit` checkpoints of a run, and the one more that there is while it is written."""
+    size = BYTES_PER_PARAMETER * num_parameters
     taken = sum(file.stat().st_size for path in list_checkpoints(folder) for file in path.iterdir())
-    text = f"{limit} + 1 checkpoints of {size / 1e9:.2f} GB in {folder}, {free / 1e9:.1f} GB free"
-    if (limit + 1) * size - taken > free:
-        raise UserError(f"`save_total_limit` is {limit}: {text}; lower it, free some, or choose another `output_dir`")
-    return text
+    contents = f"{limit} + 1 checkpoints of {size / 1e9:.2f} GB"
+    remedy = f"`save_total_limit` is {limit}: lower it, free some, or choose another `output_dir`"
+    return check_free_space(folder, (limit + 1) * size - taken, contents, remedy)
 
 
 def training_state(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return weights and moments by parameter names, tied ones once, on the devices where the engine trains them."""
     weights, moments = get_state_dict(objective, optimizer)
-    kept, every = (
-        {name.removeprefix("module.") for name, _ in objective.named_parameters(remove_duplicate=once)}  # DDP's prefix
-        for once in (True, False)
-    )
-    weights = {name: tensor for name, tensor in weights.items() if name not in every - kept}
+    kept, every = (dict(objective.named_parameters(remove_duplicate=once)) for once in (True, False))
+    tied = {name.removeprefix("module.") for name in every.keys() - kept.keys()}  # DDP's prefix
+    weights = {name: tensor for name, tensor in weights.items() if name not in tied}
     return {"weights": weights, "optimizer": moments["state"]}
 
 
 def copy_to_host(values: Any, earlier: Any = None, keep: bool = True) -> Any:
     """Copy the tensors of nested dictionaries to host memory, whole, one after the other.
 
-    Args:
-        values: the dictionaries; if tensors are sharded, all processes have to call this.
-        earlier: a copy of the same shapes that is not needed any more and whose memory is used again, since to
-            allocate memory takes several times as long as to copy.
-        keep: whether this process keeps the copy.
+    If tensors are sharded, all processes have to call this; those that do not `keep` the copy get None. The memory of
+    an `earlier` copy is used again, since to allocate it takes several times as long as to copy.
     """
     if isinstance(values, dict):
         return {name: copy_to_host(value, earlier and earlier[name], keep) for name, value in values.items()}
@@ -101,9 +92,7 @@ def copy_to_host(values: Any, earlier: Any = None, keep: bool = True) -> Any:
         values = values.full_tensor()
     if not keep:
         return None
-    if earlier is None:
-        earlier = torch.empty_like(values, device="cpu")
-    return earlier.copy_(values)
+    return (torch.empty_like(values, device="cpu") if earlier is None else earlier).copy_(values)
 
 
 def save_checkpoint(
@@ -115,75 +104,45 @@ def save_checkpoint(
     state: dict[str, Any],
     limit: int,
 ) -> Path:
-    """Write one checkpoint, then delete the oldest beyond `limit`.
-
-    Args:
-        folder: where the checkpoints of the run lie.
-        step: completed updates.
-        model: the model whose config is saved.
-        weights: the model's weights by name.
-        tensors: state dicts of tensors and plain values, read back with `weights_only=True`.
-        state: plain values.
-        limit: number of checkpoints to keep.
+    """Write one checkpoint, with `tensors` that `weights_only=True` loads, then delete the oldest beyond `limit`.
 
     Raises:
         Exception: the disk is full, for example; each library has its own. Nothing is left of the checkpoint then.
     """
-    final = checkpoint_path(folder, step)
-    temporary = folder / f".{final.name}"
     for leftover in folder.glob(f".{CHECKPOINT_PREFIX}*"):
         shutil.rmtree(leftover)
-    try:
-        temporary.mkdir(parents=True)
+    path = checkpoint_path(folder, step)  # a damaged one may be there, or the same update before a resume
+    with replace_folder(path) as temporary:
         model.save_pretrained(temporary, state_dict=weights)
         torch.save(tensors, temporary / "optimizer.pt")
         (temporary / "state.json").write_text(json.dumps(state | {"format": FORMAT, "step": step}, indent=1))
         files = sorted(temporary.iterdir())
         manifest = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        for file in temporary.iterdir():
-            sync(file)
-        if final.exists():  # a damaged one, or the same update again after a resume from an earlier one
-            shutil.rmtree(final)
-        temporary.rename(final)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    sync(folder)
     for old in list_checkpoints(folder)[:-limit]:
         shutil.rmtree(old)
-    return final
+    return path
 
 
 class CheckpointWriter:
     """A background thread that writes one checkpoint at a time; leaving the context waits for the one in flight.
 
-    A checkpoint that cannot be written, on a full disk for example, is reported; the run goes on, and the checkpoint
-    before it is kept.
-
-    Args:
-        log: called with a line, from the thread.
-        last: the newest complete checkpoint.
-
-    Attributes:
-        failure: why the newest checkpoint could not be written, or None.
-        seconds: that the newest checkpoint took, with what came after it; 0 before there is one.
-        copied: weights and moments of the newest checkpoint in host memory, 12 bytes a parameter.
+    A checkpoint that cannot be written, on a full disk for example, is reported with `log`; the run goes on, and the
+    checkpoint before it is kept.
     """
 
     def __init__(self, log: Callable[[str], None], last: Path | None) -> None:
         self.log = log
-        self.last = last
-        self.failure: str | None = None
-        self.seconds = 0.0
+        self.last = last  # the newest complete checkpoint
+        self.failure: str | None = None  # why the newest one could not be written
+        self.seconds = 0.0  # that the newest one took, with what came after it
+        self.copied: dict[str, Any] | None = None  # its weights and moments in host memory, 12 bytes a parameter
         self.thread: Thread | None = None
-        self.copied: dict[str, Any] | None = None
 
     def copy(self, objective: nn.Module, optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any] | None:
         """Copy `training_state` to host memory, where training does not change it until the next call.
 
-        This waits for the checkpoint in flight, so that there is never more than one copy. All processes have to call
-        it; those that do not `keep` the copy get None.
+        This waits for the checkpoint in flight, so that there is never more than one copy. See `copy_to_host`.
         """
         self.wait()
         copied = copy_to_host(training_state(objective, optimizer), self.copied, keep)
@@ -193,8 +152,7 @@ class CheckpointWriter:
     def start(self, step: int, write: Callable[[], Path], then: Callable[[Path], None]) -> None:
         """Start to `write` a checkpoint, once the one before is written; `then` gets its path when it is complete."""
         self.wait()
-        # The thread is a daemon, since a second SIGINT ends the process at once.
-        self.thread = Thread(target=self.run, args=(step, write, then), daemon=True)
+        self.thread = Thread(target=self.run, args=(step, write, then), daemon=True)  # a second SIGINT does not wait
         self.thread.start()
 
     def wait(self) -> None:
@@ -203,7 +161,7 @@ class CheckpointWriter:
             self.thread.join()
 
     def run(self, step: int, write: Callable[[], Path], then: Callable[[Path], None]) -> None:
-        """Write a checkpoint and do what comes after it, in the thread; what fails is reported."""
+        """Write a checkpoint in the thread, and do what comes after it."""
         started = time.monotonic()
         try:
             self.last, self.failure = write(), None
@@ -244,13 +202,10 @@ def find_fault(path: Path) -> str | None:
 
 
 def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path | None, list[str]]:
-    """Find the checkpoint to resume from: one that is named by its path, or the `latest` in the run's folder.
+    """Find the checkpoint to resume from, by its path or as the `latest`; a damaged or missing one is a `UserError`.
 
     Returns:
         Its path, None where `latest` finds none; and warnings about damaged checkpoints that are later.
-
-    Raises:
-        UserError: the named checkpoint is missing or damaged, or there are only damaged ones.
     """
     if resume_from != "latest":
         path = Path(resume_from)
@@ -261,8 +216,7 @@ def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path | None, list[s
         return path, []
     damaged: list[str] = []
     for path in reversed(list_checkpoints(folder)):
-        fault = find_fault(path)
-        if fault is None:
+        if not (fault := find_fault(path)):
             return path, [f"warning: {line}; the one before it is used" for line in damaged]
         damaged.append(f"checkpoint {path} is damaged ({fault})")
     if damaged:
@@ -271,22 +225,19 @@ def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path | None, list[s
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Read state.json of a checkpoint.
-
-    Raises:
-        UserError: the file is damaged, or the checkpoint has another format.
-    """
-    with raising_damaged_file(path / "state.json", remedy(path)):
-        state = json.loads((path / "state.json").read_text())
-        saved_format = state["format"]
-    if saved_format != FORMAT:
-        raise UserError(f"checkpoint {path} has format {saved_format}, and this code reads format {FORMAT}")
+    """Read state.json of a checkpoint, and refuse another format."""
+    with reading(path, "state.json") as file:
+        state = json.loads(file.read_text())
+        if state["format"] != FORMAT:
+            raise UserError(f"checkpoint {path} has format {state['format']}, and this code reads format {FORMAT}")
     return state
 
 
-def remedy(path: Path) -> str:
-    """Say what to do about a checkpoint whose checksums match and whose contents are wrong."""
-    return f"remove {path} to resume from the one before it"
+@contextmanager
+def reading(path: Path, name: str) -> Iterator[Path]:
+    """Yield a file of a checkpoint; errors name it as damaged, whose checksum matches and whose contents are wrong."""
+    with raising_damaged_file(path / name, f"remove {path} to resume from the one before it"):
+        yield path / name
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
@@ -318,13 +269,13 @@ def open_checkpoint(
         Its path (None to start anew, or where `latest` finds none), its state, and lines for the log.
 
     Raises:
-        UserError: see `find_checkpoint`, `read_state`, `check_identity`; or the checkpoint is past `max_steps`.
+        UserError: it is damaged, of another format or experiment, or past `max_steps`.
     """
     path, lines = find_checkpoint(folder, resume_from) if resume_from else (None, [])
     if path is None:
         return None, {}, lines
     state = read_state(path)
-    with raising_damaged_file(path / "state.json", remedy(path)):
+    with reading(path, "state.json"):
         if wrong := [name for name in ("train_state", "identity", "arguments") if not isinstance(state[name], dict)]:
             raise ValueError(f"{', '.join(wrong)} without names and values")
         if type(state["step"]) is not int or state["step"] != state["train_state"]["step"]:
@@ -349,27 +300,23 @@ def load_training_state(
     Raises:
         UserError: the checksums of the files match, and their contents are something else, or would have to run code.
     """
-    with raising_damaged_file(path / "optimizer.pt", remedy(path)):
-        tensors = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     now = training_state(objective, optimizer)
     groups = get_optimizer_state_dict(objective, optimizer)["param_groups"]  # with the settings of now
     options = StateDictOptions(full_state_dict=True, strict=False)  # since the checkpoint has tied weights once
-    with raising_damaged_file(path / "model.safetensors", remedy(path)):
-        weights: dict[str, Any] = {
-            f"model.{name}": tensor for name, tensor in load_file(path / "model.safetensors").items()
-        }
+    with reading(path, "model.safetensors") as file:
+        weights: dict[str, Any] = {f"model.{name}": tensor for name, tensor in load_file(file).items()}
         check_shapes(weights, {name: tensor for name, tensor in now["weights"].items() if name.startswith("model.")})
-    with raising_damaged_file(path / "optimizer.pt", remedy(path)):
+    with reading(path, "optimizer.pt") as file:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
         weights |= tensors["beside_model"]
         check_shapes(weights, now["weights"])
         check_shapes(name_moments(tensors["optimizer"]), name_moments(now["optimizer"]))
+        if scaler is not None and "scaler" in tensors:
+            scaler.load_state_dict(tensors["scaler"])
     set_model_state_dict(objective, weights, options=options)
     del weights, now  # since copies on the device are among them
     moments = {"state": tensors["optimizer"], "param_groups": groups}
     set_optimizer_state_dict(objective, optimizer, moments, options=options)
-    if scaler is not None and "scaler" in tensors:
-        with raising_damaged_file(path / "optimizer.pt", remedy(path)):
-            scaler.load_state_dict(tensors["scaler"])
     return tensors.get("lanes", {})
 
 
@@ -388,11 +335,6 @@ def check_shapes(saved: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 def export_model(folder: Path, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the model of a checkpoint and its tokenizer to a folder as `save_pretrained` does, replaced as a whole."""
-    temporary = folder.with_name(f".{folder.name}")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns(*STATE_FILES))
-    tokenizer.save_pretrained(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    with replace_folder(folder) as temporary:
+        shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns(*STATE_FILES), dirs_exist_ok=True)
+        tokenizer.save_pretrained(temporary)

@@ -32,11 +32,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
-    """Read all lines of a metrics.jsonl, none if it is not there, without a last line torn by a crash.
-
-    Raises:
-        UserError: a line is no record of an update.
-    """
+    """Read the records of a metrics.jsonl, none if it is not there, without a last line torn by a crash."""
     if not file.exists():
         return []
     with raising_damaged_file(file, "remove the lines that are no records; a run can resume without them"):
@@ -49,11 +45,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
 
 
 def read_step(run: Path) -> int:
-    """Read from status.json how many updates are done.
-
-    Raises:
-        UserError: it is missing, or does not say so.
-    """
+    """Read from status.json how many updates are done; it is a `UserError` if it does not say so."""
     with raising_damaged_file(run / "status.json", 'write {"step": N} into it, with the number of updates done'):
         step = json.loads((run / "status.json").read_text())["step"]
         if type(step) is not int or step < 0:
@@ -68,13 +60,7 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 class RunDirectory:
-    """The folder of one run, to which only the main process writes.
-
-    Args:
-        path: the folder.
-        is_main: whether this is the main process.
-        pids: ids of all training processes, for whoever has to signal them.
-    """
+    """The folder of one run, to which only the main process writes; `pids` are those of all training processes."""
 
     def __init__(self, path: str | Path, is_main: bool, pids: list[int]) -> None:
         self.path = Path(path)
@@ -90,18 +76,12 @@ class RunDirectory:
     def check(self, resume_from_checkpoint: str | None) -> None:
         """Refuse a folder that cannot be written, or that holds a run other than the one to resume."""
         check_output_dir(self.path)
-        holds_run = any(
-            (self.path / name).exists() for name in ("status.json", "metrics.jsonl", "checkpoints", "model")
-        )
-        resumes_it = resume_from_checkpoint == "latest" or (
-            resume_from_checkpoint is not None
-            and Path(resume_from_checkpoint).resolve().parent == self.checkpoints.resolve()
-        )
-        if holds_run and not resumes_it:
-            raise UserError(
-                f"`output_dir` {self.path} already holds a run; resume it with --resume_from_checkpoint latest, "
-                "or choose another folder"
-            )
+        wanted = resume_from_checkpoint
+        if wanted == "latest" or (wanted and Path(wanted).resolve().parent == self.checkpoints.resolve()):
+            return
+        if any((self.path / name).exists() for name in ("status.json", "metrics.jsonl", "checkpoints", "model")):
+            remedy = "resume it with --resume_from_checkpoint latest, or choose another folder"
+            raise UserError(f"`output_dir` {self.path} already holds a run; {remedy}")
 
     def log(self, lines: list[str]) -> None:
         """Print lines at once, on the main process."""

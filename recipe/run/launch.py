@@ -42,8 +42,6 @@ def start_accelerator(
     """Start the accelerator as the launcher set it up, with the libraries' progress bars on the main process alone.
 
     Args:
-        report_to: trackers, see `check_trackers`.
-        logging_dir: folder for trackers that write files.
         serves_fsdp: whether the script supports a sharded model.
         ddp_comm_hook: `bf16` to have DDP send gradients in bf16.
 
@@ -52,18 +50,13 @@ def start_accelerator(
     """
     trackers = check_trackers(report_to)
     stop_with_launcher()
+    hook = DDPCommunicationHookType(ddp_comm_hook or "no")
     # No buffer of the model ever changes, so none has to be broadcast at each forward.
-    ddp = DistributedDataParallelKwargs(
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        comm_hook=DDPCommunicationHookType(ddp_comm_hook or "no"),
-    )
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook)
+    handlers = [ddp, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)]
+    project = ProjectConfiguration(logging_dir=logging_dir)
     try:
-        accelerator = Accelerator(
-            log_with=trackers or None,
-            project_config=ProjectConfiguration(logging_dir=logging_dir),
-            kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
-        )
+        accelerator = Accelerator(log_with=trackers or None, project_config=project, kwargs_handlers=handlers)
     except ValueError as error:  # the device does not have the precision
         raise UserError(f"{error} Give accelerate another --mixed_precision") from None
     atexit.register(leave_process_group)
@@ -80,26 +73,22 @@ def start_accelerator(
 
 def check_engine(accelerator: Accelerator, serves_fsdp: bool, ddp_comm_hook: str | None) -> None:
     """Set up FSDP2 if it is the engine, and refuse an engine or a precision that this code does not support."""
-    is_bf16_on_gpu = accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
+    device, engine = accelerator.device, accelerator.distributed_type
+    is_bf16_on_gpu = device.type == "cuda" and accelerator.mixed_precision == "bf16"
     if is_bf16_on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(
-            f"`mixed_precision` is bf16, which {torch.cuda.get_device_name()} does not have; give accelerate "
-            "--mixed_precision fp16"
-        )
-    is_fsdp = accelerator.distributed_type == DistributedType.FSDP
-    if accelerator.distributed_type in UNSERVED_ENGINES or (is_fsdp and not serves_fsdp):
-        raise UserError(
-            f"`distributed_type` is {accelerator.distributed_type.value}, and this script supports only one "
-            f"process{', DDP and FSDP2' if serves_fsdp else ' and DDP'}; choose another of accelerate_configs/"
-        )
+        lacking = f"bf16, which {torch.cuda.get_device_name()} does not have"
+        raise UserError(f"`mixed_precision` is {lacking}; give accelerate --mixed_precision fp16")
+    is_fsdp = engine == DistributedType.FSDP
+    if engine in UNSERVED_ENGINES or (is_fsdp and not serves_fsdp):
+        served = "one process, DDP and FSDP2" if serves_fsdp else "one process and DDP"
+        unserved = f"{engine.value}, and this script supports only {served}"
+        raise UserError(f"`distributed_type` is {unserved}; choose another of accelerate_configs/")
     if is_fsdp:
         set_up_fsdp(accelerator)
-    if ddp_comm_hook and accelerator.distributed_type not in (DistributedType.MULTI_GPU, DistributedType.NO):
-        raise UserError(
-            f"`ddp_comm_hook` is {ddp_comm_hook}, which is for DDP on GPUs, and `distributed_type` is "
-            f"{accelerator.distributed_type.value}; leave it out"
-        )
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "fp16":
+    if ddp_comm_hook and engine not in (DistributedType.MULTI_GPU, DistributedType.NO):
+        problem = f"{ddp_comm_hook}, which is for DDP on GPUs, and `distributed_type` is {engine.value}"
+        raise UserError(f"`ddp_comm_hook` is {problem}; leave it out")
+    if device.type == "cpu" and accelerator.mixed_precision == "fp16":
         raise UserError("`mixed_precision` is fp16, which needs a GPU; give accelerate --mixed_precision no or bf16")
 
 
@@ -116,10 +105,10 @@ def on_main(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
             outcome[0] = function()
         except UserError as error:
             outcome[1] = str(error)
-    broadcast_object_list(outcome)
-    if outcome[1]:
-        raise UserError(outcome[1])
-    return outcome[0]
+    result, problem = broadcast_object_list(outcome)
+    if problem:
+        raise UserError(problem)
+    return result
 
 
 def leave_process_group() -> None:
@@ -138,7 +127,7 @@ def set_up_fsdp(accelerator: Accelerator) -> None:
         raise UserError("`fsdp_version` is 1, which is not supported; start from accelerate_configs/fsdp2.yaml")
     if accelerator.mixed_precision == "fp16":
         raise UserError(
-            "`mixed_precision` is fp16, which is not supported with FSDP2; give accelerate --mixed_precision bf16"
+            "`mixed_precision` is fp16, which FSDP2 does not support; give accelerate --mixed_precision bf16"
         )
     if accelerator.mixed_precision == "bf16":
         # Accelerate's own policy would round the gradients' sum over processes, and the losses of the objective.

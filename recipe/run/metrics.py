@@ -19,51 +19,29 @@ from recipe.base.hashing import hash64
 
 @dataclass
 class TrainState:
-    """How far a run is; everything of it is in the checkpoint, so that a resume writes the same metrics.
+    """How far a run is; everything of it is in the checkpoint, so that a resume writes the same metrics."""
 
-    Attributes:
-        step: completed updates.
-        nonfinite_updates: updates that were skipped in all, because a loss or a gradient was not finite.
-        overflows: updates that fp16's gradient scaler skipped.
-        skipped_in_a_row: updates that were skipped since the last one that was not.
-        loss_spikes: spikes so far.
-        recent_losses: of the last 100 updates, by which a spike is recognised.
-        updates_left_out: how many updates' data has been left out after spikes.
-        window: of what the objective measures, the sums since the last line of the log and what to divide them by.
-        corpora: of each corpus, the blocks, tokens and documents seen.
-        data_digest: of which blocks were seen and what was masked in them, in the order of updates.
-    """
-
-    step: int = 0
-    nonfinite_updates: int = 0
-    overflows: int = 0
-    skipped_in_a_row: int = 0
+    step: int = 0  # completed updates
+    nonfinite_updates: int = 0  # skipped, because a loss or a gradient was not finite
+    overflows: int = 0  # updates that fp16's gradient scaler skipped
+    skipped_in_a_row: int = 0  # updates since the last one that was not skipped
     loss_spikes: int = 0
-    recent_losses: list[float] = field(default_factory=list)
-    updates_left_out: int = 0
+    recent_losses: list[float] = field(default_factory=list)  # of up to 100 updates, by which a spike is recognised
+    updates_left_out: int = 0  # whose data was left out after spikes
+    # Of what the objective measures, the sums since the last line of the log and what to divide them by.
     window: dict[str, list[float]] = field(default_factory=dict)
-    corpora: list[list[int]] = field(default_factory=list)
-    data_digest: int = 0
+    corpora: list[list[int]] = field(default_factory=list)  # of each corpus, blocks, tokens and documents seen
+    data_digest: int = 0  # of which blocks were seen and what was masked in them, in the order of updates
 
     @classmethod
     def restore(cls, values: dict[str, Any], num_corpora: int, checkpoint: Path) -> "TrainState":
-        """Restore a state from its fields, as a checkpoint has them.
-
-        Args:
-            values: a saved state as a dict.
-            num_corpora: that the run trains on.
-            checkpoint: whose state it is, for the message.
-
-        Raises:
-            UserError: a field is missing, unknown or of the wrong type.
-        """
+        """Restore the state of a `checkpoint` from its fields, and refuse one that is missing, unknown or wrong."""
 
         def is_count(value: Any) -> bool:
             return type(value) is int and 0 <= value < 2**64
 
         with raising_damaged_file(checkpoint / "state.json", f"remove {checkpoint} to go on from the one before it"):
-            names = {f.name for f in fields(cls)}
-            if wrong := sorted(names ^ values.keys()):
+            if wrong := sorted({f.name for f in fields(cls)} ^ values.keys()):
                 raise ValueError(f"`train_state` lacks or has {', '.join(wrong)}")
             wrong = [f.name for f in fields(cls) if f.type is int and not is_count(values[f.name])]
             if wrong or not all(map(is_count, itertools.chain.from_iterable(values["corpora"]))):
@@ -89,13 +67,12 @@ class TrainState:
     def count(
         self, measured: dict[str, tuple[float, int]], corpora: np.ndarray, digest: int, skipped: str | None
     ) -> None:
-        """Take in one update; if it was skipped, it is counted and its measures are left out.
+        """Take in one update; one that was skipped, as `nonfinite` or `overflow`, is counted without its measures.
 
         Args:
             measured: for each of the objective's measures, the sum and what to divide it by.
             corpora: (corpora, 3) blocks, tokens and documents of the update.
             digest: of its blocks and masks.
-            skipped: None, `nonfinite` or `overflow`.
         """
         self.step += 1
         self.corpora = (np.array(self.corpora or np.zeros_like(corpora)) + corpora).tolist()
@@ -109,11 +86,9 @@ class TrainState:
                 self.window[name] = [total + value for total, value in zip(window, values, strict=True)]
 
     def record_loss(self, loss: float, ratio: float) -> float | None:
-        """Take in the loss of an update, in nats.
+        """Take in the loss of an update, in nats; return its ratio to the median loss if that is a spike.
 
-        Returns:
-            the ratio of the loss to the median of up to 100 losses before it, if it is more than `ratio` and there were
-            at least 20; else None.
+        It is one if it is more than `ratio` times the median of up to 100 losses before it, of at least 20.
         """
         before = self.recent_losses
         self.recent_losses = [*before, loss][-100:]
@@ -123,11 +98,7 @@ class TrainState:
         return loss / statistics.median(before)
 
     def go_back(self, saved: "TrainState") -> int:
-        """Return to the state of a checkpoint, and count the data of the updates since as left out.
-
-        Returns:
-            the number of updates whose data after that checkpoint is left out.
-        """
+        """Return to the state of a checkpoint, and count the updates after it whose data is left out."""
         left_out = self.step + self.updates_left_out - saved.step - saved.updates_left_out
         kept = {"updates_left_out": saved.updates_left_out + left_out, "loss_spikes": self.loss_spikes}
         vars(self).update(vars(saved) | kept)
@@ -146,12 +117,12 @@ class TrainState:
 
 @dataclass
 class Stopwatch:
-    """Measures training since it was constructed: seconds, updates, tokens, and seconds of waiting for data."""
+    """Measures training since it was constructed."""
 
     started: float = field(default_factory=time.perf_counter)
     steps: int = 0
     tokens: int = 0
-    waited: float = 0.0
+    waited: float = 0.0  # seconds, for data
 
     def count(self, tokens: int) -> None:
         """Count an update and its tokens."""
@@ -172,18 +143,9 @@ class Stopwatch:
         yield
         self.started += time.perf_counter() - stopped
 
-    @property
-    def seconds(self) -> float:
-        """Seconds of training so far."""
-        return time.perf_counter() - self.started
-
     def rates(self, flops_share: float) -> dict[str, float]:
-        """Return the throughput so far.
-
-        Args:
-            flops_share: what one token a second is of what the devices can reach; it makes a rate an MFU.
-        """
-        seconds = self.seconds
+        """Return the throughput so far; `flops_share` is the MFU of one token a second."""
+        seconds = time.perf_counter() - self.started
         return {
             "tokens_per_second": round(self.tokens / seconds, 1),
             "mfu": round(self.tokens / seconds * flops_share, 4),
@@ -202,13 +164,13 @@ def train_record(
     """Make a training line of metrics.jsonl; it ends the window of `state`.
 
     Args:
-        state: how far the run is.
         update: `learning_rate` and `grad_norm` of the last update.
         rates: see `Stopwatch.rates`, and `peak_memory` in bytes.
         corpora: of each corpus what has been seen, `blocks` and `passes` among it.
         positions: of all updates so far, padding included.
     """
     epoch = sum(seen["passes"] * seen["blocks"] for seen in corpora.values()) / state.blocks
+    counters = ("nonfinite_updates", "overflows", "loss_spikes", "updates_left_out")
     return {
         "step": state.step,
         **state.take_means(),
@@ -216,10 +178,7 @@ def train_record(
         "grad_norm": update["grad_norm"] if math.isfinite(update["grad_norm"]) else None,  # JSON has no NaN
         "tokens": state.tokens,
         "epoch": round(epoch, 4),
-        "nonfinite_updates": state.nonfinite_updates,
-        "overflows": state.overflows,
-        "loss_spikes": state.loss_spikes,
-        "updates_left_out": state.updates_left_out,
+        **{name: getattr(state, name) for name in counters},
         **rates,
         "padding_share": round(state.padding_share(positions), 4),
         "data_digest": f"{state.data_digest:016x}",
@@ -228,13 +187,7 @@ def train_record(
 
 
 def eval_record(state: TrainState, means: dict[str, float], unigram_loss: float) -> dict[str, Any]:
-    """Make an evaluation line of metrics.jsonl.
-
-    Args:
-        state: how far the run is.
-        means: of what the objective measures, `loss` among it.
-        unigram_loss: of the same tokens under a unigram model.
-    """
+    """Make an evaluation line of metrics.jsonl, from `means` of what the objective measures and `loss` among it."""
     return {
         "step": state.step,
         "tokens": state.tokens,

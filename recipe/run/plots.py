@@ -44,19 +44,15 @@ class Curves:
 
 
 def read_curves(path: Path) -> Curves:
-    """Read the curves of a run from its folder.
-
-    Raises:
-        UserError: the folder is not of a pretraining run, or its files are damaged.
-    """
+    """Read the curves of a run from its folder; one that is of no pretraining run or damaged is a `UserError`."""
     run = RunDirectory(path, is_main=False, pids=[])
-    if not run.config_file.is_file() or not run.metrics_file.is_file():
-        missing = run.metrics_file if run.config_file.is_file() else run.config_file
-        raise UserError(f"{path} is no pretraining run, since it has no {missing.name}; name the `output_dir` of one")
+    for file in (run.config_file, run.metrics_file):
+        if not file.is_file():
+            raise UserError(f"{path} is no pretraining run, since it has no {file.name}; name the `output_dir` of one")
     with raising_damaged_file(run.config_file, "correct it"):
         config = read_config(path)
-        checksum, expected = config.get("environment", {}).get("tokenizer_checksum"), config["expected_loss"]
-        expected = None if expected is None else float(expected)
+        checksum = config.get("environment", {}).get("tokenizer_checksum")
+        expected = None if config["expected_loss"] is None else float(config["expected_loss"])
     if checksum is None:
         raise UserError(f"{run.config_file} is not of a pretraining run of this version of the recipe")
     curves = Curves(str(path), run.read_metrics(), expected, checksum)
@@ -71,14 +67,11 @@ def read_curves(path: Path) -> Curves:
 def smooth(values: np.ndarray) -> np.ndarray:
     """Smooth (n,) values: each becomes the mean over itself and those before it, one `SMOOTHING_DIVISOR`th of all."""
     width = max(1, len(values) // SMOOTHING_DIVISOR)
-    sums = np.cumsum(np.concatenate([np.zeros(1), values]))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(0, ends - width)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    return np.array([values[max(0, end - width) : end].mean() for end in range(1, len(values) + 1)])
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """Make an empty figure of this size in inches, if matplotlib is installed."""
+    """Make an empty figure of this size in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -87,30 +80,20 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def format_perplexity(nats: float) -> str:
-    """Write the perplexity of a loss."""
-    if nats > 20:  # a run that diverged
-        return f"e^{nats:.0f}"
-    return f"{math.exp(nats):,.{0 if nats > 4 else 1}f}"
+    """Write the perplexity of a loss, as a power where the run diverged."""
+    return f"e^{nats:.0f}" if nats > 20 else f"{math.exp(nats):,.{0 if nats > 4 else 1}f}"
 
 
 def plot_runs(runs: list[Curves], path: Path) -> None:
-    """Draw loss and perplexity, learning rate, gradient norm and throughput over the tokens seen.
+    """Draw loss and perplexity, learning rate, gradient norm and throughput over the tokens seen, to a PNG file.
 
-    A single run is drawn with its unsmoothed training loss, the loss of a unigram model and the expected loss.
-
-    Args:
-        runs: one or more; those without a training loss are not drawn, and without any there is no figure.
-        path: PNG file to write.
-
-    Raises:
-        UserError: the losses cannot be compared, since the vocabularies differ, or matplotlib is not installed.
+    A single run is drawn with its unsmoothed training loss, the loss of a unigram model and the expected loss. Runs
+    without a training loss are not drawn, and without any there is no figure. Different vocabularies are a `UserError`.
     """
     for run in runs[1:]:
         if run.vocabulary != runs[0].vocabulary:
-            raise UserError(
-                f"{runs[0].name} and {run.name} have different vocabularies, and losses are comparable only over the "
-                "same tokens; plot them apart"
-            )
+            problem = f"{runs[0].name} and {run.name} have different vocabularies"
+            raise UserError(f"{problem}, and losses are comparable only over the same tokens; plot them apart")
     runs = [run for run in runs if len(run.series("loss")[0])]
     if not runs:
         return
@@ -126,7 +109,7 @@ def plot_runs(runs: list[Curves], path: Path) -> None:
         style: dict[str, Any] = {"color": colour, "linestyle": line}
         panels["learning_rate"].plot(*run.series("learning_rate"), **style)
         for field in ("grad_norm", "tokens_per_second"):
-            draw_smoothed(panels[field], *run.series(field), style, is_alone)
+            draw_smoothed(panels[field], run.series(field), style, is_alone)
         if is_alone:
             draw_only_loss(panels["loss"], run, style)
         else:
@@ -151,14 +134,10 @@ def plot_runs(runs: list[Curves], path: Path) -> None:
 
 
 def draw_smoothed(
-    axes: "Axes",
-    tokens: np.ndarray,
-    values: np.ndarray,
-    style: dict[str, Any],
-    is_alone: bool,
-    label: str | None = None,
+    axes: "Axes", series: tuple[np.ndarray, np.ndarray], style: dict[str, Any], is_alone: bool, label: str | None = None
 ) -> None:
     """Draw a smoothed line; for a single run, on the faint line that it smooths."""
+    tokens, values = series
     if is_alone:
         axes.plot(tokens, values, color=style["color"], alpha=0.25, linewidth=0.8)
     axes.plot(tokens, smooth(values), **style, label=label)
@@ -166,13 +145,12 @@ def draw_smoothed(
 
 def draw_only_loss(axes: "Axes", run: Curves, style: dict[str, Any]) -> None:
     """Draw the losses of a single run, the loss of a unigram model and the expected loss."""
-    tokens, losses = run.series("loss")
-    width = max(1, len(losses) // SMOOTHING_DIVISOR)
-    draw_smoothed(axes, tokens, losses, style, True, f"training, mean over {width} log lines")
-    held_out_tokens, held_out = run.series("eval_loss")
+    width = max(1, len(run.series("loss")[1]) // SMOOTHING_DIVISOR)
+    draw_smoothed(axes, run.series("loss"), style, True, f"training, mean over {width} log lines")
+    tokens, held_out = run.series("eval_loss")
     if len(held_out):
         label = f"held out: {held_out[-1]:.3f}, perplexity {format_perplexity(held_out[-1])}"
-        axes.plot(held_out_tokens, held_out, color=COLOURS[1], linestyle="--", marker="o", markersize=4, label=label)
+        axes.plot(tokens, held_out, color=COLOURS[1], linestyle="--", marker="o", markersize=4, label=label)
         unigram = run.series("unigram_loss")[1][-1]
         axes.axhline(unigram, color="0.4", linestyle=":", label=f"unigram model: {unigram:.3f}")
     if run.expected_loss is not None:
@@ -186,7 +164,7 @@ def draw_compared_loss(axes: "Axes", run: Curves, style: dict[str, Any], marker:
     label = run.name
     if len(held_out):
         label += f": held out {held_out[-1]:.3f}, perplexity {format_perplexity(held_out[-1])}"
-    draw_smoothed(axes, *run.series("loss"), style, False)
+    draw_smoothed(axes, run.series("loss"), style, False)
     axes.plot(tokens, held_out, color=style["color"], linestyle="none", marker=marker, markerfacecolor="white")
     axes.plot([], [], **style, marker=marker, markerfacecolor="white", label=label)  # for the legend
 
@@ -194,11 +172,9 @@ def draw_compared_loss(axes: "Axes", run: Curves, style: dict[str, Any], marker:
 def crop_beginning(axes: "Axes", runs: list[Curves]) -> None:
     """Crop the axis to the losses after the very beginning, in which they fall the most."""
     end = max(run.series("loss")[0][-1] for run in runs)
-    lines = [(np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float)) for line in axes.get_lines()]
+    lines = [np.array(line.get_data(), float) for line in axes.get_lines()]
     # The x of a line across the figure goes from 0 to 1.
-    highest = max(
-        (y[(x > CROPPED_FRACTION * end) | (x <= 1)].max(initial=-math.inf) for x, y in lines), default=-math.inf
-    )
+    highest = max(y[(x > CROPPED_FRACTION * end) | (x <= 1)].max(initial=-math.inf) for x, y in lines)
     low, high = axes.get_ylim()
     if low < highest < high:
         axes.set_ylim(low, highest + 0.05 * (highest - low))
@@ -214,31 +190,25 @@ def add_perplexity(axes: "Axes") -> None:
 
 
 def plot_glue(rows: list[dict[str, Any]], names: list[str], published: str, title: str, path: Path) -> None:
-    """Draw the median of each task and its standard deviation beside the majority's and the published result.
+    """Draw the median and standard deviation of the tasks of summary.json beside the majority's and published results.
 
-    Args:
-        rows: the tasks of summary.json.
-        names: of the tasks, as the figure shows them.
-        published: name of the published results.
-        title: of the figure.
-        path: PNG file to write.
+    The figure calls the tasks by `names` and the published results by `published`, and is written to a PNG file.
     """
     figure = new_figure(8, 1.6 + 0.42 * len(rows))
     axes = figure.subplots()
-    done = [(place, row) for place, row in enumerate(rows) if row["n"]]
+    done = [place for place, row in enumerate(rows) if row["n"]]
     axes.barh(range(len(rows)), [100 * row["majority"] for row in rows], color="lightgray", label="majority")
     axes.errorbar(
-        [100 * row["median"] for _, row in done],
-        [place for place, _ in done],
-        xerr=[100 * (row["standard_deviation"] or 0.0) for _, row in done],
+        [100 * rows[place]["median"] for place in done],
+        done,
+        xerr=[100 * (rows[place]["standard_deviation"] or 0.0) for place in done],
         fmt="o",
         color=COLOURS[0],
         capsize=4,
         label="median over seeds, with their standard deviation",
     )
-    given = [(place, row["published"]) for place, row in enumerate(rows) if row["published"] is not None]
-    if given:
-        axes.plot([value for _, value in given], [place for place, _ in given], "D", color=COLOURS[1], label=published)
+    if given := [(row["published"], place) for place, row in enumerate(rows) if row["published"] is not None]:
+        axes.plot(*zip(*given, strict=True), "D", color=COLOURS[1], label=published)
     for place, row in enumerate(rows):
         text = f"{100 * row['median']:.1f}" if row["n"] else "failed"
         axes.annotate(text, (100 * row.get("median", 0), place), (0, 7), textcoords="offset points", ha="center")
@@ -257,8 +227,7 @@ def main() -> None:
     parser.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN_DIR", help="`output_dir` of a pretraining run")
     parser.add_argument("--output", type=Path, help="PNG; default: loss.png of a single run, comparison.png of several")
     args = parser.parse_args()
-    alone = args.run_dirs[0] / "loss.png" if len(args.run_dirs) == 1 else Path("comparison.png")
-    path = args.output or alone
+    path = args.output or (args.run_dirs[0] / "loss.png" if len(args.run_dirs) == 1 else Path("comparison.png"))
     runs = [read_curves(folder) for folder in args.run_dirs]
     for run in runs:
         if not len(run.series("loss")[0]):

@@ -34,20 +34,11 @@ def watch_launcher() -> None:
 
 
 class StopRequest:
-    """A request to save and stop, made by a signal or the time limit, and looked at once an update.
-
-    A second SIGINT ends the process at once.
-
-    Args:
-        max_hours: time limit, from the start of the process; None for none.
-
-    Attributes:
-        reason: the signal's name or the limit; None until there is a request.
-    """
+    """A request to save and stop, made by a signal or the time limit, and looked at once an update."""
 
     def __init__(self, max_hours: float | None = None) -> None:
-        self.reason: str | None = None
-        self.max_hours = max_hours
+        self.reason: str | None = None  # the signal's name or the limit, once there is a request
+        self.max_hours = max_hours  # from the start of the process
         self.updated = time.monotonic()
         self.longest_update = self.seconds_to_save = 0.0
 
@@ -66,7 +57,7 @@ class StopRequest:
         self.updated, self.seconds_to_save = now, seconds_to_save
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        """Take a signal as the request; a second SIGINT raises KeyboardInterrupt."""
+        """Take a signal as the request; a second SIGINT raises KeyboardInterrupt, which ends the process at once."""
         if self.reason and number == signal.SIGINT:
             signal.default_int_handler(number, frame)
         self.reason = signal.Signals(number).name

@@ -15,11 +15,7 @@ PROJECT_NAME = "pretraining"  # the project in which trackers show the runs side
 
 
 def check_trackers(report_to: str | list[str]) -> list[str]:
-    """List the trackers' names; `none` stands for an empty list.
-
-    Raises:
-        UserError: accelerate does not know a name, or a tracker is not installed.
-    """
+    """List the trackers' names, none for `none`; refuse those that accelerate does not know or are not installed."""
     names = [report_to] if isinstance(report_to, str) else report_to
     if names == ["none"]:
         return []
@@ -33,24 +29,20 @@ def check_trackers(report_to: str | list[str]) -> list[str]:
     return names
 
 
-def name_numbers(record: dict[str, Any], prefix: str) -> dict[str, float]:
+def name_numbers(record: dict[str, Any], path: str = "") -> dict[str, float]:
     """Name the numbers of a record and of the records in it by their path."""
     numbers: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, dict):
-            numbers |= name_numbers(value, f"{prefix}/{name}")
+            numbers |= name_numbers(value, f"{path}{name}/")
         elif isinstance(value, int | float):
-            numbers[f"{prefix}/{name.removeprefix('eval_')}"] = value
+            numbers[path + name.removeprefix("eval_")] = value
     return numbers
 
 
 @contextmanager
 def tracking(accelerator: Accelerator, run: Path, arguments: dict[str, Any]) -> Iterator[None]:
-    """Start the trackers on the main process, with the run's name and arguments, and close them at the end.
-
-    Raises:
-        UserError: a tracker cannot be started, because of a missing login for example.
-    """
+    """Start the trackers on the main process, or raise a `UserError`, and close them at the end."""
     plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in arguments.items()}
     name = {"name": run.resolve().name}
     try:
@@ -64,14 +56,11 @@ def tracking(accelerator: Accelerator, run: Path, arguments: dict[str, Any]) -> 
 
 
 def log_metrics(accelerator: Accelerator, record: dict[str, Any]) -> None:
-    """Send a line of metrics.jsonl to all trackers.
-
-    They get `train/loss` or `eval/loss`, as `Trainer` names them, and of each corpus `corpora/books/tokens`.
-    """
+    """Send a line of metrics.jsonl to all trackers, as `train/loss`, `eval/loss` or `corpora/books/tokens`."""
     if accelerator.is_main_process:
+        kind = "eval" if "eval_loss" in record else "train"
         values = {name: value for name, value in record.items() if name not in ("step", "corpora")}
-        values = name_numbers(values, "eval" if "eval_loss" in record else "train")
-        values |= name_numbers(record.get("corpora", {}), "corpora")
+        values = name_numbers({kind: values, "corpora": record.get("corpora", {})})
         call_trackers(accelerator, "log", values, step=record["step"])
 
 

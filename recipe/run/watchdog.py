@@ -7,7 +7,6 @@ import platform
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from typing import NamedTuple
 
 from accelerate import Accelerator
@@ -43,7 +42,9 @@ class Watchdog:
         self.over = threading.Event()
         self.store = open_store(accelerator)
         self.answers = 0
-        tasks = {0: [self.report, self.watch], 1: [self.report, self.watch_main]}.get(self.rank, [self.report])
+        self.found: list[Report] = []  # the last report of each rank
+        self.silence: Counter[int] = Counter()  # seconds since a rank's last answer
+        tasks = [self.report, self.watch] if self.rank < 2 else [self.report]
         self.threads = [threading.Thread(target=task, daemon=True) for task in tasks]
 
     def at(self, place: str) -> None:
@@ -62,43 +63,31 @@ class Watchdog:
             if self.over.wait(POLL_SECONDS):
                 break
 
-    def ticks(self) -> Iterator[float]:
-        """Yield `POLL_SECONDS` each time they are over; time for which this process was stopped does not count."""
-        while not self.over.wait(POLL_SECONDS):
-            yield POLL_SECONDS
-
     def watch(self) -> None:
-        """Watch all processes, on the main process."""
-        before: list[Report] = []
-        stalled, limit = 0.0, STALL_SECONDS  # seconds
-        silent: Counter[int] = Counter()  # seconds for which a rank has not answered
-        for seconds in self.ticks():
-            keys = [str(rank) for rank in range(self.num_processes) if self.store.check([str(rank)])]
-            found = [Report(*json.loads(value)) for value in self.store.multi_get(keys)]
-            if [report.places for report in found] != [report.places for report in before]:
-                stalled, silent, limit = 0.0, Counter(), STALL_SECONDS
-            stalled += seconds
-            silent.update({rank: seconds for rank, report in enumerate(found) if report in before})
-            before = found
+        """Watch all processes on the main one, and that one on another.
+
+        Seconds for which this process was stopped do not count.
+        """
+        before: list[int] = []
+        stalled, limit = 0.0, STALL_SECONDS
+        while not self.over.wait(POLL_SECONDS):
+            progress = self.read_places() if self.rank == 0 else [self.answers]
+            if progress != before:
+                before, stalled, limit = progress, 0.0, STALL_SECONDS
+            stalled += POLL_SECONDS
             if stalled > limit:
-                self.warn(stalled, stragglers(found, [found[rank] for rank in silent if silent[rank] > stalled / 2]))
+                silent = [report for rank, report in enumerate(self.found) if self.silence[rank] > stalled / 2]
+                text = stragglers(self.found, silent) if self.rank == 0 else "rank 0 does not answer"
+                print(f"warning: training has not moved for {stalled:.0f} seconds: {text}", file=sys.stderr, flush=True)
                 limit *= 2
 
-    def watch_main(self) -> None:
-        """Watch the main process, on another one."""
-        answered, stalled, limit = 0, 0.0, STALL_SECONDS
-        for seconds in self.ticks():
-            if self.answers != answered:
-                answered, stalled, limit = self.answers, 0.0, STALL_SECONDS
-            stalled += seconds
-            if stalled > limit:
-                self.warn(stalled, "rank 0 does not answer")
-                limit *= 2
-
-    @staticmethod
-    def warn(seconds: float, message: str) -> None:
-        """Print a warning about training that stands still."""
-        print(f"warning: training has not moved for {seconds:.0f} seconds: {message}", file=sys.stderr, flush=True)
+    def read_places(self) -> list[int]:
+        """Read how many places each process has reached, and for how long it has been silent."""
+        keys = [str(rank) for rank in range(self.num_processes) if self.store.check([str(rank)])]
+        before, self.found = self.found, [Report(*json.loads(value)) for value in self.store.multi_get(keys)]
+        for rank, report in enumerate(self.found):
+            self.silence[rank] = self.silence[rank] + POLL_SECONDS if report in before else 0
+        return [report.places for report in self.found]
 
     def __enter__(self) -> "Watchdog":
         for thread in self.threads:

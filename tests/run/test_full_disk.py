@@ -164,7 +164,8 @@ def test_run_whose_last_checkpoint_cannot_be_written_says_so(scenes, kept: Path)
 
 
 def test_disk_that_is_full_at_the_start_is_refused(scenes, kept: Path):
-    assert "`save_total_limit` is 1: 1 + 1 checkpoints of" in scenes["starts-full"]["error"]
+    assert "1 + 1 checkpoints of" in scenes["starts-full"]["error"]
+    assert "`save_total_limit` is 1: lower it" in scenes["starts-full"]["error"]
     assert not (kept / "starts-full").exists()
 
 

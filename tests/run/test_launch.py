@@ -12,7 +12,7 @@ from recipe.run.launch import on_main, start_accelerator
     [
         ("DEEPSPEED", 2, "no", "only one process, DDP and FSDP2;"),
         ("FSDP", 1, "no", "`fsdp_version` is 1"),
-        ("FSDP", 2, "fp16", "fp16, which is not supported with FSDP2"),
+        ("FSDP", 2, "fp16", "fp16, which FSDP2 does not support"),
     ],
 )
 def test_engines_that_are_not_supported_are_refused(monkeypatch, accelerator, engine, version, precision, expected):
