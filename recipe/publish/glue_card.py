@@ -20,8 +20,7 @@ from recipe.publish.hub import GLUE_FILE, stage_card
 def add_glue_to_card(output_dir: Path) -> list[str]:
     """Write the cards of the classifiers and, if the pretrained model is a run's, its results and its card.
 
-    Returns:
-        lines for the log.
+    Returns lines for the log.
     """
     config = read_yaml(output_dir / "config.yaml")
     summary = json.loads((output_dir / "summary.json").read_text())
@@ -45,11 +44,7 @@ def add_glue_to_card(output_dir: Path) -> list[str]:
 def build_classifier_card(
     folder: Path, config: dict[str, Any], row: dict[str, Any], job: Job, result: dict[str, Any], run: Run | None
 ) -> str:
-    """Build the card of the model that a job has left in a folder.
-
-    It is made from config.yaml, the task's row of summary.json, the job's line of results.jsonl and, if the pretrained
-    model is of a run, what is known of that.
-    """
+    """Build the card of the model that a job has left in a folder, from the task's row and the job's result."""
     machine, task = config["environment"], TASKS[job.task]
     base = run.name if run else config["model_name_or_path"]
     is_on_hub = run.config["push_to_hub"] if run else not Path(base).exists()
@@ -69,9 +64,9 @@ def build_classifier_card(
     code = f'from transformers import pipeline\n\nclassify = pipeline("text-classification", model="{folder}")'
     answers = f"labels {', '.join(task.labels)}" if task.labels else f"a similarity, divided by {task.scale:g}"
     versions = ", ".join(f"{library} {version}" for library, version in machine["versions"].items())
-    remarks = ["This model was chosen by its dev result, which flatters it: the median is the fairer figure."]
+    remarks = "This model was chosen by its dev result, which flatters it: the median is the fairer figure."
     if not row["official"]:
-        remarks.append("The data is not the official one: not to be compared with published results.")
+        remarks += " The data is not the official one: not to be compared with published results."
     sections = [
         f"# {title}",
         f"A classifier for {task.title} of [GLUE](https://gluebenchmark.com), fine-tuned from {base} by the protocol "
@@ -81,7 +76,7 @@ def build_classifier_card(
         f"It answers with {answers}.",
         "## Results on the dev set",
         table(result_rows(row, result, config["compare_with"])),
-        " ".join(remarks),
+        remarks,
         "## Fine-tuning",
         two_columns(settings(config, job, result, base)),
         "## Limits and biases",

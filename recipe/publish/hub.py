@@ -70,10 +70,8 @@ def retrying(action: Callable[[], Result], what: str) -> Result:
     while True:
         try:
             return action()
-        except UserError:
-            raise
         except Exception as error:
-            if refusal(error) or time.monotonic() + wait > started + PATIENCE_SECONDS:
+            if isinstance(error, UserError) or refusal(error) or time.monotonic() + wait > started + PATIENCE_SECONDS:
                 raise
             print(f"{what}: {reason(error)}; trying again in {wait:.0f} s", flush=True)
         time.sleep(wait)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from recipe.base.errors import UserError, did_you_mean
 
-HUB_ID = "nyu-mll/glue"
+SENTENCE_COLUMNS = ("sentence1", "sentence2")
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,18 @@ class Task:
     """What is known of a task."""
 
     title: str  # as the paper writes it
-    columns: tuple[str, ...]  # the hub's, of the one sentence or two
-    tsv_columns: tuple[str, ...]  # the TSVs', of the sentences and then of the label
-    labels: tuple[str, ...]  # names by id; empty for a regression
-    tsv_labels: tuple[str, ...]  # their names in the TSVs and on the site
-    published: dict[str, float]  # dev results of roberta.base and roberta.large, by the first metric, in percent
     splits: dict[str, Split]  # train, validation and test; MNLI has more
+    published: dict[str, float]  # dev results of roberta.base and roberta.large, by the first metric, in percent
+    columns: tuple[str, ...] = SENTENCE_COLUMNS  # the hub's, of the one sentence or two
+    tsv_columns: tuple[str, ...] = (*SENTENCE_COLUMNS, "label")  # the TSVs', of the sentences and then of the label
+    labels: tuple[str, ...] = ()  # names by id; empty for a regression
+    tsv_labels: tuple[str, ...] = ("0", "1")  # their names in the TSVs and on the site; empty for a regression
     metrics: tuple[str, ...] = ("accuracy",)  # on the dev set; the first decides
     learning_rate: float = 1e-5  # fairseq's choice
     batch_size: int = 32  # fairseq's choice
     scale: float = 1.0  # regression targets are divided by it
     takes_mnli: bool = False  # whether the paper starts it from the MNLI model
-    hub_id: str = HUB_ID
+    hub_id: str = "nyu-mll/glue"
 
     @property
     def is_regression(self) -> bool:
@@ -54,7 +54,7 @@ class Task:
 
 
 def three_splits(config: str, folder: str, train: int, dev: int, test: int) -> dict[str, Split]:
-    """Name the splits of a task whose files are named as most are."""
+    """Name the splits of a task whose files are named as most are, with their numbers of rows."""
     return {
         "train": Split((config, "train"), (f"{folder}/train.tsv",), train),
         "validation": Split((config, "validation"), (f"{folder}/dev.tsv",), dev),
@@ -63,10 +63,8 @@ def three_splits(config: str, folder: str, train: int, dev: int, test: int) -> d
 
 
 COLA_HEADER = ("source", "label", "note", "sentence")
-NUMBER_LABELS = ("0", "1")
 ENTAILMENT_LABELS = ("entailment", "not_entailment")
 NLI_LABELS = ("entailment", "neutral", "contradiction")
-SENTENCE_COLUMNS = ("sentence1", "sentence2")
 
 # Published results: fairseq's examples/roberta. There RTE, STS-B and MRPC start from the MNLI model; the dev metric of
 # STS-B is taken to be Pearson's. WNLI has no published dev result, being trained otherwise, with more data.
@@ -76,7 +74,6 @@ TASKS = {
         columns=("sentence",),
         tsv_columns=("sentence", "label"),
         labels=("unacceptable", "acceptable"),
-        tsv_labels=NUMBER_LABELS,
         metrics=("matthews_correlation",),
         batch_size=16,
         published={"base": 63.6, "large": 68.0},
@@ -91,16 +88,13 @@ TASKS = {
         columns=("sentence",),
         tsv_columns=("sentence", "label"),
         labels=("negative", "positive"),
-        tsv_labels=NUMBER_LABELS,
         published={"base": 94.8, "large": 96.4},
         splits=three_splits("sst2", "SST-2", 67_349, 872, 1821),
     ),
     "mrpc": Task(
         title="MRPC",
-        columns=SENTENCE_COLUMNS,
         tsv_columns=("#1 String", "#2 String", "Quality"),
         labels=("not_equivalent", "equivalent"),
-        tsv_labels=NUMBER_LABELS,
         metrics=("accuracy", "f1"),
         batch_size=16,
         published={"base": 90.2, "large": 90.9},
@@ -109,9 +103,7 @@ TASKS = {
     ),
     "stsb": Task(
         title="STS-B",
-        columns=SENTENCE_COLUMNS,
         tsv_columns=(*SENTENCE_COLUMNS, "score"),
-        labels=(),
         tsv_labels=(),
         metrics=("pearson", "spearman"),
         learning_rate=2e-5,
@@ -126,7 +118,6 @@ TASKS = {
         columns=("question1", "question2"),
         tsv_columns=("question1", "question2", "is_duplicate"),
         labels=("not_duplicate", "duplicate"),
-        tsv_labels=NUMBER_LABELS,
         metrics=("accuracy", "f1"),
         published={"base": 91.9, "large": 92.2},
         splits=three_splits("qqp", "QQP", 363_846, 40_430, 390_965),
@@ -162,8 +153,6 @@ TASKS = {
     ),
     "rte": Task(
         title="RTE",
-        columns=SENTENCE_COLUMNS,
-        tsv_columns=(*SENTENCE_COLUMNS, "label"),
         labels=ENTAILMENT_LABELS,
         tsv_labels=ENTAILMENT_LABELS,
         learning_rate=2e-5,
@@ -174,10 +163,7 @@ TASKS = {
     ),
     "wnli": Task(
         title="WNLI",
-        columns=SENTENCE_COLUMNS,
-        tsv_columns=(*SENTENCE_COLUMNS, "label"),
         labels=("not_entailment", "entailment"),
-        tsv_labels=NUMBER_LABELS,
         published={},
         splits=three_splits("wnli", "WNLI", 635, 71, 146),
     ),
@@ -190,11 +176,7 @@ def is_official(name: str, splits: Mapping[str, Sized]) -> bool:
 
 
 def check_tasks(field: str, names: Sequence[str]) -> None:
-    """Check that the names in a field are names of tasks.
-
-    Raises:
-        UserError: there is no task of some name.
-    """
+    """Raise a `UserError` unless all names in a field are names of tasks."""
     for name in names:
         if name not in TASKS:
             hint = did_you_mean(name.lower().replace("-", ""), TASKS) or f"; the tasks are {', '.join(TASKS)}"

@@ -9,14 +9,11 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 
 from recipe.base.errors import UserError, describe_error
-from recipe.finetune.tasks.glue import SENTENCE_COLUMNS, TASKS, Split, Task
+from recipe.finetune.tasks.glue import SENTENCE_COLUMNS, TASKS, Task
 
 
 def load_task(name: str, glue_dir: str | None) -> tuple[dict[str, Dataset], list[str]]:
-    """Load all splits of a task that exist, from the hub unless a folder of the official TSVs is given.
-
-    Returns:
-        the splits, and warnings about them.
+    """Load all splits of a task that exist, from the hub unless a folder of the TSVs is given; return warnings too.
 
     Raises:
         UserError: there is no train or dev data, a file is damaged, or a label is not the task's.
@@ -24,16 +21,12 @@ def load_task(name: str, glue_dir: str | None) -> tuple[dict[str, Dataset], list
     task = TASKS[name]
     splits: dict[str, Dataset] = {}
     warnings: list[str] = []
-    files = {} if glue_dir is None else find_files(task, Path(glue_dir).expanduser())
-    for split, place in task.splits.items():
-        if glue_dir is None:
-            splits[split] = from_hub(task, split)
-        elif split in files:
-            splits[split], num_malformed = from_tsv(task, split, files[split])
-            if num_malformed:
-                warnings.append(f"{task.title}: {files[split]} has {num_malformed} malformed lines, which are left out")
-        else:
-            continue
+    files = dict.fromkeys(task.splits) if glue_dir is None else find_files(task, Path(glue_dir).expanduser())
+    for split, file in files.items():
+        place = task.splits[split]
+        splits[split], num_malformed = from_tsv(task, split, file) if file else (from_hub(task, split), 0)
+        if num_malformed:
+            warnings.append(f"{task.title}: {file} has {num_malformed} malformed lines, which are left out")
         if (rows := len(splits[split])) != place.rows:
             warnings.append(f"{task.title}: the {split} split has {rows:,} rows, the official one {place.rows:,}")
     return splits, warnings
@@ -59,48 +52,41 @@ def find_files(task: Task, folder: Path) -> dict[str, Path]:
 
 
 def from_tsv(task: Task, split: str, file: Path) -> tuple[Dataset, int]:
-    """Read a split, and count its malformed lines, which are left out."""
-    place, is_test = task.splits[split], split.startswith("test")
-    columns = task.tsv_columns[: len(task.columns)] if is_test else task.tsv_columns
-    rows, malformed = read_tsv(file, place, columns)
-    # The official QQP has three malformed lines, which its official size leaves out.
-    if malformed and len(rows) != place.rows:
-        raise UserError(
-            f"{file}, {malformed[0]} ({len(malformed)} such lines); the file is cut off or damaged: fetch it again"
-        )
-    sentences = zip(*(row for _, row in rows), strict=True)
-    values: dict[str, list] = {
-        name: list(column) for name, column in zip(SENTENCE_COLUMNS[: len(task.columns)], sentences, strict=False)
-    }
-    if not is_test:
-        values["label"] = [parse_label(task, row[-1], f"{file}, line {number}") for number, row in rows]
-    return Dataset.from_dict(values), len(malformed)
+    """Read a split, and count its malformed lines, which are left out.
 
-
-def read_tsv(file: Path, place: Split, columns: tuple[str, ...]) -> tuple[list[tuple[int, list[str]]], list[str]]:
-    """Read some columns of a file. Quotes mean nothing in these files: a field may hold a single one.
-
-    Returns:
-        the number and the fields of each line, and what is wrong with each malformed line.
+    Quotes mean nothing in these files: a field may hold a single one.
     """
+    place, is_test = task.splits[split], split.startswith("test")
     try:
         text = file.read_text("utf-8-sig")  # MRPC's begin with a byte-order mark
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not valid UTF-8 at byte {error.start}") from None
     lines = [line.removesuffix("\r").split("\t") for line in text.removesuffix("\n").split("\n")]
-    header = place.header or tuple(lines.pop(0))
+    header = list(place.header) or lines.pop(0)
+    columns = task.tsv_columns[: len(task.columns)] if is_test else task.tsv_columns
     if missing := [name for name in columns if name not in header]:
         raise UserError(f"{file}: there is no column {missing[0]!r}; its first line names {', '.join(header)[:200]}")
-    indices = [header.index(name) for name in columns]
-    rows, malformed = [], []
-    for number, line in enumerate(lines, start=1 if place.header else 2):
-        if len(line) == len(header):
-            rows.append((number, [line[index] for index in indices]))
-        else:
-            malformed.append(f"line {number}: not the {len(header)} fields that a line has here")
-    if not rows:
+    numbered = dict(enumerate(lines, start=1 if place.header else 2))
+    malformed = [number for number, line in numbered.items() if len(line) != len(header)]
+    if len(malformed) == len(lines):
         raise UserError(f"{file}: there is no example in it")
-    return rows, malformed
+    # The official QQP has three malformed lines, which its official size leaves out.
+    if malformed and len(lines) - len(malformed) != place.rows:
+        raise UserError(
+            f"{file}, line {malformed[0]}: not the {len(header)} fields that a line has here ({len(malformed)} such "
+            "lines); the file is cut off or damaged: fetch it again"
+        )
+    for number in malformed:
+        del numbered[number]
+    names = [*SENTENCE_COLUMNS[: len(task.columns)], "label"]
+    values: dict[str, list] = {
+        name: [line[header.index(column)] for line in numbered.values()]
+        for name, column in zip(names, columns, strict=False)
+    }
+    if not is_test:
+        labels = zip(values["label"], numbered, strict=True)
+        values["label"] = [parse_label(task, label, f"{file}, line {number}") for label, number in labels]
+    return Dataset.from_dict(values), len(malformed)
 
 
 def parse_label(task: Task, label: str, place: str) -> int | float:
