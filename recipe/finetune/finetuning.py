@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from recipe.arguments import GlueArguments
-from recipe.base.errors import UserError, describe_error
+from recipe.base.errors import UserError, describe_error, require
 from recipe.finetune.jobs import Job
 from recipe.finetune.tasks.glue import TASKS, Task
 from recipe.finetune.tasks.scoring import score
@@ -59,16 +59,13 @@ def load_glue_tokenizer(name_or_path: str, max_seq_length: int) -> PreTrainedTok
     Raises:
         UserError: there is no model or no tokenizer, they do not match, or the model reads fewer tokens.
     """
+    lacking = "no model there, as a folder or on the hub"
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"`model_name_or_path` {name_or_path}: no model there, as a folder or on the hub: {error}"
-        ) from None
-    try:
+        lacking = "no tokenizer beside the model"
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        raise UserError(f"`model_name_or_path` {name_or_path}: no tokenizer beside the model: {error}") from None
+        raise UserError(f"`model_name_or_path` {name_or_path}: {lacking}: {error}") from None
     if len(tokenizer) > config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
         raise UserError(
             f"`model_name_or_path` {name_or_path}: its tokenizer is another model's: {len(tokenizer)} entries, pad "
@@ -77,8 +74,9 @@ def load_glue_tokenizer(name_or_path: str, max_seq_length: int) -> PreTrainedTok
     longest = config.max_position_embeddings
     if config.model_type == "roberta":
         longest -= config.pad_token_id + 1  # positions start behind the pad token's
-    if max_seq_length > longest:
-        raise UserError(f"`max_seq_length` is {max_seq_length}; the model reads {longest} tokens at the most")
+    require(
+        max_seq_length <= longest, "max_seq_length", max_seq_length, f"the model reads {longest} tokens at the most"
+    )
     return tokenizer
 
 
@@ -136,7 +134,7 @@ def load_classifier(name_or_path: str, task: Task) -> PreTrainedModel:
             f"`model_name_or_path` {name_or_path} lacks weights of the encoder, or has them in another shape than its "
             f"config says: {', '.join(lacking[:3])}"
         )
-    if {name for name in model.state_dict() if not name.startswith(prefix)} - loading["missing_keys"]:
+    if any(not name.startswith(prefix) for name in model.state_dict().keys() - loading["missing_keys"]):
         new = AutoModelForSequenceClassification.from_config(config)
         for name, module in model.named_children():
             if module is not model.base_model:
@@ -145,11 +143,7 @@ def load_classifier(name_or_path: str, task: Task) -> PreTrainedModel:
 
 
 def model_checksum(name_or_path: str, task: Task) -> str:
-    """Compute the SHA-256 of the encoder's weights.
-
-    Raises:
-        UserError: as `load_classifier` does.
-    """
+    """Compute the SHA-256 of the encoder's weights; raises as `load_classifier` does."""
     torch.manual_seed(0)  # for weights that the checkpoint does not have: a pooler's
     checksum = hashlib.sha256()
     for name, tensor in sorted(load_classifier(name_or_path, task).base_model.state_dict().items()):
@@ -202,7 +196,6 @@ class Finetuner:
         scheduler = build_scheduler(optimizer, math.ceil(args.warmup_ratio * steps), steps, 0)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.accelerator.mixed_precision == "fp16")
         epochs: list[dict[str, float]] = []
-        best = 0
         weights: dict[str, torch.Tensor] = {}
         for epoch in range(args.num_train_epochs):
             module.train()
@@ -217,10 +210,9 @@ class Finetuner:
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the training loss of epoch {epoch + 1} is {loss}")
             epochs.append({"loss": loss} | self.evaluate(task, splits, module))
-            if epoch == 0 or epochs[epoch][task.metrics[0]] > epochs[best][task.metrics[0]]:
-                best = epoch
-                if keeps_weights:
-                    weights = {key: tensor.to("cpu", copy=True) for key, tensor in model.state_dict().items()}
+            best = max(range(epoch + 1), key=lambda number: epochs[number][task.metrics[0]])  # of equals the first
+            if keeps_weights and best == epoch:
+                weights = {key: tensor.to("cpu", copy=True) for key, tensor in model.state_dict().items()}
         metrics = {key: value for key, value in epochs[best].items() if key != "loss"}
         return Outcome(metrics, best + 1, epochs, weights)
 
@@ -262,13 +254,11 @@ class Finetuner:
     def evaluate(self, task: Task, splits: dict[str, EncodedSplit], module: nn.Module) -> dict[str, float]:
         """Compute the metrics of all dev splits; the names of MNLI's second end in `_mm`."""
         metrics: dict[str, float] = {}
-        for split_name, split in splits.items():
-            if not split_name.startswith("validation"):
-                continue
-            references = split.labels * task.scale if task.is_regression else split.labels
-            scores = score(task, self.predict(task, split, module), references)
-            ending = "_mm" if split_name.endswith("_mismatched") else ""
-            metrics |= {f"{metric}{ending}": value for metric, value in scores.items()}
+        for name, ending in (("validation", ""), ("validation_mismatched", "_mm")):
+            if split := splits.get(name):
+                references = split.labels * task.scale if task.is_regression else split.labels
+                scores = score(task, self.predict(task, split, module), references)
+                metrics |= {f"{metric}{ending}": value for metric, value in scores.items()}
         return metrics
 
     @torch.no_grad()

@@ -30,18 +30,14 @@ def plan_jobs(args: GlueArguments, tasks: dict[str, dict[str, Dataset]]) -> list
     for name in tasks:
         task = TASKS[name]
         inits = ["pretrained", "mnli"] if args.init_from_mnli and task.takes_mnli else ["pretrained"]
-        rates = args.learning_rates or [task.learning_rate]
-        batches = args.batch_sizes or [task.batch_size]
+        rates, batches = args.learning_rates or [task.learning_rate], args.batch_sizes or [task.batch_size]
         jobs += [Job(name, *setting) for setting in itertools.product(inits, rates, batches, args.seeds)]
     num_bytes = {name: splits["train"].data.nbytes for name, splits in tasks.items()}
     return sorted(jobs, key=lambda job: -num_bytes[job.task])
 
 
 class Grid:
-    """Runs jobs and keeps their results, and the best model and predictions of each task.
-
-    `tasks` has the splits of each task to run.
-    """
+    """Runs jobs and keeps their results, and the best model and predictions of each task; `tasks` has their splits."""
 
     def __init__(
         self,
@@ -63,14 +59,9 @@ class Grid:
         return self.folder / "models" / task
 
     def check_mnli(self, jobs: list[Job]) -> None:
-        """Check that jobs that start from an MNLI model have one.
-
-        Raises:
-            UserError: there is none, and no job will make it.
-        """
-        done = self.results.read()
+        """Raise a `UserError` if jobs start from an MNLI model that is not there and that no job will make."""
+        done, folder = self.results.read(), self.model_folder("mnli")
         makes = any(job.task == "mnli" and done.get(job, {}).get("state") != "done" for job in jobs)
-        folder = self.model_folder("mnli")
         if any(job.init == "mnli" for job in jobs) and not makes and not folder.is_dir():
             raise UserError(
                 f"`init_from_mnli` needs an MNLI model: add mnli to `tasks`, or put one into {folder} (jobs that ended "
@@ -92,15 +83,11 @@ class Grid:
                 self.run_job(job, is_shared=True)
                 yield job
             self.accelerator.wait_for_everyone()
-        own = [job for job in jobs if job not in shared]
-        for job in self.results.claim(own, lambda job: self.may_start(job, jobs)):
+        own, mnli = [job for job in jobs if job not in shared], {job for job in jobs if job.task == "mnli"}
+        # A job that starts from an MNLI model waits until that is the best that there will be.
+        for job in self.results.claim(own, lambda job: job.init != "mnli" or mnli <= self.results.read().keys()):
             self.run_job(job, is_shared=False)
             yield job
-
-    def may_start(self, job: Job, jobs: list[Job]) -> bool:
-        """Tell whether the MNLI model that a job starts from, if it does, is the best that there will be."""
-        ended = self.results.read()
-        return job.init != "mnli" or all(other in ended for other in jobs if other.task == "mnli")
 
     def run_job(self, job: Job, is_shared: bool) -> None:
         """Run a job, from the model's files to its line in results.jsonl; failed jobs get one too.
@@ -153,10 +140,7 @@ class Grid:
         return self.keeps_model(task) or any(TASKS[task].splits[split].submission for split in self.tasks[task])
 
     def keep_best(self, job: Job, outcome: Outcome, model: PreTrainedModel) -> None:
-        """Keep the model and its test predictions, if no other job of the task was better.
-
-        Of equals, the first in the order of jobs is the best.
-        """
+        """Keep the model and its test predictions, if it is its task's best: of equals, the first in their order."""
         task, best_file = TASKS[job.task], self.folder / "best" / f"{job.task}.json"
         rank = [-outcome.metrics[task.metrics[0]], *asdict(job).values()]
         with self.results.lock(f"best-{job.task}"):

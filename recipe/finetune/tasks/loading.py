@@ -63,29 +63,28 @@ def from_tsv(task: Task, split: str, file: Path) -> tuple[Dataset, int]:
         raise UserError(f"{file}: not valid UTF-8 at byte {error.start}") from None
     lines = [line.removesuffix("\r").split("\t") for line in text.removesuffix("\n").split("\n")]
     header = list(place.header) or lines.pop(0)
-    columns = task.tsv_columns[: len(task.columns)] if is_test else task.tsv_columns
+    sentence_columns = task.tsv_columns[: len(task.columns)]
+    columns = sentence_columns if is_test else task.tsv_columns
     if missing := [name for name in columns if name not in header]:
         raise UserError(f"{file}: there is no column {missing[0]!r}; its first line names {', '.join(header)[:200]}")
     numbered = dict(enumerate(lines, start=1 if place.header else 2))
-    malformed = [number for number, line in numbered.items() if len(line) != len(header)]
-    if len(malformed) == len(lines):
+    rows = {number: line for number, line in numbered.items() if len(line) == len(header)}
+    malformed = sorted(numbered.keys() - rows.keys())
+    if not rows:
         raise UserError(f"{file}: there is no example in it")
     # The official QQP has three malformed lines, which its official size leaves out.
-    if malformed and len(lines) - len(malformed) != place.rows:
+    if malformed and len(rows) != place.rows:
         raise UserError(
             f"{file}, line {malformed[0]}: not the {len(header)} fields that a line has here ({len(malformed)} such "
             "lines); the file is cut off or damaged: fetch it again"
         )
-    for number in malformed:
-        del numbered[number]
-    names = [*SENTENCE_COLUMNS[: len(task.columns)], "label"]
     values: dict[str, list] = {
-        name: [line[header.index(column)] for line in numbered.values()]
-        for name, column in zip(names, columns, strict=False)
+        name: [line[header.index(column)] for line in rows.values()]
+        for name, column in zip(SENTENCE_COLUMNS, sentence_columns, strict=False)
     }
     if not is_test:
-        labels = zip(values["label"], numbered, strict=True)
-        values["label"] = [parse_label(task, label, f"{file}, line {number}") for label, number in labels]
+        place_of_label = header.index(columns[-1])
+        values["label"] = [parse_label(task, row[place_of_label], f"{file}, line {n}") for n, row in rows.items()]
     return Dataset.from_dict(values), len(malformed)
 
 
