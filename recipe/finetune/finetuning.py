@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from recipe.arguments import GlueArguments
-from recipe.base.errors import UserError, describe_error, require
+from recipe.base.errors import UserError, describe_error
 from recipe.finetune.jobs import Job
 from recipe.finetune.tasks.glue import TASKS, Task
 from recipe.finetune.tasks.scoring import score
@@ -74,9 +74,8 @@ def load_glue_tokenizer(name_or_path: str, max_seq_length: int) -> PreTrainedTok
     longest = config.max_position_embeddings
     if config.model_type == "roberta":
         longest -= config.pad_token_id + 1  # positions start behind the pad token's
-    require(
-        max_seq_length <= longest, "max_seq_length", max_seq_length, f"the model reads {longest} tokens at the most"
-    )
+    if max_seq_length > longest:
+        raise UserError(f"`max_seq_length` is {max_seq_length}; the model reads {longest} tokens at the most")
     return tokenizer
 
 
@@ -163,24 +162,22 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     return [batches[i] for i in random.permutation(len(batches))]
 
 
+@dataclass
 class Finetuner:
     """Trains classifiers and predicts by them, all processes the same model if it is shared, else each its own."""
 
-    def __init__(
-        self, accelerator: Accelerator, args: GlueArguments, tokenizer: PreTrainedTokenizerBase, is_shared: bool
-    ) -> None:
-        self.accelerator = accelerator
-        self.device = accelerator.device
-        self.args = args
-        self.tokenizer = tokenizer
-        self.is_shared = is_shared
-        self.rank: int = accelerator.process_index if is_shared else 0
-        self.world_size: int = accelerator.num_processes if is_shared else 1
+    accelerator: Accelerator
+    args: GlueArguments
+    tokenizer: PreTrainedTokenizerBase
+    is_shared: bool
+
+    def __post_init__(self) -> None:
+        self.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index if self.is_shared else 0
+        self.world_size: int = self.accelerator.num_processes if self.is_shared else 1
 
     def run(self, job: Job, splits: dict[str, EncodedSplit], model: PreTrainedModel, keeps_weights: bool) -> Outcome:
-        """Train for `num_train_epochs` and evaluate after each.
-
-        The model is one of `load_classifier` under the job's seed, and is trained in place.
+        """Train a model of `load_classifier` in place for `num_train_epochs`, and evaluate it after each.
 
         Raises:
             FloatingPointError: the loss is no longer finite.
@@ -219,11 +216,7 @@ class Finetuner:
     def backward(
         self, module: nn.Module, task: Task, split: EncodedSplit, rows: np.ndarray, scaler: torch.amp.GradScaler
     ) -> torch.Tensor:
-        """Add the gradients of the mean loss over the rows of a batch, in as many micro-batches as they need.
-
-        Returns:
-            the sum of the loss over this process's rows.
-        """
+        """Add the gradients of a batch's mean loss, in micro-batches; return the sum over this process's rows."""
         loss_function = nn.functional.mse_loss if task.is_regression else nn.functional.cross_entropy
         own = rows[self.rank :: self.world_size]
         # The last batch may have no row for this process, which has to take part all the same.
@@ -241,11 +234,7 @@ class Finetuner:
         return loss_sum
 
     def logits(self, module: nn.Module, split: EncodedSplit, rows: np.ndarray) -> torch.Tensor:
-        """Run the model on rows, padded to the longest and to a multiple of 8.
-
-        Returns:
-            (rows, labels) float32, or (rows,) for a regression.
-        """
+        """Compute (rows, labels) float32, (rows,) in a regression; rows are padded to a multiple of 8 tokens."""
         batch = self.tokenizer.pad(split.rows[rows], padding="longest", pad_to_multiple_of=8, return_tensors="pt")
         with self.accelerator.autocast():
             logits = module(**batch.to(self.device)).logits
@@ -263,11 +252,7 @@ class Finetuner:
 
     @torch.no_grad()
     def predict(self, task: Task, split: EncodedSplit, module: nn.Module) -> np.ndarray:
-        """Predict the answers of a split; all processes that share the model get all of them.
-
-        Returns:
-            (rows,) label ids, or scores on the task's scale.
-        """
+        """Predict (rows,) label ids, or scores on the task's scale, on all processes that share the model."""
         module.eval()
         own = np.argsort(split.lengths, kind="stable")[self.rank :: self.world_size]
         size = self.args.per_device_eval_batch_size

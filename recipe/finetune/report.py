@@ -182,10 +182,7 @@ def write_submission(folder: Path, target: Path) -> list[str]:
 
 
 def write_report(folder: Path, summary: dict[str, Any], hours: float, model: str) -> list[str]:
-    """Write summary.json, table.md, glue.png with the model's name and, if there are predictions, submission.zip.
-
-    Returns lines for the log.
-    """
+    """Write summary.json, table.md, glue.png and, of predictions, submission.zip; return lines for the log."""
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     table = format_table(summary, hours)
     write_atomically(folder / "table.md", table)

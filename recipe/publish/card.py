@@ -71,11 +71,6 @@ def source(corpus: dict[str, Any]) -> str:
     return link + (f" ({', '.join(details)})" if details else "")
 
 
-def corpus_names(corpora: list[dict[str, Any]]) -> str:
-    """List corpora by name."""
-    return ", ".join(corpus["name"] for corpus in corpora)
-
-
 class Run:
     """A run as its files have it, and the folder of the weights that the card is for."""
 
@@ -90,8 +85,9 @@ class Run:
         self.evaluation = evaluations[-1] if evaluations else None
         self.architecture = json.loads((model / "config.json").read_text())
         self.parameters = count_weights(model)
-        glue_file = model / GLUE_FILE
-        self.glue = json.loads(glue_file.read_text()) if glue_file.exists() else None
+        self.glue = json.loads((model / GLUE_FILE).read_text()) if (model / GLUE_FILE).exists() else None
+        corpora = self.config["eval_corpora"] or self.config["corpora"]
+        self.held_out = ", ".join(corpus["name"] for corpus in corpora)
 
     @property
     def name(self) -> str:
@@ -108,10 +104,9 @@ def metadata(run: Run) -> ModelCardData:
     """Build the card's YAML head."""
     config, results = run.config, []
     if run.evaluation:
-        names = corpus_names(config["eval_corpora"] or config["corpora"])
         metrics = {"loss": (run.evaluation["eval_loss"], 4), "perplexity": (run.evaluation["eval_perplexity"], 3)}
         results += [
-            EvalResult("fill-mask", "held-out", f"held-out text of {names}", metric, round(value, digits))
+            EvalResult("fill-mask", "held-out", f"held-out text of {run.held_out}", metric, round(value, digits))
             for metric, (value, digits) in metrics.items()
             if value is not None
         ]
@@ -177,20 +172,20 @@ def usage(run: Run) -> list[str]:
     return lines
 
 
-def evaluation(run: Run, has_plot: bool) -> list[str]:
+def evaluation(run: Run) -> list[str]:
     """Report the held-out loss and the results on GLUE."""
     lines = []
     if last := run.evaluation:
         perplexity = "" if last["eval_perplexity"] is None else f", perplexity {last['eval_perplexity']:,.2f}"
-        held_out = f"blocks of {corpus_names(run.config['corpora'])} that are not trained on"
+        held_out = f"blocks of {run.held_out} that are not trained on"
         if run.config["eval_corpora"]:
-            held_out = f"{corpus_names(run.config['eval_corpora'])}: text that is in none of the corpora's files"
+            held_out = f"{run.held_out}: text that is in none of the corpora's files"
         lines.append(
             f"Held-out loss {last['eval_loss']:.3f} nats a masked token{perplexity}, after {last['step']:,} updates; a "
-            f"unigram model has {last['unigram_loss']:.3f}. "
-            f"Held out are {held_out}; {run.config['eval_mlm_probability']:.0%} of the tokens are masked."
+            f"unigram model has {last['unigram_loss']:.3f}. Held out are {held_out}; "
+            f"{run.config['eval_mlm_probability']:.0%} of the tokens are masked."
         )
-    if has_plot:
+    if (run.path / "loss.png").exists():
         lines.append("![Loss over tokens](loss.png)")
     if run.glue:
         settings = run.glue["config"]
@@ -301,9 +296,9 @@ def limits(run: Run) -> list[str]:
     return ["## Limits and biases", "\n".join(lines)]
 
 
-def reproduction(run: Run, config_text: str) -> list[str]:
+def reproduction(run: Run) -> list[str]:
     """Give the command, the versions and the config."""
-    machine = run.environment
+    machine, config_text = run.environment, (run.path / "config.yaml").read_text().strip()
     command = (
         f"accelerate launch --num_processes {machine['num_processes']} --mixed_precision {machine['mixed_precision']} "
         "pretrain.py --config config.yaml"
@@ -315,7 +310,7 @@ def reproduction(run: Run, config_text: str) -> list[str]:
         f"```bash\n{command}\n```",
         "Corpora and tokenizer are named as on the machine that it ran on; the tokenizer lies beside these weights.",
         f"Commit of the recipe: {commit}. Python {machine['python']}, {versions}.",
-        f"<details><summary>config.yaml</summary>\n\n```yaml\n{config_text.strip()}\n```\n\n</details>",
+        f"<details><summary>config.yaml</summary>\n\n```yaml\n{config_text}\n```\n\n</details>",
     ]
 
 
@@ -324,16 +319,8 @@ def build_card(path: Path, model: Path) -> str:
     files = f"a file of {path} or {model} that the model card is made from (config.yaml, metrics.jsonl, config.json, …)"
     with raising_damaged_file(files, "repair it; only the card needs all of them"):
         run = Run(path, model)
-        sections = [
-            *introduction(run),
-            *usage(run),
-            *evaluation(run, (path / "loss.png").exists()),
-            *data(run),
-            *procedure(run),
-            *cost(run),
-            *limits(run),
-            *reproduction(run, (path / "config.yaml").read_text()),
-        ]
+        parts = (introduction, usage, evaluation, data, procedure, cost, limits, reproduction)
+        sections = [section for part in parts for section in part(run)]
         return as_card(metadata(run), sections)
 
 

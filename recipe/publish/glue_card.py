@@ -18,10 +18,7 @@ from recipe.publish.hub import GLUE_FILE, stage_card
 
 
 def add_glue_to_card(output_dir: Path) -> list[str]:
-    """Write the cards of the classifiers and, if the pretrained model is a run's, its results and its card.
-
-    Returns lines for the log.
-    """
+    """Write the cards of the classifiers and, with its results, of a run's pretrained model; return lines to log."""
     config = read_yaml(output_dir / "config.yaml")
     summary = json.loads((output_dir / "summary.json").read_text())
     model = Path(config["model_name_or_path"])
@@ -67,6 +64,16 @@ def build_classifier_card(
     remarks = "This model was chosen by its dev result, which flatters it: the median is the fairer figure."
     if not row["official"]:
         remarks += " The data is not the official one: not to be compared with published results."
+    betas = f"{config['adam_beta1']:g} and {config['adam_beta2']:g}"
+    settings = {
+        "started from": base + (", by way of its best MNLI model" if job.init == "mnli" else ""),
+        "learning rate": f"{job.learning_rate:g} after {config['warmup_ratio']:.0%} of warmup, then linearly to zero",
+        "batch": f"{job.batch_size} examples of at most {config['max_seq_length']} tokens",
+        "epochs": f"{config['num_train_epochs']}, of which number {result['best_epoch']} was the best",
+        "AdamW": f"betas {betas}, epsilon {config['adam_epsilon']:g}, weight decay {config['weight_decay']:g}",
+        "seed": job.seed,
+        "time": f"{result['seconds']:,.0f} s on {result['processes']} × {machine['device']}",
+    }
     sections = [
         f"# {title}",
         f"A classifier for {task.title} of [GLUE](https://gluebenchmark.com), fine-tuned from {base} by the protocol "
@@ -78,7 +85,7 @@ def build_classifier_card(
         table(result_rows(row, result, config["compare_with"])),
         remarks,
         "## Fine-tuning",
-        two_columns(settings(config, job, result, base)),
+        two_columns(settings),
         "## Limits and biases",
         "It knows the one task, as its annotators saw it, and inherits what the pretrained model has from its corpora; "
         "neither has been measured on other text.",
@@ -96,17 +103,3 @@ def result_rows(row: dict[str, Any], result: dict[str, Any], compare_with: str) 
         known = [percent(row["majority"]), points(row["published"])] if metric == row["metric"] else ["–", "–"]
         rows.append([metric, percent(value), percent(row["metrics"][metric]), *known])
     return rows
-
-
-def settings(config: dict[str, Any], job: Job, result: dict[str, Any], base: str) -> dict[str, Any]:
-    """List the settings that the model was made with."""
-    betas = f"{config['adam_beta1']:g} and {config['adam_beta2']:g}"
-    return {
-        "started from": base + (", by way of its best MNLI model" if job.init == "mnli" else ""),
-        "learning rate": f"{job.learning_rate:g} after {config['warmup_ratio']:.0%} of warmup, then linearly to zero",
-        "batch": f"{job.batch_size} examples of at most {config['max_seq_length']} tokens",
-        "epochs": f"{config['num_train_epochs']}, of which number {result['best_epoch']} was the best",
-        "AdamW": f"betas {betas}, epsilon {config['adam_epsilon']:g}, weight decay {config['weight_decay']:g}",
-        "seed": job.seed,
-        "time": f"{result['seconds']:,.0f} s on {result['processes']} × {config['environment']['device']}",
-    }

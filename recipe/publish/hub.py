@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,8 +82,7 @@ def retrying(action: Callable[[], Result], what: str) -> Result:
 def check_push(args: PretrainArguments, is_fresh: bool) -> tuple[str | None, list[str]]:
     """Check before training that checkpoints can be pushed, and create the repository unless this is a dry run.
 
-    Args:
-        is_fresh: whether the run begins now, so that its repository has to be empty.
+    The repository of a run that begins now (`is_fresh`) has to be empty.
 
     Returns:
         the repository's full id, and a warning if the hub cannot be reached: pushes are tried all the same.
@@ -220,27 +220,18 @@ def stage_card(run: Path) -> list[str]:
     return describe_waiting(run)
 
 
+@dataclass
 class Publisher:
-    """Pushes a run's checkpoints in the background, from the main process and with `push_to_hub` only.
+    """Pushes a run's checkpoints in the background, from the main process and with `push_to_hub` only."""
 
-    Args:
-        args: the run's, with the repository's full id as `hub_model_id`.
-        save_tokenizer: saves the run's tokenizer into a folder.
-        build_card: builds the model card from the run's folder and a folder with the model.
-    """
+    args: PretrainArguments  # with the repository's full id as `hub_model_id`
+    is_main: bool
+    save_tokenizer: Callable[[Path], object]  # into a folder
+    build_card: Callable[[Path, Path], str]  # from the run's folder and a folder with the model
 
-    def __init__(
-        self,
-        args: PretrainArguments,
-        is_main: bool,
-        save_tokenizer: Callable[[Path], object],
-        build_card: Callable[[Path, Path], str],
-    ) -> None:
-        self.args = args
-        self.is_active = args.push_to_hub and is_main
-        self.save_tokenizer = save_tokenizer
-        self.build_card = build_card
-        self.run = Path(args.output_dir)
+    def __post_init__(self) -> None:
+        self.is_active = self.args.push_to_hub and self.is_main
+        self.run = Path(self.args.output_dir)
         self.folder = self.run / "hub"
         self.log_file = self.folder / "log.txt"
         self.process: subprocess.Popen[bytes] | None = None
@@ -294,11 +285,10 @@ class Publisher:
     def show_log(self) -> None:
         """Show what the pushing processes have printed since the last call."""
         if self.log_file.exists():
-            with self.log_file.open("rb") as log:
-                self.logged = log.seek(self.logged)
-                for line in (new := log.read()).decode(errors="replace").splitlines():
-                    tqdm.write(f"hub: {line}")
-                self.logged += len(new)
+            new = self.log_file.read_bytes()[self.logged :]
+            self.logged += len(new)
+            for line in new.decode(errors="replace").splitlines():
+                tqdm.write(f"hub: {line}")
 
     def waiting(self) -> list[str]:
         """Say in lines for the log what is not on the hub yet when a run stops before its end."""
@@ -348,12 +338,8 @@ def fetch_checkpoint(args: PretrainArguments) -> str | None:
                 "checkpoint`, as a model alone; go on from that by `model_name_or_path`"
             )
         if downloads:
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                local_dir=temporary,
-                allow_patterns=[name for name in files if needed.fullmatch(name)],
-            )
+            wanted = [name for name in files if needed.fullmatch(name)]
+            snapshot_download(repo_id, revision=revision, local_dir=temporary, allow_patterns=wanted)
 
     try:
         retrying(download, f"downloading {uri}")

@@ -53,12 +53,12 @@ class Task:
         return not self.labels
 
 
-def three_splits(config: str, folder: str, train: int, dev: int, test: int) -> dict[str, Split]:
-    """Name the splits of a task whose files are named as most are, with their numbers of rows."""
+def three_splits(config: str, folder: str, *rows: int, header: tuple[str, ...] = ()) -> dict[str, Split]:
+    """Name the splits of a task whose files are named as most are, with the rows of the training, dev and test set."""
     return {
-        "train": Split((config, "train"), (f"{folder}/train.tsv",), train),
-        "validation": Split((config, "validation"), (f"{folder}/dev.tsv",), dev),
-        "test": Split((config, "test"), (f"{folder}/test.tsv",), test, submission=f"{folder}.tsv"),
+        "train": Split((config, "train"), (f"{folder}/train.tsv",), rows[0], header),
+        "validation": Split((config, "validation"), (f"{folder}/dev.tsv",), rows[1], header),
+        "test": Split((config, "test"), (f"{folder}/test.tsv",), rows[2], submission=f"{folder}.tsv"),
     }
 
 
@@ -77,11 +77,7 @@ TASKS = {
         metrics=("matthews_correlation",),
         batch_size=16,
         published={"base": 63.6, "large": 68.0},
-        splits={
-            "train": Split(("cola", "train"), ("CoLA/train.tsv",), 8551, COLA_HEADER),
-            "validation": Split(("cola", "validation"), ("CoLA/dev.tsv",), 1043, COLA_HEADER),
-            "test": Split(("cola", "test"), ("CoLA/test.tsv",), 1063, submission="CoLA.tsv"),
-        },
+        splits=three_splits("cola", "CoLA", 8551, 1043, 1063, header=COLA_HEADER),
     ),
     "sst2": Task(
         title="SST-2",

@@ -42,8 +42,8 @@ def find_files(task: Task, folder: Path) -> dict[str, Path]:
         for file in reversed(place.files)
         if (folder / file).is_file()
     }
-    needed = [split for split in task.splits if not split.startswith("test")]
-    if missing := [task.splits[split].files[0] for split in needed if split not in found]:
+    needed = {split: place for split, place in task.splits.items() if not split.startswith("test")}
+    if missing := [place.files[0] for split, place in needed.items() if split not in found]:
         raise UserError(
             f"`glue_dir` {folder} lacks {', '.join(missing)}; put the official TSVs there, or leave {task.title} out "
             "of `tasks`"
@@ -114,19 +114,18 @@ def from_hub(task: Task, split: str) -> Dataset:
             f"{place} cannot be loaded ({describe_error(error)}); run this where there is a network, or give the TSVs "
             "by --glue_dir"
         ) from None
-    columns = ["premise", "hypothesis"] if config == "ax" else list(task.columns)
-    if missing := {*columns, "label"} - set(dataset.column_names):
+    if missing := {*task.columns, "label"} - set(dataset.column_names):
         raise UserError(f"{place}: there is no column {', '.join(sorted(missing))}")
     names = None if task.is_regression else getattr(dataset.features["label"], "names", None)
     if not task.is_regression and sorted(names or []) != sorted(task.labels):
         raise UserError(f"{place}: its labels are {names}, those of {task.title} {', '.join(task.labels)}")
     labels = dataset["label"][:]
-    dataset = dataset.select_columns(columns).rename_columns(dict(zip(columns, SENTENCE_COLUMNS, strict=False)))
+    dataset = dataset.select_columns(list(task.columns))
+    dataset = dataset.rename_columns(dict(zip(task.columns, SENTENCE_COLUMNS, strict=False)))
     if split.startswith("test"):
         return dataset
     for row, label in enumerate(labels):
         if label < 0:
             raise UserError(f"{place}: example {row} has the label {label}, which stands for none")
-    return dataset.add_column(
-        "label", labels if names is None else [task.labels.index(names[label]) for label in labels]
-    )
+    labels = labels if names is None else [task.labels.index(names[label]) for label in labels]
+    return dataset.add_column("label", labels)

@@ -19,8 +19,7 @@ def correlation(measure: Callable[..., Any], references: np.ndarray, predictions
     """Correlate, with 0 where all predictions are equal, as `matthews_corrcoef` has it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        value = float(measure(references, predictions).statistic)
-    return 0.0 if np.isnan(value) else value
+        return float(np.nan_to_num(measure(references, predictions).statistic))
 
 
 SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
