@@ -298,9 +298,8 @@ class Publisher:
         """Wait for the push that is under way; say in lines where the model is, and what is not on the hub yet."""
         if not self.is_active:
             return []
-        if self.process is not None:
-            if self.process.poll() is None:
-                tqdm.write(f"hub: pushing {', '.join(path.name for path in list_waiting(self.run))}")
+        if self.process is not None and self.process.poll() is None:
+            tqdm.write(f"hub: pushing {', '.join(path.name for path in list_waiting(self.run))}")
             try:
                 self.process.wait(LAST_PUSH_SECONDS)
             except subprocess.TimeoutExpired:

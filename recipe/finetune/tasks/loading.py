@@ -116,8 +116,8 @@ def from_hub(task: Task, split: str) -> Dataset:
         ) from None
     if missing := {*task.columns, "label"} - set(dataset.column_names):
         raise UserError(f"{place}: there is no column {', '.join(sorted(missing))}")
-    names = None if task.is_regression else getattr(dataset.features["label"], "names", None)
-    if not task.is_regression and sorted(names or []) != sorted(task.labels):
+    names = getattr(dataset.features["label"], "names", [])  # a regression has none
+    if sorted(names) != sorted(task.labels):
         raise UserError(f"{place}: its labels are {names}, those of {task.title} {', '.join(task.labels)}")
     labels = dataset["label"][:]
     dataset = dataset.select_columns(list(task.columns))
@@ -127,5 +127,5 @@ def from_hub(task: Task, split: str) -> Dataset:
     for row, label in enumerate(labels):
         if label < 0:
             raise UserError(f"{place}: example {row} has the label {label}, which stands for none")
-    labels = labels if names is None else [task.labels.index(names[label]) for label in labels]
+    labels = [task.labels.index(names[label]) for label in labels] if names else labels
     return dataset.add_column("label", labels)
