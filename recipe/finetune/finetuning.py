@@ -59,16 +59,13 @@ def load_glue_tokenizer(name_or_path: str, max_seq_length: int) -> PreTrainedTok
     Raises:
         UserError: there is no model or no tokenizer, they do not match, or the model reads fewer tokens.
     """
+    lacking = "no model there, as a folder or on the hub"
     try:
         config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"`model_name_or_path` {name_or_path}: no model there, as a folder or on the hub: {error}"
-        ) from None
-    try:
+        lacking = "no tokenizer beside the model"
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:
-        raise UserError(f"`model_name_or_path` {name_or_path}: no tokenizer beside the model: {error}") from None
+        raise UserError(f"`model_name_or_path` {name_or_path}: {lacking}: {error}") from None
     if len(tokenizer) > config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
         raise UserError(
             f"`model_name_or_path` {name_or_path}: its tokenizer is another model's: {len(tokenizer)} entries, pad "
@@ -136,7 +133,7 @@ def load_classifier(name_or_path: str, task: Task) -> PreTrainedModel:
             f"`model_name_or_path` {name_or_path} lacks weights of the encoder, or has them in another shape than its "
             f"config says: {', '.join(lacking[:3])}"
         )
-    if {name for name in model.state_dict() if not name.startswith(prefix)} - loading["missing_keys"]:
+    if any(not name.startswith(prefix) for name in model.state_dict().keys() - loading["missing_keys"]):
         new = AutoModelForSequenceClassification.from_config(config)
         for name, module in model.named_children():
             if module is not model.base_model:
@@ -145,11 +142,7 @@ def load_classifier(name_or_path: str, task: Task) -> PreTrainedModel:
 
 
 def model_checksum(name_or_path: str, task: Task) -> str:
-    """Compute the SHA-256 of the encoder's weights.
-
-    Raises:
-        UserError: as `load_classifier` does.
-    """
+    """Compute the SHA-256 of the encoder's weights; raises as `load_classifier` does."""
     torch.manual_seed(0)  # for weights that the checkpoint does not have: a pooler's
     checksum = hashlib.sha256()
     for name, tensor in sorted(load_classifier(name_or_path, task).base_model.state_dict().items()):
@@ -169,24 +162,22 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
     return [batches[i] for i in random.permutation(len(batches))]
 
 
+@dataclass
 class Finetuner:
     """Trains classifiers and predicts by them, all processes the same model if it is shared, else each its own."""
 
-    def __init__(
-        self, accelerator: Accelerator, args: GlueArguments, tokenizer: PreTrainedTokenizerBase, is_shared: bool
-    ) -> None:
-        self.accelerator = accelerator
-        self.device = accelerator.device
-        self.args = args
-        self.tokenizer = tokenizer
-        self.is_shared = is_shared
-        self.rank: int = accelerator.process_index if is_shared else 0
-        self.world_size: int = accelerator.num_processes if is_shared else 1
+    accelerator: Accelerator
+    args: GlueArguments
+    tokenizer: PreTrainedTokenizerBase
+    is_shared: bool
+
+    def __post_init__(self) -> None:
+        self.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index if self.is_shared else 0
+        self.world_size: int = self.accelerator.num_processes if self.is_shared else 1
 
     def run(self, job: Job, splits: dict[str, EncodedSplit], model: PreTrainedModel, keeps_weights: bool) -> Outcome:
-        """Train for `num_train_epochs` and evaluate after each.
-
-        The model is one of `load_classifier` under the job's seed, and is trained in place.
+        """Train a model of `load_classifier` in place for `num_train_epochs`, and evaluate it after each.
 
         Raises:
             FloatingPointError: the loss is no longer finite.
@@ -202,7 +193,6 @@ class Finetuner:
         scheduler = build_scheduler(optimizer, math.ceil(args.warmup_ratio * steps), steps, 0)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.accelerator.mixed_precision == "fp16")
         epochs: list[dict[str, float]] = []
-        best = 0
         weights: dict[str, torch.Tensor] = {}
         for epoch in range(args.num_train_epochs):
             module.train()
@@ -217,21 +207,16 @@ class Finetuner:
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the training loss of epoch {epoch + 1} is {loss}")
             epochs.append({"loss": loss} | self.evaluate(task, splits, module))
-            if epoch == 0 or epochs[epoch][task.metrics[0]] > epochs[best][task.metrics[0]]:
-                best = epoch
-                if keeps_weights:
-                    weights = {key: tensor.to("cpu", copy=True) for key, tensor in model.state_dict().items()}
+            best = max(range(epoch + 1), key=lambda number: epochs[number][task.metrics[0]])  # of equals the first
+            if keeps_weights and best == epoch:
+                weights = {key: tensor.to("cpu", copy=True) for key, tensor in model.state_dict().items()}
         metrics = {key: value for key, value in epochs[best].items() if key != "loss"}
         return Outcome(metrics, best + 1, epochs, weights)
 
     def backward(
         self, module: nn.Module, task: Task, split: EncodedSplit, rows: np.ndarray, scaler: torch.amp.GradScaler
     ) -> torch.Tensor:
-        """Add the gradients of the mean loss over the rows of a batch, in as many micro-batches as they need.
-
-        Returns:
-            the sum of the loss over this process's rows.
-        """
+        """Add the gradients of a batch's mean loss, in micro-batches; return the sum over this process's rows."""
         loss_function = nn.functional.mse_loss if task.is_regression else nn.functional.cross_entropy
         own = rows[self.rank :: self.world_size]
         # The last batch may have no row for this process, which has to take part all the same.
@@ -249,11 +234,7 @@ class Finetuner:
         return loss_sum
 
     def logits(self, module: nn.Module, split: EncodedSplit, rows: np.ndarray) -> torch.Tensor:
-        """Run the model on rows, padded to the longest and to a multiple of 8.
-
-        Returns:
-            (rows, labels) float32, or (rows,) for a regression.
-        """
+        """Compute (rows, labels) float32, (rows,) in a regression; rows are padded to a multiple of 8 tokens."""
         batch = self.tokenizer.pad(split.rows[rows], padding="longest", pad_to_multiple_of=8, return_tensors="pt")
         with self.accelerator.autocast():
             logits = module(**batch.to(self.device)).logits
@@ -262,22 +243,16 @@ class Finetuner:
     def evaluate(self, task: Task, splits: dict[str, EncodedSplit], module: nn.Module) -> dict[str, float]:
         """Compute the metrics of all dev splits; the names of MNLI's second end in `_mm`."""
         metrics: dict[str, float] = {}
-        for split_name, split in splits.items():
-            if not split_name.startswith("validation"):
-                continue
-            references = split.labels * task.scale if task.is_regression else split.labels
-            scores = score(task, self.predict(task, split, module), references)
-            ending = "_mm" if split_name.endswith("_mismatched") else ""
-            metrics |= {f"{metric}{ending}": value for metric, value in scores.items()}
+        for name, ending in (("validation", ""), ("validation_mismatched", "_mm")):
+            if split := splits.get(name):
+                references = split.labels * task.scale if task.is_regression else split.labels
+                scores = score(task, self.predict(task, split, module), references)
+                metrics |= {f"{metric}{ending}": value for metric, value in scores.items()}
         return metrics
 
     @torch.no_grad()
     def predict(self, task: Task, split: EncodedSplit, module: nn.Module) -> np.ndarray:
-        """Predict the answers of a split; all processes that share the model get all of them.
-
-        Returns:
-            (rows,) label ids, or scores on the task's scale.
-        """
+        """Predict (rows,) label ids, or scores on the task's scale, on all processes that share the model."""
         module.eval()
         own = np.argsort(split.lengths, kind="stable")[self.rank :: self.world_size]
         size = self.args.per_device_eval_batch_size

@@ -4,8 +4,7 @@ import gc
 import itertools
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -30,47 +29,33 @@ def plan_jobs(args: GlueArguments, tasks: dict[str, dict[str, Dataset]]) -> list
     for name in tasks:
         task = TASKS[name]
         inits = ["pretrained", "mnli"] if args.init_from_mnli and task.takes_mnli else ["pretrained"]
-        rates = args.learning_rates or [task.learning_rate]
-        batches = args.batch_sizes or [task.batch_size]
+        rates, batches = args.learning_rates or [task.learning_rate], args.batch_sizes or [task.batch_size]
         jobs += [Job(name, *setting) for setting in itertools.product(inits, rates, batches, args.seeds)]
     num_bytes = {name: splits["train"].data.nbytes for name, splits in tasks.items()}
     return sorted(jobs, key=lambda job: -num_bytes[job.task])
 
 
+@dataclass
 class Grid:
-    """Runs jobs and keeps their results, and the best model and predictions of each task.
+    """Runs jobs and keeps their results, and the best model and predictions of each task; `tasks` has their splits."""
 
-    `tasks` has the splits of each task to run.
-    """
+    accelerator: Accelerator
+    args: GlueArguments
+    tokenizer: PreTrainedTokenizerBase
+    tasks: dict[str, dict[str, Dataset]]
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        args: GlueArguments,
-        tokenizer: PreTrainedTokenizerBase,
-        tasks: dict[str, dict[str, Dataset]],
-    ) -> None:
-        self.accelerator = accelerator
-        self.args = args
-        self.tokenizer = tokenizer
-        self.tasks = tasks
-        self.folder = Path(args.output_dir)
+    def __post_init__(self) -> None:
+        self.folder = Path(self.args.output_dir)
+        self.models = self.folder / "models"  # the best of each task
         self.results = Results(self.folder)
-        self.encoded = cache(lambda name: encode_splits(tasks[name], TASKS[name], tokenizer, args.max_seq_length))
-
-    def model_folder(self, task: str) -> Path:
-        """Name the folder of a task's best model."""
-        return self.folder / "models" / task
+        self.encoded = cache(
+            lambda name: encode_splits(self.tasks[name], TASKS[name], self.tokenizer, self.args.max_seq_length)
+        )
 
     def check_mnli(self, jobs: list[Job]) -> None:
-        """Check that jobs that start from an MNLI model have one.
-
-        Raises:
-            UserError: there is none, and no job will make it.
-        """
-        done = self.results.read()
+        """Raise a `UserError` if jobs start from an MNLI model that is not there and that no job will make."""
+        done, folder = self.results.read(), self.models / "mnli"
         makes = any(job.task == "mnli" and done.get(job, {}).get("state") != "done" for job in jobs)
-        folder = self.model_folder("mnli")
         if any(job.init == "mnli" for job in jobs) and not makes and not folder.is_dir():
             raise UserError(
                 f"`init_from_mnli` needs an MNLI model: add mnli to `tasks`, or put one into {folder} (jobs that ended "
@@ -79,28 +64,19 @@ class Grid:
 
     def run(self, jobs: list[Job]) -> None:
         """Run all jobs that have no result yet, together with the other processes, until all have one."""
-        with progress_bar("fine-tuning", len(jobs), "jobs", self.accelerator.is_main_process) as bar:
-            for _ in self.run_in_turn(jobs):
-                bar.update(len(self.results.read()) - bar.n)
-
-    def run_in_turn(self, jobs: list[Job]) -> Iterator[Job]:
-        """Run the jobs of this process, and yield after each."""
         is_alone = self.accelerator.num_processes == 1
         shared = [job for job in jobs if job.task in self.args.data_parallel_tasks and not is_alone]
-        for job in shared:
-            if job not in self.results.read():
-                self.run_job(job, is_shared=True)
-                yield job
-            self.accelerator.wait_for_everyone()
-        own = [job for job in jobs if job not in shared]
-        for job in self.results.claim(own, lambda job: self.may_start(job, jobs)):
-            self.run_job(job, is_shared=False)
-            yield job
-
-    def may_start(self, job: Job, jobs: list[Job]) -> bool:
-        """Tell whether the MNLI model that a job starts from, if it does, is the best that there will be."""
-        ended = self.results.read()
-        return job.init != "mnli" or all(other in ended for other in jobs if other.task == "mnli")
+        own, mnli = [job for job in jobs if job not in shared], {job for job in jobs if job.task == "mnli"}
+        with progress_bar("fine-tuning", len(jobs), "jobs", self.accelerator.is_main_process) as bar:
+            for job in shared:
+                if job not in self.results.read():
+                    self.run_job(job, is_shared=True)
+                    bar.update(len(self.results.read()) - bar.n)
+                self.accelerator.wait_for_everyone()
+            # A job that starts from an MNLI model waits until that is the best that there will be.
+            for job in self.results.claim(own, lambda job: job.init != "mnli" or mnli <= self.results.read().keys()):
+                self.run_job(job, is_shared=False)
+                bar.update(len(self.results.read()) - bar.n)
 
     def run_job(self, job: Job, is_shared: bool) -> None:
         """Run a job, from the model's files to its line in results.jsonl; failed jobs get one too.
@@ -108,14 +84,16 @@ class Grid:
         Raises:
             RuntimeError: the device is broken, or has no room in a job that other processes share.
         """
-        finetuner = Finetuner(self.accelerator, self.args, self.tokenizer, is_shared)
+        task, finetuner = TASKS[job.task], Finetuner(self.accelerator, self.args, self.tokenizer, is_shared)
         started = time.perf_counter()
         is_writer = not is_shared or self.accelerator.is_main_process
         reason = None
         try:
             torch.manual_seed(job.seed)
-            model = load_classifier(self.source(job), TASKS[job.task])
-            outcome = finetuner.run(job, self.encoded(job.task), model, is_writer and self.needs_weights(job.task))
+            model = load_classifier(self.source(job), task)
+            # The best weights are of use if they are saved, or predict a test set.
+            keeps = self.keeps_model(job.task) or any(task.splits[name].submission for name in self.tasks[job.task])
+            outcome = finetuner.run(job, self.encoded(job.task), model, is_writer and keeps)
         except (FloatingPointError, RuntimeError, UserError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if is_shared and not isinstance(error, FloatingPointError):
                 raise  # the other processes wait for this one
@@ -140,23 +118,16 @@ class Grid:
         """Name the model that a job starts from."""
         if job.init == "pretrained":
             return self.args.model_name_or_path
-        if not self.model_folder("mnli").is_dir():
+        if not (self.models / "mnli").is_dir():
             raise UserError("there is no MNLI model to start from: all its jobs failed")
-        return str(self.model_folder("mnli"))
+        return str(self.models / "mnli")
 
     def keeps_model(self, task: str) -> bool:
         """Tell whether the best model of a task is saved."""
         return self.args.save_models or (task == "mnli" and self.args.init_from_mnli)
 
-    def needs_weights(self, task: str) -> bool:
-        """Tell whether the best weights are of use after a job, to be saved or to predict a test set."""
-        return self.keeps_model(task) or any(TASKS[task].splits[split].submission for split in self.tasks[task])
-
     def keep_best(self, job: Job, outcome: Outcome, model: PreTrainedModel) -> None:
-        """Keep the model and its test predictions, if no other job of the task was better.
-
-        Of equals, the first in the order of jobs is the best.
-        """
+        """Keep the model and its test predictions, if it is its task's best: of equals, the first in their order."""
         task, best_file = TASKS[job.task], self.folder / "best" / f"{job.task}.json"
         rank = [-outcome.metrics[task.metrics[0]], *asdict(job).values()]
         with self.results.lock(f"best-{job.task}"):
@@ -164,7 +135,7 @@ class Grid:
                 return
             model.load_state_dict(outcome.weights)
             if self.keeps_model(job.task):
-                with replace_folder(self.model_folder(job.task)) as temporary:
+                with replace_folder(self.models / job.task) as temporary:
                     model.save_pretrained(temporary)
                     self.tokenizer.save_pretrained(temporary)
             alone = Finetuner(self.accelerator, self.args, self.tokenizer, is_shared=False)

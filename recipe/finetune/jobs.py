@@ -52,11 +52,7 @@ class Results:
         self.locks = folder / "locks"
 
     def read(self) -> dict[Job, dict[str, Any]]:
-        """Read all lines.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """Read all lines; a damaged file is a `UserError`."""
         if not self.file.exists():
             return {}
         with raising_damaged_file(self.file, "remove the lines that are wrong; their jobs are run again"):
@@ -77,10 +73,8 @@ class Results:
         """Remove the lines of failed jobs, so that they are run again."""
         with self.lock("results"):
             records = self.read()
-            if kept := [record for record in records.values() if record["state"] == "done"]:
-                self.write(kept)
-            elif records:
-                self.file.unlink()
+            if records:
+                self.write([record for record in records.values() if record["state"] == "done"])
 
     def lock(self, name: str, timeout: float = -1) -> FileLock:
         """Make a lock for one process at a time; by default, entering it waits for as long as it takes."""

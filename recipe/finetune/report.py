@@ -40,24 +40,14 @@ def describe_jobs(
 def summarise(
     records: dict[Job, dict[str, Any]], jobs: list[Job], data: dict[str, dict[str, Any]], compare_with: str
 ) -> dict[str, Any]:
-    """Summarise a grid in numbers.
+    """Summarise a grid in numbers; `records` are lines of results.jsonl, `data` what `describe_data` says of each task.
 
     Averages take a task's run from the MNLI model where there is one, as the paper does.
-
-    Args:
-        records: lines of results.jsonl.
-        jobs: what the report is about.
-        data: what `describe_data` says of each task.
-        compare_with: `base` or `large`.
     """
     groups = defaultdict(list)
     for job in sorted(jobs, key=lambda job: list(TASKS).index(job.task)):
         groups[job.task, job.init].append(job)
-    rows = [
-        {"task": name, "init": init}
-        | summarise_task(name, {job: records[job] for job in group}, data[name], compare_with)
-        for (name, init), group in groups.items()
-    ]
+    rows = [summarise_task({job: records[job] for job in group}, data, compare_with) for group in groups.values()]
     counted = {row["task"]: row for row in sorted(rows, key=lambda row: row["init"] == "mnli") if row["n"]}
     return {
         "compare_with": compare_with,
@@ -69,21 +59,22 @@ def summarise(
 
 
 def summarise_task(
-    name: str, records: dict[Job, dict[str, Any]], data: dict[str, Any], compare_with: str
+    records: dict[Job, dict[str, Any]], data: dict[str, dict[str, Any]], compare_with: str
 ) -> dict[str, Any]:
     """Summarise the jobs of a task that start from the same model.
 
     A setting's result is the median over its seeds, the task's that of its best setting. Published results are given
     where the data is the official one.
     """
+    name, init = next((job.task, job.init) for job in records)
     task, first = TASKS[name], TASKS[name].metrics[0]
     settings = defaultdict(list)
     for job, record in records.items():
         if record["state"] == "done":
             settings[job.learning_rate, job.batch_size].append(record["metrics"])
     seconds = sum(record.get("seconds", 0) * record.get("processes", 1) for record in records.values())
-    row: dict[str, Any] = {"metric": first, "n": 0, "failed": 0} | data
-    row["failed"] = sum(record["state"] == "failed" for record in records.values())
+    failed = sum(record["state"] == "failed" for record in records.values())
+    row = {"task": name, "init": init, "metric": first, "n": 0, "failed": failed, **data[name]}
     row["device_seconds"] = round(seconds, 1)
     row["published"] = task.published.get(compare_with) if row["official"] else None
     if not settings:
@@ -155,16 +146,13 @@ def format_rows(summary: dict[str, Any]) -> str:
     averages = {"average": summary["average"], "average without WNLI": summary["average_without_wnli"]}
     for name, values in averages.items():
         if values and (name == "average" or values != summary["average"]):
-            given = values["published"]
-            difference = points(None if given is None else 100 * values["median"] - given, "+")
-            count = f"of {len(values['tasks'])}"
-            lines.append([name, count, percent(values["median"]), *[""] * 6, points(given), difference])
+            median, given = values["median"], values["published"]
+            difference = points(None if given is None else 100 * median - given, "+")
+            lines.append([name, f"of {len(values['tasks'])}", percent(median), *[""] * 6, points(given), difference])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    aligned = [
-        [f"{cell:{'<' if column < 2 else '>'}{widths[column]}}" for column, cell in enumerate(line)] for line in lines
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in aligned)
+    forms = [f"{'<' if column < 2 else '>'}{width}" for column, width in enumerate(widths)]
+    return "\n".join(f"| {' | '.join(map(format, line, forms))} |" for line in lines)
 
 
 def format_notes(summary: dict[str, Any]) -> list[str]:
@@ -183,11 +171,7 @@ def format_notes(summary: dict[str, Any]) -> list[str]:
 
 
 def write_submission(folder: Path, target: Path) -> list[str]:
-    """Write a zip of the predictions that exist.
-
-    Returns:
-        the names of the site's eleven files that it lacks.
-    """
+    """Write a zip of the predictions that exist; return the names of the site's eleven files that it lacks."""
     names = [split.submission for task in TASKS.values() for split in task.splits.values() if split.submission]
     found = [name for name in names if (folder / name).is_file()]
     if found:
@@ -198,11 +182,7 @@ def write_submission(folder: Path, target: Path) -> list[str]:
 
 
 def write_report(folder: Path, summary: dict[str, Any], hours: float, model: str) -> list[str]:
-    """Write summary.json, table.md, glue.png with the model's name and, if there are predictions, submission.zip.
-
-    Returns:
-        lines for the log.
-    """
+    """Write summary.json, table.md, glue.png and, of predictions, submission.zip; return lines for the log."""
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
     table = format_table(summary, hours)
     write_atomically(folder / "table.md", table)

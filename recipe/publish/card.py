@@ -71,11 +71,6 @@ def source(corpus: dict[str, Any]) -> str:
     return link + (f" ({', '.join(details)})" if details else "")
 
 
-def corpus_names(corpora: list[dict[str, Any]]) -> str:
-    """List corpora by name."""
-    return ", ".join(corpus["name"] for corpus in corpora)
-
-
 class Run:
     """A run as its files have it, and the folder of the weights that the card is for."""
 
@@ -86,11 +81,13 @@ class Run:
         self.step = read_step(path)
         records = [record for record in read_records(path / "metrics.jsonl") if record["step"] <= self.step]
         self.training = [record for record in records if "tokens_per_second" in record]
-        self.evaluations = [record for record in records if record.get("eval_loss") is not None]
+        evaluations = [record for record in records if record.get("eval_loss") is not None]
+        self.evaluation = evaluations[-1] if evaluations else None
         self.architecture = json.loads((model / "config.json").read_text())
         self.parameters = count_weights(model)
-        glue_file = model / GLUE_FILE
-        self.glue = json.loads(glue_file.read_text()) if glue_file.exists() else None
+        self.glue = json.loads((model / GLUE_FILE).read_text()) if (model / GLUE_FILE).exists() else None
+        corpora = self.config["eval_corpora"] or self.config["corpora"]
+        self.held_out = ", ".join(corpus["name"] for corpus in corpora)
 
     @property
     def name(self) -> str:
@@ -102,26 +99,16 @@ class Run:
         """Name the model in a heading."""
         return self.name.split("/")[-1] if self.config["push_to_hub"] else self.path.name
 
-    @property
-    def seconds(self) -> float:
-        """Sum up the time of the updates in the log, without evaluation and checkpoints."""
-        steps = [0, *(record["step"] for record in self.training)]
-        spans = zip(self.training, steps, strict=False)
-        return sum((record["step"] - before) * record["seconds_per_update"] for record, before in spans)
-
 
 def metadata(run: Run) -> ModelCardData:
     """Build the card's YAML head."""
     config, results = run.config, []
-    if run.evaluations:
-        last = run.evaluations[-1]
-        names = corpus_names(config["eval_corpora"] or config["corpora"])
-        metrics = {"loss": round(last["eval_loss"], 4)}
-        if last["eval_perplexity"] is not None:
-            metrics["perplexity"] = round(last["eval_perplexity"], 3)
+    if run.evaluation:
+        metrics = {"loss": (run.evaluation["eval_loss"], 4), "perplexity": (run.evaluation["eval_perplexity"], 3)}
         results += [
-            EvalResult("fill-mask", "held-out", f"held-out text of {names}", metric, value)
-            for metric, value in metrics.items()
+            EvalResult("fill-mask", "held-out", f"held-out text of {run.held_out}", metric, round(value, digits))
+            for metric, (value, digits) in metrics.items()
+            if value is not None
         ]
     for row in run.glue["summary"]["tasks"] if run.glue else []:
         if row["official"] and row["n"]:
@@ -141,14 +128,14 @@ def metadata(run: Run) -> ModelCardData:
 
 def glue_result(row: dict[str, Any], metric: str, value: float) -> EvalResult:
     """Make a dev result an entry of `model-index`; `row` is the task's in summary.json."""
-    is_mnli, is_mismatched = row["task"] == "mnli", metric.endswith("_mm")
-    split = f"validation_{'mis' if is_mismatched else ''}matched" if is_mnli else "validation"
+    task, split = TASKS[row["task"]], "validation_mismatched" if metric.endswith("_mm") else "validation"
+    hub_config, hub_split = task.splits[split].hub
     return EvalResult(
         task_type="text-classification",
-        dataset_type=TASKS[row["task"]].hub_id,
+        dataset_type=task.hub_id,
         dataset_name=f"GLUE {row_title(row)}",
-        dataset_config=row["task"],
-        dataset_split=split,
+        dataset_config=hub_config,
+        dataset_split=hub_split,
         metric_type=metric.removesuffix("_mm"),
         metric_value=round(value, 4),
     )
@@ -172,10 +159,9 @@ def introduction(run: Run) -> list[str]:
 
 def usage(run: Run) -> list[str]:
     """Show how to load the model."""
+    space = "" if run.config["model_type"] == "roberta" else " "
     code = f'from transformers import pipeline\n\nfill_mask = pipeline("fill-mask", model="{run.name}")\n'
-    code += 'fill_mask(f"The capital of France is{fill_mask.tokenizer.mask_token}.")'
-    if run.config["model_type"] != "roberta":
-        code = code.replace("is{", "is {")
+    code += f'fill_mask(f"The capital of France is{space}{{fill_mask.tokenizer.mask_token}}.")'
     lines = ["## How to use it", f"```python\n{code}\n```"]
     if run.config["push_to_hub"] and run.config["hub_strategy"] != "end":
         lines.append(
@@ -186,22 +172,20 @@ def usage(run: Run) -> list[str]:
     return lines
 
 
-def evaluation(run: Run, has_plot: bool) -> list[str]:
+def evaluation(run: Run) -> list[str]:
     """Report the held-out loss and the results on GLUE."""
     lines = []
-    if run.evaluations:
-        last = run.evaluations[-1]
-        perplexity = last["eval_perplexity"]
-        held_out = f"blocks of {corpus_names(run.config['corpora'])} that are not trained on"
+    if last := run.evaluation:
+        perplexity = "" if last["eval_perplexity"] is None else f", perplexity {last['eval_perplexity']:,.2f}"
+        held_out = f"blocks of {run.held_out} that are not trained on"
         if run.config["eval_corpora"]:
-            held_out = f"{corpus_names(run.config['eval_corpora'])}: text that is in none of the corpora's files"
+            held_out = f"{run.held_out}: text that is in none of the corpora's files"
         lines.append(
-            f"Held-out loss {last['eval_loss']:.3f} nats a masked token"
-            + (f", perplexity {perplexity:,.2f}" if perplexity is not None else "")
-            + f", after {last['step']:,} updates; a unigram model has {last['unigram_loss']:.3f}. "
-            f"Held out are {held_out}; {run.config['eval_mlm_probability']:.0%} of the tokens are masked."
+            f"Held-out loss {last['eval_loss']:.3f} nats a masked token{perplexity}, after {last['step']:,} updates; a "
+            f"unigram model has {last['unigram_loss']:.3f}. Held out are {held_out}; "
+            f"{run.config['eval_mlm_probability']:.0%} of the tokens are masked."
         )
-    if has_plot:
+    if (run.path / "loss.png").exists():
         lines.append("![Loss over tokens](loss.png)")
     if run.glue:
         settings = run.glue["config"]
@@ -238,7 +222,6 @@ def data(run: Run) -> list[str]:
 def procedure(run: Run) -> list[str]:
     """Report the objective, the schedule and the optimizer."""
     config = run.config
-    clipping = f"clipped to a norm of {config['max_grad_norm']:g}" if config["max_grad_norm"] else "not clipped"
     blocks = f"{config['packing']}, {config['max_seq_length']} tokens"
     if config["seq_length_warmup_steps"]:
         blocks += f"; of each the first quarter for {config['seq_length_warmup_steps']:,} updates"
@@ -252,7 +235,7 @@ def procedure(run: Run) -> list[str]:
         "learning rate": f"{config['learning_rate']:g} after {config['warmup_steps']:,} updates of warmup, then "
         "linearly to zero",
         "AdamW": f"betas {betas}, epsilon {config['adam_epsilon']:g}, weight decay {config['weight_decay']:g}",
-        "gradients": clipping,
+        "gradients": f"clipped to a norm of {config['max_grad_norm']:g}" if config["max_grad_norm"] else "not clipped",
         "seed": config["seed"],
     }
     if run.training:
@@ -271,15 +254,15 @@ def cost(run: Run) -> list[str]:
         "precision": machine["mixed_precision"] if machine["mixed_precision"] != "no" else "float32",
     }
     if run.training:
-        rate, mfu = (
-            statistics.median(record[name] for record in run.training) for name in ("tokens_per_second", "mfu")
-        )
-        device_hours = run.seconds / 3600 * machine["num_processes"]
+        rate, mfu = (statistics.median(one[name] for one in run.training) for name in ("tokens_per_second", "mfu"))
+        spans = zip(run.training, [0, *(one["step"] for one in run.training)], strict=False)
+        seconds = sum((one["step"] - start) * one["seconds_per_update"] for one, start in spans)
+        device_hours = seconds / 3600 * machine["num_processes"]
         rows |= {
             "throughput": f"{rate:,.0f} tokens/s, median",
             "MFU": f"{mfu:.0%} of what a large matrix product reaches there, median",
             "peak memory": f"{run.training[-1]['peak_memory'] / 1e9:.1f} GB a process",
-            "training time": f"{format_duration(run.seconds)} (h:min:s), {device_hours:.3g} device-hours",
+            "training time": f"{format_duration(seconds)} (h:min:s), {device_hours:.3g} device-hours",
         }
         if watts := machine.get("power_limit_watts"):
             rows["energy"] = (
@@ -306,16 +289,16 @@ def limits(run: Run) -> list[str]:
     ]
     if not config["decontaminate_against"]:
         lines.append("- The corpora have not been cleared of the sentences of any test set.")
-    if not config["eval_corpora"] and run.evaluations:
+    if not config["eval_corpora"] and run.evaluation:
         lines.append(
             "- Held-out blocks have neighbours from the same documents in training, so their loss flatters a little."
         )
     return ["## Limits and biases", "\n".join(lines)]
 
 
-def reproduction(run: Run, config_text: str) -> list[str]:
+def reproduction(run: Run) -> list[str]:
     """Give the command, the versions and the config."""
-    machine = run.environment
+    machine, config_text = run.environment, (run.path / "config.yaml").read_text().strip()
     command = (
         f"accelerate launch --num_processes {machine['num_processes']} --mixed_precision {machine['mixed_precision']} "
         "pretrain.py --config config.yaml"
@@ -327,36 +310,24 @@ def reproduction(run: Run, config_text: str) -> list[str]:
         f"```bash\n{command}\n```",
         "Corpora and tokenizer are named as on the machine that it ran on; the tokenizer lies beside these weights.",
         f"Commit of the recipe: {commit}. Python {machine['python']}, {versions}.",
-        f"<details><summary>config.yaml</summary>\n\n```yaml\n{config_text.strip()}\n```\n\n</details>",
+        f"<details><summary>config.yaml</summary>\n\n```yaml\n{config_text}\n```\n\n</details>",
     ]
 
 
 def build_card(path: Path, model: Path) -> str:
-    """Build the card of a run and of its weights in `model`, with config.json and, if there are results, glue.json.
-
-    Raises:
-        UserError: one of the files that the card is made from is damaged.
-    """
+    """Build the card of a run and of its weights in `model`; a damaged file that it is made from is a `UserError`."""
     files = f"a file of {path} or {model} that the model card is made from (config.yaml, metrics.jsonl, config.json, …)"
     with raising_damaged_file(files, "repair it; only the card needs all of them"):
         run = Run(path, model)
-        sections = [
-            *introduction(run),
-            *usage(run),
-            *evaluation(run, (path / "loss.png").exists()),
-            *data(run),
-            *procedure(run),
-            *cost(run),
-            *limits(run),
-            *reproduction(run, (path / "config.yaml").read_text()),
-        ]
+        parts = (introduction, usage, evaluation, data, procedure, cost, limits, reproduction)
+        sections = [section for part in parts for section in part(run)]
         return as_card(metadata(run), sections)
 
 
 def as_card(head: ModelCardData, sections: list[str]) -> str:
     """Join a head and sections into the text of a card."""
-    text = str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
-    return re.sub(r"\n{3,}", "\n\n", text)
+    text = "\n\n".join([f"---\n{head.to_yaml()}\n---", *sections]) + "\n"
+    return re.sub(r"\n{3,}", "\n\n", str(ModelCard(text)))
 
 
 def write_card(path: Path, model: Path) -> None:

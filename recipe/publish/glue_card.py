@@ -18,11 +18,7 @@ from recipe.publish.hub import GLUE_FILE, stage_card
 
 
 def add_glue_to_card(output_dir: Path) -> list[str]:
-    """Write the cards of the classifiers and, if the pretrained model is a run's, its results and its card.
-
-    Returns:
-        lines for the log.
-    """
+    """Write the cards of the classifiers and, with its results, of a run's pretrained model; return lines to log."""
     config = read_yaml(output_dir / "config.yaml")
     summary = json.loads((output_dir / "summary.json").read_text())
     model = Path(config["model_name_or_path"])
@@ -45,11 +41,7 @@ def add_glue_to_card(output_dir: Path) -> list[str]:
 def build_classifier_card(
     folder: Path, config: dict[str, Any], row: dict[str, Any], job: Job, result: dict[str, Any], run: Run | None
 ) -> str:
-    """Build the card of the model that a job has left in a folder.
-
-    It is made from config.yaml, the task's row of summary.json, the job's line of results.jsonl and, if the pretrained
-    model is of a run, what is known of that.
-    """
+    """Build the card of the model that a job has left in a folder, from the task's row and the job's result."""
     machine, task = config["environment"], TASKS[job.task]
     base = run.name if run else config["model_name_or_path"]
     is_on_hub = run.config["push_to_hub"] if run else not Path(base).exists()
@@ -69,9 +61,19 @@ def build_classifier_card(
     code = f'from transformers import pipeline\n\nclassify = pipeline("text-classification", model="{folder}")'
     answers = f"labels {', '.join(task.labels)}" if task.labels else f"a similarity, divided by {task.scale:g}"
     versions = ", ".join(f"{library} {version}" for library, version in machine["versions"].items())
-    remarks = ["This model was chosen by its dev result, which flatters it: the median is the fairer figure."]
+    remarks = "This model was chosen by its dev result, which flatters it: the median is the fairer figure."
     if not row["official"]:
-        remarks.append("The data is not the official one: not to be compared with published results.")
+        remarks += " The data is not the official one: not to be compared with published results."
+    betas = f"{config['adam_beta1']:g} and {config['adam_beta2']:g}"
+    settings = {
+        "started from": base + (", by way of its best MNLI model" if job.init == "mnli" else ""),
+        "learning rate": f"{job.learning_rate:g} after {config['warmup_ratio']:.0%} of warmup, then linearly to zero",
+        "batch": f"{job.batch_size} examples of at most {config['max_seq_length']} tokens",
+        "epochs": f"{config['num_train_epochs']}, of which number {result['best_epoch']} was the best",
+        "AdamW": f"betas {betas}, epsilon {config['adam_epsilon']:g}, weight decay {config['weight_decay']:g}",
+        "seed": job.seed,
+        "time": f"{result['seconds']:,.0f} s on {result['processes']} × {machine['device']}",
+    }
     sections = [
         f"# {title}",
         f"A classifier for {task.title} of [GLUE](https://gluebenchmark.com), fine-tuned from {base} by the protocol "
@@ -81,9 +83,9 @@ def build_classifier_card(
         f"It answers with {answers}.",
         "## Results on the dev set",
         table(result_rows(row, result, config["compare_with"])),
-        " ".join(remarks),
+        remarks,
         "## Fine-tuning",
-        two_columns(settings(config, job, result, base)),
+        two_columns(settings),
         "## Limits and biases",
         "It knows the one task, as its annotators saw it, and inherits what the pretrained model has from its corpora; "
         "neither has been measured on other text.",
@@ -101,17 +103,3 @@ def result_rows(row: dict[str, Any], result: dict[str, Any], compare_with: str) 
         known = [percent(row["majority"]), points(row["published"])] if metric == row["metric"] else ["–", "–"]
         rows.append([metric, percent(value), percent(row["metrics"][metric]), *known])
     return rows
-
-
-def settings(config: dict[str, Any], job: Job, result: dict[str, Any], base: str) -> dict[str, Any]:
-    """List the settings that the model was made with."""
-    betas = f"{config['adam_beta1']:g} and {config['adam_beta2']:g}"
-    return {
-        "started from": base + (", by way of its best MNLI model" if job.init == "mnli" else ""),
-        "learning rate": f"{job.learning_rate:g} after {config['warmup_ratio']:.0%} of warmup, then linearly to zero",
-        "batch": f"{job.batch_size} examples of at most {config['max_seq_length']} tokens",
-        "epochs": f"{config['num_train_epochs']}, of which number {result['best_epoch']} was the best",
-        "AdamW": f"betas {betas}, epsilon {config['adam_epsilon']:g}, weight decay {config['weight_decay']:g}",
-        "seed": job.seed,
-        "time": f"{result['seconds']:,.0f} s on {result['processes']} × {config['environment']['device']}",
-    }

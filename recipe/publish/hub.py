@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,27 +71,18 @@ def retrying(action: Callable[[], Result], what: str) -> Result:
     while True:
         try:
             return action()
-        except UserError:
-            raise
         except Exception as error:
-            if refusal(error) or time.monotonic() + wait > started + PATIENCE_SECONDS:
+            if isinstance(error, UserError) or refusal(error) or time.monotonic() + wait > started + PATIENCE_SECONDS:
                 raise
             print(f"{what}: {reason(error)}; trying again in {wait:.0f} s", flush=True)
         time.sleep(wait)
         wait *= 2
 
 
-def check_access(
-    repo_id: str, private: bool | None, identity: dict[str, Any], is_fresh: bool, dry_run: bool
-) -> tuple[str, list[str]]:
-    """Check before training that checkpoints can be pushed, and create the repository.
+def check_push(args: PretrainArguments, is_fresh: bool) -> tuple[str | None, list[str]]:
+    """Check before training that checkpoints can be pushed, and create the repository unless this is a dry run.
 
-    Args:
-        repo_id: its id, with or without a namespace.
-        private: whether a new repository is.
-        identity: the fields that define the run's experiment.
-        is_fresh: whether the run begins now, so that its repository has to be empty.
-        dry_run: whether to create nothing.
+    The repository of a run that begins now (`is_fresh`) has to be empty.
 
     Returns:
         the repository's full id, and a warning if the hub cannot be reached: pushes are tried all the same.
@@ -98,6 +90,9 @@ def check_access(
     Raises:
         UserError: there is no token, it is not valid or may not write there, or the repository holds another model.
     """
+    if not args.push_to_hub:
+        return args.hub_model_id, []
+    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
     check_repo_id("hub_model_id", repo_id)
     if constants.HF_HUB_OFFLINE:
         raise UserError("`push_to_hub` is true and HF_HUB_OFFLINE is set; unset it, or leave `push_to_hub` false")
@@ -114,12 +109,12 @@ def check_access(
             )
         repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
         doing = f"`hub_model_id` {repo_id}"
-        if dry_run and not api.repo_exists(repo_id):
+        if args.dry_run and not api.repo_exists(repo_id):
             return repo_id, []
-        if not dry_run:
-            api.create_repo(repo_id, private=private, exist_ok=True)
+        if not args.dry_run:
+            api.create_repo(repo_id, private=args.hub_private_repo, exist_ok=True)
         check_writing(api, repo_id)
-        check_contents(api, repo_id, identity, is_fresh)
+        check_contents(api, repo_id, identity_of(args), is_fresh)
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         if refused := refusal(error):
             raise UserError(
@@ -128,14 +123,6 @@ def check_access(
             ) from None
         return repo_id, [f"warning: the hub cannot be reached ({reason(error)}); pushes are tried all the same"]
     return repo_id, []
-
-
-def check_push(args: PretrainArguments, is_fresh: bool) -> tuple[str | None, list[str]]:
-    """Return the repository that a run is to push to, and lines for the log; see `check_access`."""
-    if not args.push_to_hub:
-        return args.hub_model_id, []
-    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-    return check_access(repo_id, args.hub_private_repo, identity_of(args), is_fresh, args.dry_run)
 
 
 def check_writing(api: HfApi, repo_id: str) -> None:
@@ -148,11 +135,7 @@ def check_writing(api: HfApi, repo_id: str) -> None:
 
 
 def check_contents(api: HfApi, repo_id: str, identity: dict[str, Any], is_fresh: bool) -> None:
-    """Check that the repository is empty or holds earlier checkpoints of the run.
-
-    Raises:
-        UserError: it holds something else.
-    """
+    """Raise a `UserError` unless the repository is empty or holds earlier checkpoints of the run."""
     files = set(api.list_repo_files(repo_id)) - {".gitattributes", "README.md"}
     if not files:
         return
@@ -190,11 +173,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def push(api: HfApi, config: dict[str, Any], folder: Path) -> str:
-    """Commit a folder's files to `main`, and tag the commit with the folder's name if it is a checkpoint.
-
-    Returns:
-        the repository's id.
-    """
+    """Commit a folder's files to `main`, tagged with its name if it is a checkpoint; return the repository's id."""
     repo_id = api.create_repo(config["hub_model_id"], private=config["hub_private_repo"], exist_ok=True).repo_id
     is_checkpoint = re.fullmatch(r"step-\d+", folder.name)
     # Those of these files that the folder lacks belong to an earlier checkpoint.
@@ -231,49 +210,28 @@ def push_waiting(run: Path) -> None:
 
 
 def stage_card(run: Path) -> list[str]:
-    """Stage a new card of the finished model for the next push, if the run is on the hub.
-
-    Returns:
-        lines for the log: what waits.
-    """
+    """Stage a new card of the finished model for the next push, if the run is on the hub; say in lines what waits."""
     if not read_config(run)["push_to_hub"]:
         return []
-    step = read_step(run)
-    folder = run / "hub" / f"step-{step:08d}-card"
+    folder = run / "hub" / f"step-{read_step(run):08d}-card"
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("README.md", GLUE_FILE):
         shutil.copyfile(run / "model" / name, folder / name)
     return describe_waiting(run)
 
 
-def search_path() -> str:
-    """Build the PYTHONPATH by which another Python finds this package, installed or not, from any working folder."""
-    root = str(Path(__file__).parents[2])
-    return os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
+@dataclass
 class Publisher:
-    """Pushes a run's checkpoints in the background, from the main process and with `push_to_hub` only.
+    """Pushes a run's checkpoints in the background, from the main process and with `push_to_hub` only."""
 
-    Args:
-        args: the run's, with the repository's full id as `hub_model_id`.
-        is_main: whether this is the main process.
-        save_tokenizer: saves the run's tokenizer into a folder.
-        build_card: builds the model card from the run's folder and a folder with the model.
-    """
+    args: PretrainArguments  # with the repository's full id as `hub_model_id`
+    is_main: bool
+    save_tokenizer: Callable[[Path], object]  # into a folder
+    build_card: Callable[[Path, Path], str]  # from the run's folder and a folder with the model
 
-    def __init__(
-        self,
-        args: PretrainArguments,
-        is_main: bool,
-        save_tokenizer: Callable[[Path], object],
-        build_card: Callable[[Path, Path], str],
-    ) -> None:
-        self.args = args
-        self.is_active = args.push_to_hub and is_main
-        self.save_tokenizer = save_tokenizer
-        self.build_card = build_card
-        self.run = Path(args.output_dir)
+    def __post_init__(self) -> None:
+        self.is_active = self.args.push_to_hub and self.is_main
+        self.run = Path(self.args.output_dir)
         self.folder = self.run / "hub"
         self.log_file = self.folder / "log.txt"
         self.process: subprocess.Popen[bytes] | None = None
@@ -312,10 +270,12 @@ class Publisher:
         self.show_log()
         if self.process is not None and self.process.poll() is None:
             return
+        # By which another Python finds this package, installed or not, from any working folder.
+        search_path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "recipe.publish.hub", str(self.run.resolve())],
-                env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": search_path()},
+                env=os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONPATH": search_path},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -325,27 +285,21 @@ class Publisher:
     def show_log(self) -> None:
         """Show what the pushing processes have printed since the last call."""
         if self.log_file.exists():
-            with self.log_file.open("rb") as log:
-                self.logged = log.seek(self.logged)
-                for line in (new := log.read()).decode(errors="replace").splitlines():
-                    tqdm.write(f"hub: {line}")
-                self.logged += len(new)
+            new = self.log_file.read_bytes()[self.logged :]
+            self.logged += len(new)
+            for line in new.decode(errors="replace").splitlines():
+                tqdm.write(f"hub: {line}")
 
     def waiting(self) -> list[str]:
         """Say in lines for the log what is not on the hub yet when a run stops before its end."""
         return describe_waiting(self.run) if self.is_active else []
 
     def finish(self) -> list[str]:
-        """Wait for the push that is under way.
-
-        Returns:
-            lines for the log: where the model is on the hub, and what is not there yet.
-        """
+        """Wait for the push that is under way; say in lines where the model is, and what is not on the hub yet."""
         if not self.is_active:
             return []
-        if self.process is not None:
-            if self.process.poll() is None:
-                tqdm.write(f"hub: pushing {', '.join(path.name for path in list_waiting(self.run))}")
+        if self.process is not None and self.process.poll() is None:
+            tqdm.write(f"hub: pushing {', '.join(path.name for path in list_waiting(self.run))}")
             try:
                 self.process.wait(LAST_PUSH_SECONDS)
             except subprocess.TimeoutExpired:
@@ -383,12 +337,8 @@ def fetch_checkpoint(args: PretrainArguments) -> str | None:
                 "checkpoint`, as a model alone; go on from that by `model_name_or_path`"
             )
         if downloads:
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                local_dir=temporary,
-                allow_patterns=[name for name in files if needed.fullmatch(name)],
-            )
+            wanted = [name for name in files if needed.fullmatch(name)]
+            snapshot_download(repo_id, revision=revision, local_dir=temporary, allow_patterns=wanted)
 
     try:
         retrying(download, f"downloading {uri}")

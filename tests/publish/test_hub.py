@@ -232,9 +232,19 @@ def test_oldest_of_what_waits_makes_room_but_for_what_is_being_pushed(tmp_path, 
     assert (staged / "model.safetensors").samefile(checkpoint / "model.safetensors")  # takes no disk
 
 
-def test_hub_that_is_down_is_a_warning(tmp_path):
-    code = IMPORT + "print(check_access(sys.argv[1], None, {}, True, False))"
-    result = Client("http://127.0.0.1:9", tmp_path / "home").run("-c", code, REPO)
+CHECK = (
+    IMPORT
+    + """
+with report_user_errors():
+    args = parse_config(PretrainArguments, '')
+    print(check_push(args, is_fresh=not args.resume_from_checkpoint))
+"""
+)
+
+
+def test_hub_that_is_down_is_a_warning(push_flags, tmp_path):
+    client = Client("http://127.0.0.1:9", tmp_path / "home")
+    result = client.run("-c", CHECK, *command_line(push_flags | {"hub_model_id": REPO}))
     assert result.returncode == 0, result.stderr
     assert "warning: the hub cannot be reached" in result.stdout
 
@@ -271,23 +281,22 @@ def others(hub: HubServer) -> None:
         ("hf_write", "a/b/c", ["`hub_model_id` is 'a/b/c'", "user/name"]),
     ],
 )
-def test_right_to_push_is_checked(hub, others, tmp_path, token, repo_id, expected):
-    code = IMPORT + "with report_user_errors(): check_access(sys.argv[1], None, {}, True, False)"
-    result = Client(hub.url, tmp_path / "home", token).run("-c", code, repo_id)
+def test_right_to_push_is_checked(hub, others, push_flags, tmp_path, token, repo_id, expected):
+    client = Client(hub.url, tmp_path / "home", token)
+    result = client.run("-c", CHECK, *command_line(push_flags | {"hub_model_id": repo_id}))
     assert result.returncode == 2, result.stderr
     for part in expected:
         assert part in result.stderr
 
 
-def test_repository_of_another_experiment_is_left_alone(hub, client):
+def test_repository_of_another_experiment_is_left_alone(hub, client, push_flags, finished_run):
     hub.repos["lab/ours"] = Repo(private=False)
-    hub.repos["lab/ours"].commit("main", {"config.yaml": b"{seed: 1, packing: contiguous}"}, "a model")
-    code = (
-        IMPORT
-        + "with report_user_errors(): check_access(*sys.argv[1:], {'packing': 'contiguous', 'seed': %d}, False, False)"
-    )
-    assert client.run("-c", code % 1, "lab/ours", "").returncode == 0
-    result = client.run("-c", code % 2, "lab/ours", "")
+    hub.repos["lab/ours"].commit("main", {"config.yaml": (finished_run / "config.yaml").read_bytes()}, "a model")
+    again = push_flags | {"hub_model_id": "lab/ours", "resume_from_checkpoint": "latest"}
+    result = client.run("-c", CHECK, *command_line(again))
+    assert result.returncode == 0, result.stderr
+    assert "('lab/ours', [])" in result.stdout
+    result = client.run("-c", CHECK, *command_line(again | {"seed": 2}))
     assert result.returncode == 2
     assert "`hub_model_id` lab/ours holds another experiment, with other values of seed" in result.stderr
 

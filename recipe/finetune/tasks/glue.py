@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from recipe.base.errors import UserError, did_you_mean
 
-HUB_ID = "nyu-mll/glue"
+SENTENCE_COLUMNS = ("sentence1", "sentence2")
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,18 @@ class Task:
     """What is known of a task."""
 
     title: str  # as the paper writes it
-    columns: tuple[str, ...]  # the hub's, of the one sentence or two
-    tsv_columns: tuple[str, ...]  # the TSVs', of the sentences and then of the label
-    labels: tuple[str, ...]  # names by id; empty for a regression
-    tsv_labels: tuple[str, ...]  # their names in the TSVs and on the site
-    published: dict[str, float]  # dev results of roberta.base and roberta.large, by the first metric, in percent
     splits: dict[str, Split]  # train, validation and test; MNLI has more
+    published: dict[str, float]  # dev results of roberta.base and roberta.large, by the first metric, in percent
+    columns: tuple[str, ...] = SENTENCE_COLUMNS  # the hub's, of the one sentence or two
+    tsv_columns: tuple[str, ...] = (*SENTENCE_COLUMNS, "label")  # the TSVs', of the sentences and then of the label
+    labels: tuple[str, ...] = ()  # names by id; empty for a regression
+    tsv_labels: tuple[str, ...] = ("0", "1")  # their names in the TSVs and on the site; empty for a regression
     metrics: tuple[str, ...] = ("accuracy",)  # on the dev set; the first decides
     learning_rate: float = 1e-5  # fairseq's choice
     batch_size: int = 32  # fairseq's choice
     scale: float = 1.0  # regression targets are divided by it
     takes_mnli: bool = False  # whether the paper starts it from the MNLI model
-    hub_id: str = HUB_ID
+    hub_id: str = "nyu-mll/glue"
 
     @property
     def is_regression(self) -> bool:
@@ -53,20 +53,18 @@ class Task:
         return not self.labels
 
 
-def three_splits(config: str, folder: str, train: int, dev: int, test: int) -> dict[str, Split]:
-    """Name the splits of a task whose files are named as most are."""
+def three_splits(config: str, folder: str, *rows: int, header: tuple[str, ...] = ()) -> dict[str, Split]:
+    """Name the splits of a task whose files are named as most are, with the rows of the training, dev and test set."""
     return {
-        "train": Split((config, "train"), (f"{folder}/train.tsv",), train),
-        "validation": Split((config, "validation"), (f"{folder}/dev.tsv",), dev),
-        "test": Split((config, "test"), (f"{folder}/test.tsv",), test, submission=f"{folder}.tsv"),
+        "train": Split((config, "train"), (f"{folder}/train.tsv",), rows[0], header),
+        "validation": Split((config, "validation"), (f"{folder}/dev.tsv",), rows[1], header),
+        "test": Split((config, "test"), (f"{folder}/test.tsv",), rows[2], submission=f"{folder}.tsv"),
     }
 
 
 COLA_HEADER = ("source", "label", "note", "sentence")
-NUMBER_LABELS = ("0", "1")
 ENTAILMENT_LABELS = ("entailment", "not_entailment")
 NLI_LABELS = ("entailment", "neutral", "contradiction")
-SENTENCE_COLUMNS = ("sentence1", "sentence2")
 
 # Published results: fairseq's examples/roberta. There RTE, STS-B and MRPC start from the MNLI model; the dev metric of
 # STS-B is taken to be Pearson's. WNLI has no published dev result, being trained otherwise, with more data.
@@ -76,31 +74,23 @@ TASKS = {
         columns=("sentence",),
         tsv_columns=("sentence", "label"),
         labels=("unacceptable", "acceptable"),
-        tsv_labels=NUMBER_LABELS,
         metrics=("matthews_correlation",),
         batch_size=16,
         published={"base": 63.6, "large": 68.0},
-        splits={
-            "train": Split(("cola", "train"), ("CoLA/train.tsv",), 8551, COLA_HEADER),
-            "validation": Split(("cola", "validation"), ("CoLA/dev.tsv",), 1043, COLA_HEADER),
-            "test": Split(("cola", "test"), ("CoLA/test.tsv",), 1063, submission="CoLA.tsv"),
-        },
+        splits=three_splits("cola", "CoLA", 8551, 1043, 1063, header=COLA_HEADER),
     ),
     "sst2": Task(
         title="SST-2",
         columns=("sentence",),
         tsv_columns=("sentence", "label"),
         labels=("negative", "positive"),
-        tsv_labels=NUMBER_LABELS,
         published={"base": 94.8, "large": 96.4},
         splits=three_splits("sst2", "SST-2", 67_349, 872, 1821),
     ),
     "mrpc": Task(
         title="MRPC",
-        columns=SENTENCE_COLUMNS,
         tsv_columns=("#1 String", "#2 String", "Quality"),
         labels=("not_equivalent", "equivalent"),
-        tsv_labels=NUMBER_LABELS,
         metrics=("accuracy", "f1"),
         batch_size=16,
         published={"base": 90.2, "large": 90.9},
@@ -109,9 +99,7 @@ TASKS = {
     ),
     "stsb": Task(
         title="STS-B",
-        columns=SENTENCE_COLUMNS,
         tsv_columns=(*SENTENCE_COLUMNS, "score"),
-        labels=(),
         tsv_labels=(),
         metrics=("pearson", "spearman"),
         learning_rate=2e-5,
@@ -126,7 +114,6 @@ TASKS = {
         columns=("question1", "question2"),
         tsv_columns=("question1", "question2", "is_duplicate"),
         labels=("not_duplicate", "duplicate"),
-        tsv_labels=NUMBER_LABELS,
         metrics=("accuracy", "f1"),
         published={"base": 91.9, "large": 92.2},
         splits=three_splits("qqp", "QQP", 363_846, 40_430, 390_965),
@@ -162,8 +149,6 @@ TASKS = {
     ),
     "rte": Task(
         title="RTE",
-        columns=SENTENCE_COLUMNS,
-        tsv_columns=(*SENTENCE_COLUMNS, "label"),
         labels=ENTAILMENT_LABELS,
         tsv_labels=ENTAILMENT_LABELS,
         learning_rate=2e-5,
@@ -174,10 +159,7 @@ TASKS = {
     ),
     "wnli": Task(
         title="WNLI",
-        columns=SENTENCE_COLUMNS,
-        tsv_columns=(*SENTENCE_COLUMNS, "label"),
         labels=("not_entailment", "entailment"),
-        tsv_labels=NUMBER_LABELS,
         published={},
         splits=three_splits("wnli", "WNLI", 635, 71, 146),
     ),
@@ -190,11 +172,7 @@ def is_official(name: str, splits: Mapping[str, Sized]) -> bool:
 
 
 def check_tasks(field: str, names: Sequence[str]) -> None:
-    """Check that the names in a field are names of tasks.
-
-    Raises:
-        UserError: there is no task of some name.
-    """
+    """Raise a `UserError` unless all names in a field are names of tasks."""
     for name in names:
         if name not in TASKS:
             hint = did_you_mean(name.lower().replace("-", ""), TASKS) or f"; the tasks are {', '.join(TASKS)}"

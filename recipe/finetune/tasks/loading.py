@@ -9,14 +9,11 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 
 from recipe.base.errors import UserError, describe_error
-from recipe.finetune.tasks.glue import SENTENCE_COLUMNS, TASKS, Split, Task
+from recipe.finetune.tasks.glue import SENTENCE_COLUMNS, TASKS, Task
 
 
 def load_task(name: str, glue_dir: str | None) -> tuple[dict[str, Dataset], list[str]]:
-    """Load all splits of a task that exist, from the hub unless a folder of the official TSVs is given.
-
-    Returns:
-        the splits, and warnings about them.
+    """Load all splits of a task that exist, from the hub unless a folder of the TSVs is given; return warnings too.
 
     Raises:
         UserError: there is no train or dev data, a file is damaged, or a label is not the task's.
@@ -24,16 +21,12 @@ def load_task(name: str, glue_dir: str | None) -> tuple[dict[str, Dataset], list
     task = TASKS[name]
     splits: dict[str, Dataset] = {}
     warnings: list[str] = []
-    files = {} if glue_dir is None else find_files(task, Path(glue_dir).expanduser())
-    for split, place in task.splits.items():
-        if glue_dir is None:
-            splits[split] = from_hub(task, split)
-        elif split in files:
-            splits[split], num_malformed = from_tsv(task, split, files[split])
-            if num_malformed:
-                warnings.append(f"{task.title}: {files[split]} has {num_malformed} malformed lines, which are left out")
-        else:
-            continue
+    files = dict.fromkeys(task.splits) if glue_dir is None else find_files(task, Path(glue_dir).expanduser())
+    for split, file in files.items():
+        place = task.splits[split]
+        splits[split], num_malformed = from_tsv(task, split, file) if file else (from_hub(task, split), 0)
+        if num_malformed:
+            warnings.append(f"{task.title}: {file} has {num_malformed} malformed lines, which are left out")
         if (rows := len(splits[split])) != place.rows:
             warnings.append(f"{task.title}: the {split} split has {rows:,} rows, the official one {place.rows:,}")
     return splits, warnings
@@ -49,8 +42,8 @@ def find_files(task: Task, folder: Path) -> dict[str, Path]:
         for file in reversed(place.files)
         if (folder / file).is_file()
     }
-    needed = [split for split in task.splits if not split.startswith("test")]
-    if missing := [task.splits[split].files[0] for split in needed if split not in found]:
+    needed = {split: place for split, place in task.splits.items() if not split.startswith("test")}
+    if missing := [place.files[0] for split, place in needed.items() if split not in found]:
         raise UserError(
             f"`glue_dir` {folder} lacks {', '.join(missing)}; put the official TSVs there, or leave {task.title} out "
             "of `tasks`"
@@ -59,48 +52,40 @@ def find_files(task: Task, folder: Path) -> dict[str, Path]:
 
 
 def from_tsv(task: Task, split: str, file: Path) -> tuple[Dataset, int]:
-    """Read a split, and count its malformed lines, which are left out."""
-    place, is_test = task.splits[split], split.startswith("test")
-    columns = task.tsv_columns[: len(task.columns)] if is_test else task.tsv_columns
-    rows, malformed = read_tsv(file, place, columns)
-    # The official QQP has three malformed lines, which its official size leaves out.
-    if malformed and len(rows) != place.rows:
-        raise UserError(
-            f"{file}, {malformed[0]} ({len(malformed)} such lines); the file is cut off or damaged: fetch it again"
-        )
-    sentences = zip(*(row for _, row in rows), strict=True)
-    values: dict[str, list] = {
-        name: list(column) for name, column in zip(SENTENCE_COLUMNS[: len(task.columns)], sentences, strict=False)
-    }
-    if not is_test:
-        values["label"] = [parse_label(task, row[-1], f"{file}, line {number}") for number, row in rows]
-    return Dataset.from_dict(values), len(malformed)
+    """Read a split, and count its malformed lines, which are left out.
 
-
-def read_tsv(file: Path, place: Split, columns: tuple[str, ...]) -> tuple[list[tuple[int, list[str]]], list[str]]:
-    """Read some columns of a file. Quotes mean nothing in these files: a field may hold a single one.
-
-    Returns:
-        the number and the fields of each line, and what is wrong with each malformed line.
+    Quotes mean nothing in these files: a field may hold a single one.
     """
+    place, is_test = task.splits[split], split.startswith("test")
     try:
         text = file.read_text("utf-8-sig")  # MRPC's begin with a byte-order mark
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not valid UTF-8 at byte {error.start}") from None
     lines = [line.removesuffix("\r").split("\t") for line in text.removesuffix("\n").split("\n")]
-    header = place.header or tuple(lines.pop(0))
+    header = list(place.header) or lines.pop(0)
+    sentence_columns = task.tsv_columns[: len(task.columns)]
+    columns = sentence_columns if is_test else task.tsv_columns
     if missing := [name for name in columns if name not in header]:
         raise UserError(f"{file}: there is no column {missing[0]!r}; its first line names {', '.join(header)[:200]}")
-    indices = [header.index(name) for name in columns]
-    rows, malformed = [], []
-    for number, line in enumerate(lines, start=1 if place.header else 2):
-        if len(line) == len(header):
-            rows.append((number, [line[index] for index in indices]))
-        else:
-            malformed.append(f"line {number}: not the {len(header)} fields that a line has here")
+    numbered = dict(enumerate(lines, start=1 if place.header else 2))
+    rows = {number: line for number, line in numbered.items() if len(line) == len(header)}
+    malformed = sorted(numbered.keys() - rows.keys())
     if not rows:
         raise UserError(f"{file}: there is no example in it")
-    return rows, malformed
+    # The official QQP has three malformed lines, which its official size leaves out.
+    if malformed and len(rows) != place.rows:
+        raise UserError(
+            f"{file}, line {malformed[0]}: not the {len(header)} fields that a line has here ({len(malformed)} such "
+            "lines); the file is cut off or damaged: fetch it again"
+        )
+    values: dict[str, list] = {
+        name: [line[header.index(column)] for line in rows.values()]
+        for name, column in zip(SENTENCE_COLUMNS, sentence_columns, strict=False)
+    }
+    if not is_test:
+        place_of_label = header.index(columns[-1])
+        values["label"] = [parse_label(task, row[place_of_label], f"{file}, line {n}") for n, row in rows.items()]
+    return Dataset.from_dict(values), len(malformed)
 
 
 def parse_label(task: Task, label: str, place: str) -> int | float:
@@ -129,19 +114,18 @@ def from_hub(task: Task, split: str) -> Dataset:
             f"{place} cannot be loaded ({describe_error(error)}); run this where there is a network, or give the TSVs "
             "by --glue_dir"
         ) from None
-    columns = ["premise", "hypothesis"] if config == "ax" else list(task.columns)
-    if missing := {*columns, "label"} - set(dataset.column_names):
+    if missing := {*task.columns, "label"} - set(dataset.column_names):
         raise UserError(f"{place}: there is no column {', '.join(sorted(missing))}")
-    names = None if task.is_regression else getattr(dataset.features["label"], "names", None)
-    if not task.is_regression and sorted(names or []) != sorted(task.labels):
+    names = getattr(dataset.features["label"], "names", [])  # a regression has none
+    if sorted(names) != sorted(task.labels):
         raise UserError(f"{place}: its labels are {names}, those of {task.title} {', '.join(task.labels)}")
     labels = dataset["label"][:]
-    dataset = dataset.select_columns(columns).rename_columns(dict(zip(columns, SENTENCE_COLUMNS, strict=False)))
+    dataset = dataset.select_columns(list(task.columns))
+    dataset = dataset.rename_columns(dict(zip(task.columns, SENTENCE_COLUMNS, strict=False)))
     if split.startswith("test"):
         return dataset
     for row, label in enumerate(labels):
         if label < 0:
             raise UserError(f"{place}: example {row} has the label {label}, which stands for none")
-    return dataset.add_column(
-        "label", labels if names is None else [task.labels.index(names[label]) for label in labels]
-    )
+    labels = [task.labels.index(names[label]) for label in labels] if names else labels
+    return dataset.add_column("label", labels)

@@ -2,10 +2,12 @@
 
 import statistics
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from datasets import Dataset
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
@@ -17,22 +19,19 @@ def correlation(measure: Callable[..., Any], references: np.ndarray, predictions
     """Correlate, with 0 where all predictions are equal, as `matthews_corrcoef` has it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        value = float(measure(references, predictions).statistic)
-    return 0.0 if np.isnan(value) else value
+        return float(np.nan_to_num(measure(references, predictions).statistic))
 
 
 SCORES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": accuracy_score,
     "f1": f1_score,
     "matthews_correlation": matthews_corrcoef,
-    "pearson": lambda references, predictions: correlation(pearsonr, references, predictions),
-    "spearman": lambda references, predictions: correlation(spearmanr, references, predictions),
+    "pearson": partial(correlation, pearsonr),
+    "spearman": partial(correlation, spearmanr),
 }
 
 
-def score(
-    task: Task, predictions: Sequence[float] | np.ndarray, references: Sequence[float] | np.ndarray
-) -> dict[str, float]:
+def score(task: Task, predictions: npt.ArrayLike, references: npt.ArrayLike) -> dict[str, float]:
     """Compute the task's metrics from label ids, or from scores."""
     dtype = np.float64 if task.is_regression else np.int64
     pair = np.asarray(references, dtype), np.asarray(predictions, dtype)
@@ -46,9 +45,8 @@ def describe_data(name: str, splits: dict[str, Dataset]) -> dict[str, Any]:
         `official`, and `majority`: the first metric of always giving the commonest answer of the training set, or its
         mean in a regression.
     """
-    task, labels = TASKS[name], splits["train"]["label"][:]
+    task, labels, references = TASKS[name], splits["train"]["label"][:], splits["validation"]["label"][:]
     answer = statistics.mean(labels) if task.is_regression else statistics.mode(labels)
-    references = splits["validation"]["label"][:]
     scores = score(task, [answer] * len(references), references)
     return {"official": is_official(name, splits), "majority": scores[task.metrics[0]]}
 
