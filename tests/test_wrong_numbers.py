@@ -149,7 +149,7 @@ def test_spikes_are_logged_alone_by_default(flags, run_spiking, tmp_path: Path, 
 
 
 def test_rollback_and_short_blocks_do_not_go_together(flags, run_pretrain):
-    with pytest.raises(UserError, match="`seq_length_warmup_steps` counts updates by their data"):
+    with pytest.raises(UserError, match="`seq_length_warmup_steps` is 2; it counts updates by their data"):
         run_pretrain(flags | {"roll_back_loss_spikes": True, "seq_length_warmup_steps": 2})
 
 
