@@ -12,11 +12,12 @@ import numpy as np
 
 from recipe.base.errors import UserError
 from recipe.base.workers import start_worker
-from recipe.data.corpora import Record
+from recipe.data.corpora import Record, group_by_size
 from recipe.data.hygiene import Decontaminator, DocumentFilter, text_checksum
 from recipe.data.tokenizer import DocumentEncoder
 
-RUN_CHARACTERS, RUN_RECORDS = 500_000, 1000  # that a worker encodes and sends together; either is enough
+RUN_CHARACTERS = 500_000  # that a worker encodes and sends together
+RECORD_CHARACTERS = 500  # that each record of a run counts in addition to its own
 
 EncodedDocument = tuple[np.ndarray, np.ndarray, int]  # its ids, sentence ends and the checksum of its text
 Encoded = tuple[Counter[str], list[EncodedDocument]]  # a run of records: what was counted, and the documents
@@ -99,16 +100,11 @@ class Encoders:
 
 def runs_of(records: Iterable[tuple[int, Record]]) -> Iterator[list[Record]]:
     """Group records that follow each other until they have some hundred thousand characters."""
-    run: list[Record] = []
-    size = 0
-    for _, record in records:
-        run.append(record)
-        size += len(record) if isinstance(record, str) else 0
-        if size >= RUN_CHARACTERS or len(run) >= RUN_RECORDS:
-            yield run
-            run, size = [], 0
-    if run:
-        yield run
+    return group_by_size(
+        (record for _, record in records),
+        lambda record: RECORD_CHARACTERS + (len(record) if isinstance(record, str) else 0),
+        RUN_CHARACTERS,
+    )
 
 
 def start_encoder(encode_run: RunEncoder) -> None:

@@ -71,23 +71,22 @@ class BlockFormat:
             return swap(middles, ends, document_ends, self.seed)
         return pair_up(middles, ends, document_ends, room, self.seed)
 
-    def assemble(self, ids: list[np.ndarray], ends_document: np.ndarray, label: int) -> Block:
-        """Put the special tokens around and between the segments of a block.
+    def assemble(self, tokens: np.ndarray, segments: np.ndarray, label: int, first: int = 0) -> Block:
+        """Put the special tokens around and between the segments of a block, given the tokens of its unit.
 
         Args:
-            ids: the tokens of its segments, all of one dtype.
-            ends_document: which of them end a document.
-            label: of a pair.
+            first: where the unit starts, in the positions of the segments.
         """
         cls, sep = [self.cls_token_id], [self.sep_token_id]
         is_one_part = self.packing in ONE_PART_PACKINGS
         # The second part of a pair begins with the second `</s>` of RoBERTa, or with nothing.
         before = [] if is_one_part else sep * (self.pair_special_tokens - 3) if self.packing in PAIR_PACKINGS else cls
+        bounds = zip((segments["start"] - first).tolist(), segments["length"].tolist(), strict=True)
         parts: list[tuple[np.ndarray | list[int], ...]]
-        parts = [(before if number else cls, segment, sep) for number, segment in enumerate(ids)]
-        input_ids = np.concatenate([piece for part in parts for piece in part], dtype=ids[0].dtype, casting="unsafe")
+        parts = [(before if n else cls, tokens[start : start + size], sep) for n, (start, size) in enumerate(bounds)]
+        input_ids = np.concatenate([piece for part in parts for piece in part], dtype=tokens.dtype, casting="unsafe")
         spans = [len(input_ids)] if is_one_part else [sum(map(len, part)) for part in parts]
-        return Block(input_ids, np.array(spans, np.int32), label, int(np.count_nonzero(ends_document)))
+        return Block(input_ids, np.array(spans, np.int32), label, int(np.count_nonzero(segments["ends_document"])))
 
 
 def starts_of(ends: np.ndarray) -> np.ndarray:

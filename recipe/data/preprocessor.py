@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.arguments.pretraining import first_position
 from recipe.base.errors import UserError
-from recipe.data.corpora import check_corpus, open_source
+from recipe.data.corpora import check_corpus, group_by_size, open_source
 from recipe.data.hygiene import Decontaminator, DocumentFilter
 from recipe.data.masking import DynamicMaskingCollator
 from recipe.data.packing import Block, BlockFormat
@@ -82,16 +82,8 @@ class Preprocessor:
         documents = self.document_filter(corpus)
         reader = CorpusReader(open_source(corpus), {}, self.encoder, lambda: documents, self.format)
         records = (text for shard in range(reader.source.num_shards) for _, text in reader.source.read(shard))
-        texts: list[str] = []
-        characters = 0
-        for text in records:
-            if not documents.accepts(text):
-                continue
-            texts.append(str(text)[:DOCUMENT_CHARACTERS])
-            characters += len(texts[-1])
-            if characters >= HEAD_CHARACTERS:
-                break
-        blocks, _ = reader.pack_texts(texts, reader.nothing)
+        texts = (text[:DOCUMENT_CHARACTERS] for text in records if documents.accepts(text))
+        blocks, _ = reader.pack_texts(next(group_by_size(texts, len, HEAD_CHARACTERS), []), reader.nothing)
         self.check_pairs(corpus, Counter(block.label for block in blocks), documents.counts["documents"])
 
     def check_pairs(self, corpus: CorpusArguments, labels: Counter[int], documents: int) -> None:

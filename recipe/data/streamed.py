@@ -83,7 +83,7 @@ class StreamedData(TrainingData):
                 break
             # Shared evenly with the shards to come; all of it, once there have been so many.
             share = -(-missing // max(1, min(num_shards, MAX_HELD_OUT_SHARDS) - number))
-            blocks, reader.held_out[shard], is_whole = reader.read_head(shard, 0, share)
+            blocks, reader.held_out[shard], is_whole = reader.read_head(shard, share)
             held += blocks
             num_whole += is_whole
         if corpus < len(self.names) and num_whole == num_shards:
@@ -191,7 +191,7 @@ class StreamedData(TrainingData):
         shares = apportion(UNIGRAM_BLOCKS, self.quotas)
         for reader, wanted in zip(self.readers, shares, strict=False):
             for shard in range(reader.source.num_shards if wanted else 0):
-                blocks, _, _ = reader.read_head(shard, reader.held_out.get(shard, 0), wanted)
+                blocks, _, _ = reader.read_head(shard, wanted)
                 yield from (block.input_ids for block in blocks)
                 wanted -= len(blocks)
                 if wanted <= 0:

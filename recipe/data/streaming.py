@@ -133,24 +133,22 @@ class CorpusReader(NamedTuple):
                 unit.input_ids[start:].copy(),
                 *(ends_of[ends_of > start] - start for ends_of in (unit.document_ends, unit.sentence_ends)),
             )
-        blocks = []
-        for first, end, label in zip(firsts, ends, packed.labels.tolist(), strict=False):
-            segments = packed.segments[first:end]
-            starts, lengths = segments["start"].tolist(), segments["length"].tolist()
-            parts = [unit.input_ids[start : start + size] for start, size in zip(starts, lengths, strict=True)]
-            blocks.append(self.format.assemble(parts, segments["ends_document"], label))
+        blocks = [
+            self.format.assemble(unit.input_ids, packed.segments[first:end], label)
+            for first, end, label in zip(firsts, ends, packed.labels.tolist(), strict=False)
+        ]
         return blocks, rest
 
-    def read_head(self, shard: int, first: int, num_blocks: int) -> tuple[list[Block], int, bool]:
-        """Pack the documents from record `first` of a shard on.
+    def read_head(self, shard: int, num_blocks: int) -> tuple[list[Block], int, bool]:
+        """Pack the documents at the head of what is not held out of a shard.
 
         Returns:
             `num_blocks` blocks, or fewer; the record after the last one read; whether the shard was at its end.
         """
         documents, rest = self.documents(), self.nothing
         blocks: list[Block] = []
-        record = first
-        for index, text in self.source.read(shard, first):
+        record = self.held_out.get(shard, 0)
+        for index, text in self.source.read(shard, record):
             if len(blocks) >= num_blocks:
                 return blocks[:num_blocks], record, False
             record = index + 1
@@ -177,14 +175,18 @@ class LaneReader:
     def start_pass(self) -> None:
         """Deal the shards of a pass, or of what is left of it. Malformed documents are counted anew."""
         self.documents = self.reader.documents()
-        self.counted: Counter[str] = Counter()
+        self.counts_before = self.state.counts
         self.parts = self.order.deal(self.corpus, self.state.visit, self.lane, self.reader.source.num_shards)
-        self.records: Iterator[tuple[int, Record]] | None = None
+        self.records = self.read_pass()
 
-    def add_counts(self) -> None:
-        """Add what the filter has counted since the last call to the state."""
-        self.state.counts = self.state.counts + (self.documents.counts - self.counted)
-        self.counted = self.documents.counts.copy()
+    def read_pass(self) -> Iterator[tuple[int, Record]]:
+        """Read what is left of the pass, and keep in the state which shard that is."""
+        state = self.state
+        while state.ordinal < len(self.parts):
+            shard, *part = self.parts[state.ordinal]
+            first = max(state.record, self.reader.held_out.get(shard, 0))
+            yield from self.reader.source.read(shard, first, Part(*part))
+            state.record, state.ordinal = 0, state.ordinal + 1
 
     def texts(self) -> list[str]:
         """Read the next documents, some 200,000 characters together.
@@ -194,11 +196,7 @@ class LaneReader:
         """
         state, size = self.state, 0
         texts: list[str] = []
-        while size < REFILL_CHARACTERS:
-            if self.records is None:
-                shard, *part = self.parts[state.ordinal]
-                first = max(state.record, self.reader.held_out.get(shard, 0))
-                self.records = self.reader.source.read(shard, first, Part(*part))
+        while True:
             for index, text in self.records:
                 state.record = index + 1
                 if self.documents.accepts(text):
@@ -207,13 +205,8 @@ class LaneReader:
                     state.found += 1
                     state.characters += len(text)
                     if size >= REFILL_CHARACTERS:
-                        break
-            else:
-                self.records = None
-                state.record, state.ordinal = 0, state.ordinal + 1
-                if state.ordinal == len(self.parts):
-                    self.end_pass()
-        return texts
+                        return texts
+            self.end_pass()
 
     def end_pass(self) -> None:
         """Begin the next pass, or raise a `UserError` if too many had no document."""
@@ -221,7 +214,7 @@ class LaneReader:
         state.empty_passes = 0 if state.found else state.empty_passes + 1
         state.last_characters = state.characters
         state.visit, state.ordinal, state.found, state.characters = state.visit + 1, 0, 0, 0
-        self.add_counts()
+        state.counts = self.counts_before + self.documents.counts
         self.start_pass()
         if state.empty_passes == MAX_EMPTY_PASSES:
             raise UserError(
@@ -237,7 +230,7 @@ class LaneReader:
         expected = state.last_characters or self.reader.lane_characters
         part = state.characters / expected if expected else state.ordinal / len(self.parts)
         state.passes = state.visit + min(part, 0.999)
-        self.add_counts()
+        state.counts = self.counts_before + self.documents.counts
         return Blocks.join(blocks, self.reader.encoder.dtype), replace(state)
 
 

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_to
 from transformers import AlbertTokenizer, AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
 from recipe.base.errors import UserError
+from recipe.data.corpora import group_by_size
 
 ROBERTA_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # `<mask>` comes after the merges
 BERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -291,7 +292,7 @@ class DocumentEncoder:
         self.backend.no_truncation()  # a call of the tokenizer with `truncation` leaves it switched on
         encode = self.backend.encode_batch if self.byte_lengths is None else self.backend.encode_batch_fast
         ids, ends, length = [], [np.empty(0, np.int64)], 0
-        for batch in self.batches(texts):
+        for batch in group_by_size(self.pieces(texts), lambda piece: len(piece[0]), ENCODED_CHARACTERS):
             texts_of_batch = [piece for piece, _ in batch]
             rows = self.rows(texts_of_batch, encode(texts_of_batch, add_special_tokens=False))
             for (_, is_last), (piece_ids, piece_ends) in zip(batch, rows, strict=True):
@@ -304,20 +305,12 @@ class DocumentEncoder:
                     yield whole, np.concatenate([*ends, [length]] if length else ends).astype(np.int64, copy=False)
                     ids, ends, length = [], [np.empty(0, np.int64)], 0
 
-    def batches(self, texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
-        """Group pieces of documents, some million characters together, and say which are their document's last."""
-        batch: list[tuple[str, bool]] = []
-        size = 0
+    def pieces(self, texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+        """Cut documents into pieces, and say which are their document's last."""
         for text in texts:
-            pieces = list(split_text(text, self.max_document_characters))
-            for number, piece in enumerate(pieces, start=1):
-                batch.append((piece, number == len(pieces)))
-                size += len(piece)
-                if size >= ENCODED_CHARACTERS:
-                    yield batch
-                    batch, size = [], 0
-        if batch:
-            yield batch
+            *pieces, last = split_text(text, self.max_document_characters)
+            yield from ((piece, False) for piece in pieces)
+            yield last, True
 
     def rows(self, texts: list[str], encodings: list[Encoding]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the ids of each text, and the ends of its sentences in tokens, ascending and distinct, without its own.
