@@ -54,10 +54,7 @@ def build_together(folder: Path, num_shards: int, process_index: int, is_done: C
 
     Args:
         folder: where the locks lie.
-        num_shards: how many shards there are.
         process_index: where to begin, so that processes do not all begin with the same shard.
-        is_done: tells of a shard whether it needs no work.
-        make: does the work of a shard.
     """
     locks = folder / "locks"
     locks.mkdir(parents=True, exist_ok=True)
@@ -93,15 +90,14 @@ def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Generato
     closed = threading.Event()
 
     def make() -> None:
-        try:
-            for item in items:
-                if not closed.is_set():
-                    made.put((item, None))
-                if closed.is_set():
-                    return
-            made.put((None, StopIteration()))
-        except Exception as error:  # of whatever kind, it is raised where the item is asked for
-            made.put((None, error))
+        error = None
+        while error is None and not closed.is_set():
+            item = None
+            try:
+                item = next(items)
+            except Exception as raised:  # of whatever kind, it is raised where the item is asked for
+                error = raised
+            made.put((item, error))
 
     def close(seconds: float) -> None:
         closed.set()

@@ -43,17 +43,11 @@ class Rank:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where in its data a run goes on.
+    """Where in its data a run goes on."""
 
-    Attributes:
-        first_update: number of the update whose data comes first, counted from the start of the run.
-        lanes: in streaming mode, the lanes of all processes as a checkpoint holds them.
-        skipped_updates: how many updates lie between those lanes and `first_update`; their data is passed over.
-    """
-
-    first_update: int = 0
-    lanes: dict[str, Any] = field(default_factory=dict)
-    skipped_updates: int = 0
+    first_update: int = 0  # whose data comes first, counted from the start of the run
+    lanes: dict[str, Any] = field(default_factory=dict)  # in streaming mode, of all processes, as a checkpoint has them
+    skipped_updates: int = 0  # that lie between those lanes and `first_update`; their data is passed over
 
 
 class Counts:
@@ -80,8 +74,7 @@ class Counts:
         counts = cls(num_corpora)
         corpus, tokens, documents, masked, pairs, digests = rows.T
         counts.scalars[2:] = masked.sum(), pairs.sum(), digests.sum()
-        for column, values in enumerate((np.ones_like(tokens), tokens, documents)):
-            np.add.at(counts.corpora[:, column], corpus, values)
+        np.add.at(counts.corpora, corpus, np.stack([np.ones_like(tokens), tokens, documents], 1))
         return counts
 
     @classmethod
@@ -103,38 +96,24 @@ class Counts:
 
 @dataclass
 class UpdateData:
-    """What one process has of an update.
-
-    Attributes:
-        micro_batches: from the collator.
-        counts: of these micro-batches, to be summed over the processes.
-        lanes: in streaming mode, the lanes of this process after the update; empty in cached mode.
-    """
+    """What one process has of an update."""
 
     micro_batches: list[Batch]
-    counts: Counts
+    counts: Counts  # of these micro-batches, to be summed over the processes
+    # In streaming mode, the lanes of this process after the update; empty in cached mode.
     lanes: dict[tuple[int, int], Buffer] = field(default_factory=dict)
 
 
 @dataclass
 class MicroBatches(torch.utils.data.Dataset):
-    """Micro-batch `k` of one process, counted from the start of the run.
+    """Micro-batch `k` of one process, counted from the start of the run."""
 
-    Args:
-        locate: positions (n,) -> corpus, visit and block of each, (n,) integers.
-        example: corpus, visit, block -> example for the collator.
-        collator: of an update: examples -> batch.
-        batch_size: blocks in an update.
-        micro_batch_size: blocks in a micro-batch of one process.
-        rank: of the process; it takes every `world_size`-th micro-batch of an update.
-    """
-
-    locate: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
-    example: Callable[[int, int, int], dict[str, Any]]
-    collator: Callable[[int], DynamicMaskingCollator]
-    batch_size: int
-    micro_batch_size: int
-    rank: Rank
+    locate: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]  # (n,) places -> corpora, visits, blocks
+    example: Callable[[int, int, int], dict[str, Any]]  # corpus, visit, block -> example for the collator
+    collator: Callable[[int], DynamicMaskingCollator]  # of an update
+    batch_size: int  # blocks in an update
+    micro_batch_size: int  # blocks in a micro-batch of one process
+    rank: Rank  # of the process; it takes every `world_size`-th micro-batch of an update
     # The blocks of one update: locating them all at once costs little more than a micro-batch's.
     update: int = -1
     located: list[tuple[int, int, int]] = field(default_factory=list)
@@ -190,20 +169,14 @@ def to_numpy(batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 class TrainingData(ABC):
-    """Training and held-out blocks of a run; what training calls of either mode. It is ready once it is constructed.
-
-    Attributes:
-        args: of the run.
-        preprocessor: what documents are encoded, packed and masked with.
-        corpora: those to train on, then those to evaluate on; a block's masks depend on its corpus's place here.
-        names: of the corpora to train on.
-    """
+    """Training and held-out blocks of a run; what training calls of either mode. It is ready once it is constructed."""
 
     def __init__(self, args: PretrainArguments, preprocessor: Preprocessor) -> None:
         self.args = args
         self.preprocessor = preprocessor
+        # Those to train on, then those to evaluate on; a block's masks depend on its corpus's place here.
         self.corpora = [*args.corpora, *args.eval_corpora]
-        self.names = [corpus.name for corpus in args.corpora]
+        self.names = [corpus.name for corpus in args.corpora]  # of those to train on
 
     @abstractmethod
     def identity(self) -> dict[str, list[Any]]:
@@ -224,7 +197,7 @@ class TrainingData(ABC):
         """Yield what a process has of each update.
 
         Args:
-            rank: of the process.
+            rank: which of the processes.
             resume: where to begin.
             last_update: number of the update to end before.
             is_stopping: whether this process was asked to stop, which ends a wait for data.
@@ -277,15 +250,11 @@ class TrainingData(ABC):
 
     def eval_batches(self, rank: Rank) -> MicroBatches:
         """Return all held-out blocks as one update, with as many micro-batches in every process."""
-        rows = self.args.per_device_eval_batch_size * rank.world_size
-        return MicroBatches(
-            locate=self.locate_eval,
-            example=self.example,
-            collator=self.preprocessor.collator_of_eval,
-            batch_size=-(-len(self.eval_blocks) // rows) * rows,
-            micro_batch_size=self.args.per_device_eval_batch_size,
-            rank=rank,
-        )
+        size = self.args.per_device_eval_batch_size
+        rows = size * rank.world_size
+        num_rows = -(-len(self.eval_blocks) // rows) * rows
+        collator = self.preprocessor.collator_of_eval
+        return MicroBatches(self.locate_eval, self.example, collator, num_rows, size, rank)
 
     def unigram_loss(self) -> float:
         """Return the cross-entropy, in nats, of the held-out targets under the frequencies of some training blocks.

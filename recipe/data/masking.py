@@ -39,20 +39,13 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
     tokens: a `<pad>` inside a sentence would shift RoBERTa's positions. `position_ids` are given. There is no
     `attention_mask` when no row has padding. `tokenizer.pad` is never called.
     Departure from fairseq: `<s>` and `</s>` are never masked.
-
-    Attributes:
-        max_seq_length: tokens in a row; shorter blocks are padded, longer ones of one part cut.
-        seed: of the run.
-        packing: the format of the blocks, which decides what beside ids and labels a batch has.
-        masking: `dynamic`, or `static`: the masks of a visit are those of ten visits before.
-        first_position: number of a row's first position. Padding has the number before it (RoBERTa: the pad token's
-            id), if there is one.
     """
 
-    max_seq_length: int = 512
+    max_seq_length: int = 512  # tokens in a row; shorter blocks are padded, longer ones of one part cut
     seed: int = 0
-    packing: str = "full_sentences"
-    masking: str = "dynamic"
+    packing: str = "full_sentences"  # decides what a batch has beside ids and labels
+    masking: str = "dynamic"  # or `static`: the masks of a visit are those of ten visits before
+    # Number of a row's first position. Padding has the number before it (RoBERTa: the pad token's id), if there is one.
     first_position: int = 2
 
     def __post_init__(self) -> None:
@@ -64,12 +57,11 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
     def __call__(
         self, examples: Sequence[dict[str, Any]], return_tensors: str | None = None
     ) -> dict[str, torch.Tensor]:
-        """Collate and mask examples.
+        """Collate and mask examples, always to PyTorch's tensors.
 
         Args:
             examples: `input_ids` ((length,) integers, special tokens included), `corpus`, `block`, `visit` (int), and
                 `spans` ((parts,) integers), the lengths of its parts, `label` of a pair and `documents` that end in it.
-            return_tensors: no effect; PyTorch's, always.
 
         Returns:
             `input_ids`, `labels` (-100 where nothing is predicted), `position_ids`: (batch, max_seq_length) int64;
@@ -80,8 +72,8 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         examples = [self.cut(example) for example in examples]
         lengths = np.array([len(example["input_ids"]) for example in examples])
         input_ids = np.full((len(examples), self.max_seq_length), self.tokenizer.pad_token_id, np.int64)
-        for row, example in zip(input_ids, examples, strict=True):
-            row[: len(example["input_ids"])] = example["input_ids"]
+        for row, example, length in zip(input_ids, examples, lengths, strict=True):
+            row[:length] = example["input_ids"]
         corpora, blocks, visits, documents = (
             np.array([example[name] for example in examples]) for name in ("corpus", "block", "visit", "documents")
         )
@@ -91,12 +83,9 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         labels = self.mask_tokens(input_ids, row_keys)
         batch = {"input_ids": input_ids, "labels": labels}
         if self.packing == "doc_sentences":
-            batch["document_ids"] = self.number_parts(examples, first=1)
-            starts = np.zeros_like(input_ids)
-            for row, example in zip(starts, examples, strict=True):
-                ends = np.cumsum(example["spans"])
-                row[: ends[-1]] = np.repeat(ends - example["spans"], example["spans"])
-            positions = positions - starts
+            numbers = batch["document_ids"] = self.number_parts(examples, first=1)
+            starts = np.where(np.diff(numbers, prepend=0) != 0, positions, 0)
+            positions = positions - np.maximum.accumulate(starts, axis=1)
         elif not is_text.all():
             batch["attention_mask"] = is_text.astype(np.int64)
         pairs = np.zeros_like(lengths)
@@ -115,9 +104,9 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         """Cut a block that is too long to its head, between `<s>` and `</s>` as the whole was."""
         if len(example["input_ids"]) <= self.max_seq_length:
             return example
-        head, separator = example["input_ids"][: self.max_seq_length].copy(), self.tokenizer.sep_token_id
-        head[-1] = separator
-        documents = int(np.count_nonzero(head[:-1] == separator))
+        head = example["input_ids"][: self.max_seq_length].copy()
+        head[-1] = self.tokenizer.sep_token_id
+        documents = int(np.count_nonzero(head[:-1] == head[-1]))
         return example | {"input_ids": head, "spans": np.array([len(head)], np.int32), "documents": documents}
 
     def number_parts(self, examples: Sequence[dict[str, Any]], first: int) -> np.ndarray:
@@ -129,15 +118,7 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         return numbers
 
     def mask_tokens(self, input_ids: np.ndarray, row_keys: np.ndarray) -> np.ndarray:
-        """Mask tokens in place.
-
-        Args:
-            input_ids: (batch, length) int64.
-            row_keys: (batch,) uint64, what the choices of a row are drawn from.
-
-        Returns:
-            (batch, length) int64 labels.
-        """
+        """Mask (batch, length) int64 tokens in place by the (batch,) uint64 keys of the rows, and return the labels."""
         maskable = ~self.is_special[input_ids]
         rounding = uniform(hash64(row_keys, MaskingPurpose.COUNT))
         counts = (self.mlm_probability * maskable.sum(1) + rounding).astype(np.int64)

@@ -50,11 +50,9 @@ class BlockFormat:
     seed: int  # of what is random about pairs
 
     def pack(self, document_ends: np.ndarray, sentence_ends: np.ndarray) -> Packed:
-        """Cut a unit into blocks.
+        """Cut a unit into blocks, given the ends of its documents and sentences in tokens.
 
-        Args:
-            document_ends: (documents,) int64, ascending and distinct, in tokens of the unit.
-            sentence_ends: (sentences,) int64, ascending and distinct; every document's end is among them.
+        Both are (n,) int64, ascending and distinct; every document's end is a sentence's too.
         """
         if self.packing == "full_sentences":
             block_ends = pack_full_sentences(document_ends, sentence_ends, self.max_seq_length - 2)
@@ -236,10 +234,8 @@ def pair_sentences(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut SENTENCE-PAIRs: two sentences of one document that follow each other; the last of an odd number is single.
 
-    Blocks come out much shorter than their room, so give short ones and many (the paper enlarges the batch).
-
-    Returns:
-        what `pair_segments` returns.
+    Blocks come out much shorter than their room, so give short ones and many (the paper enlarges the batch). Returns
+    what `pair_segments` returns.
     """
     ends = cut_long(sentence_ends, room // 2)
     document = np.searchsorted(document_ends, ends, side="left")
@@ -284,10 +280,10 @@ def pair_up(middles: np.ndarray, ends: np.ndarray, document_ends: np.ndarray, ro
     # Each pair has two places; those that stay empty, or whose segment went to another pair, are left out.
     segment_starts, segment_ends = np.stack([starts, middles[second_of]], 1), np.stack([middles, ends[second_of]], 1)
     segment_starts[one, 1], segment_ends[one, 1] = starts[two], ends[two]
-    is_block = np.ones(len(ends), bool)
-    is_block[two] = False
-    segment_starts, segment_ends = segment_starts[is_block], segment_ends[is_block]
-    return lay_out(segment_starts, segment_ends, labels[is_block], document_ends)
+    segment_starts, segment_ends, labels = (
+        np.delete(array, two, 0) for array in (segment_starts, segment_ends, labels)
+    )
+    return lay_out(segment_starts, segment_ends, labels, document_ends)
 
 
 def swap(middles: np.ndarray, ends: np.ndarray, document_ends: np.ndarray, seed: int) -> Packed:

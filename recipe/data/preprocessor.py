@@ -22,18 +22,7 @@ MIN_PAIR_SHARE = 0.05  # of the blocks, that each of the two kinds of pairs must
 
 
 class Preprocessor:
-    """What documents of a run are encoded, filtered, packed and masked with; the same in both modes.
-
-    Args:
-        args: of the run.
-        tokenizer: what the corpora are encoded with.
-
-    Attributes:
-        encoder: documents to token ids and sentence ends.
-        decontaminator: drops documents that share text with test sets.
-        format: sentences to blocks.
-        empty_block: a block with nothing to predict.
-    """
+    """What documents of a run are encoded, filtered, packed and masked with; the same in both modes."""
 
     def __init__(self, args: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> None:
         self.args = args
@@ -56,7 +45,7 @@ class Preprocessor:
         pair_special_tokens = tokenizer.num_special_tokens_to_add(pair=True)
         self.format = BlockFormat(args.packing, args.max_seq_length, *special, pair_special_tokens, args.seed)
         ids = np.array(special, self.encoder.dtype)
-        self.empty_block = Block(ids, np.array([len(ids)], np.int32), -100, 0)
+        self.empty_block = Block(ids, np.array([len(ids)], np.int32), -100, 0)  # with nothing to predict
 
     def train_collator(self, update: int) -> DynamicMaskingCollator:
         """Return the collator of an update, which cuts blocks short while the sequence length warms up."""
@@ -90,8 +79,7 @@ class Preprocessor:
         """Check that a corpus has both kinds of pairs, where pairs are learnt.
 
         Args:
-            corpus: that the blocks are of.
-            labels: how many blocks have which label.
+            labels: how many of its blocks have which label.
             documents: how many documents the blocks were made of.
 
         Raises:

@@ -65,10 +65,9 @@ def train_byte_level_bpe(
     add_prefix_space: bool,
     max_document_characters: int,
 ) -> Tokenizer:
-    """Learn a byte-level BPE with RoBERTa's special tokens.
+    """Learn a byte-level BPE with RoBERTa's special tokens from batches of texts.
 
     Args:
-        texts: batches of texts.
         vocab_size: entries in all; there are fewer where the text has too few pairs to merge.
         min_frequency: occurrences that a pair needs before it is merged.
         add_prefix_space: treat the first word of a text as if a space stood before it.
@@ -124,11 +123,7 @@ def train_unigram(
 
 
 def save_tokenizer(
-    tokenizer: Tokenizer,
-    output_dir: Path,
-    add_prefix_space: bool,
-    model_max_length: int,
-    do_lower_case: bool = False,
+    tokenizer: Tokenizer, output_dir: Path, add_prefix_space: bool, model_max_length: int, do_lower_case: bool = False
 ) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and the vocabulary as the files of its kind.
 
@@ -233,14 +228,18 @@ def tokenizer_checksum(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
-    """Count the UTF-8 bytes of each token of a byte-level tokenizer, by id; return None for any other kind."""
-    pre_tokenizer = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
+    """Count the UTF-8 bytes of each token of a byte-level tokenizer, by id.
+
+    Returns None for any other kind, and where a normalizer changes the bytes, whose sum then says nothing of the text.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    pre_tokenizer = backend["pre_tokenizer"] or {}
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    if not any(part.get("type") == "ByteLevel" for part in parts):
+    if backend["normalizer"] or not any(part.get("type") == "ByteLevel" for part in parts):
         return None
     # In the byte-level alphabet a character stands for a byte. Special tokens never come out of text.
-    lengths = [0] * len(tokenizer)
+    lengths = np.zeros(len(tokenizer), np.int64)
     for token, index in tokenizer.get_vocab().items():
         lengths[index] = len(token)
     return lengths
@@ -254,7 +253,6 @@ class DocumentEncoder:
     an end belongs to the earlier sentence. Picklable, for worker processes.
 
     Args:
-        tokenizer: a fast tokenizer.
         sentence_splitter: `sentencex` or `newline`.
         language: ISO 639-1 code, for `sentencex`.
         max_document_characters: longer documents are encoded in pieces (see `split_text`), for flat memory.
@@ -269,9 +267,7 @@ class DocumentEncoder:
     ) -> None:
         self.backend = tokenizer.backend_tokenizer
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.int32)
-        lengths = token_byte_lengths(tokenizer)
-        # A normalizer changes the bytes, and their sum then says nothing about the text.
-        self.byte_lengths = None if lengths is None or self.backend.normalizer else np.array(lengths, np.int64)
+        self.byte_lengths = token_byte_lengths(tokenizer)
         self.sentence_splitter = sentence_splitter
         self.language = language
         self.max_document_characters = max_document_characters
