@@ -76,15 +76,10 @@ def build_together(folder: Path, num_shards: int, process_index: int, is_done: C
 def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Generator[Any]:
     """Yield the same items, the next of which is made in a thread while one is in use.
 
-    When no more items are asked for, the thread is left to end by itself, since it may be waiting for a source. The end
-    of the process waits for it a little: Python stops threads wherever they are, which inside torch aborts the process.
-
-    Args:
-        items: made in the thread.
-        is_stopping: asked every half second while there is no item yet.
-
-    Raises:
-        InterruptedWaitError: `is_stopping` was true.
+    While there is no item yet, `is_stopping` is asked every half second; if it is true, that raises an
+    `InterruptedWaitError`. When no more items are asked for, the thread is left to end by itself, since it may be
+    waiting for a source. The end of the process waits for it a little: Python stops threads wherever they are, which
+    inside torch aborts the process.
     """
     made: queue.Queue = queue.Queue(maxsize=1)
     closed = threading.Event()

@@ -51,22 +51,18 @@ class Resume:
 
 
 class Counts:
-    """The counts of an update as one array of integers, which processes can add up at once.
-
-    Attributes:
-        array: (n,) int64, all of the following.
-        scalars: (5,) see `SCALARS`: processes that `failed` to read data or are `stopping`, `masked` tokens, `pairs` of
-            two parts, and the `digest` of all blocks and of what is masked in them.
-        corpora: (corpora, 3), see `COUNTED`.
-        streams: (corpora, 4), in streaming mode the documents dropped so far, see `LEFT_OUT`, and the passes in
-            millionths, summed over lanes.
-    """
+    """The counts of an update as one array of integers, which processes can add up at once."""
 
     def __init__(self, num_corpora: int, array: np.ndarray | None = None) -> None:
-        size = len(SCALARS) + num_corpora * (len(COUNTED) + len(LEFT_OUT) + 1)
-        self.array = np.zeros(size, np.int64) if array is None else array
-        self.scalars, corpora, streams = np.split(self.array, [len(SCALARS), len(SCALARS) + num_corpora * len(COUNTED)])
-        self.corpora, self.streams = corpora.reshape(num_corpora, -1), streams.reshape(num_corpora, -1)
+        sizes = len(SCALARS), num_corpora * len(COUNTED), num_corpora * (len(LEFT_OUT) + 1)
+        self.array = np.zeros(sum(sizes), np.int64) if array is None else array
+        # See `SCALARS`: processes that `failed` to read data or are `stopping`, `masked` tokens, `pairs` of two parts,
+        # and the `digest` of all blocks and of what is masked in them.
+        self.scalars, corpora, streams = np.split(self.array, np.cumsum(sizes[:2]))
+        self.corpora = corpora.reshape(num_corpora, -1)  # (corpora, 3), see `COUNTED`
+        # (corpora, 4), in streaming mode the documents dropped so far, see `LEFT_OUT`, and the passes in millionths,
+        # summed over lanes.
+        self.streams = streams.reshape(num_corpora, -1)
 
     @classmethod
     def of_rows(cls, rows: np.ndarray, num_corpora: int) -> "Counts":
@@ -267,13 +263,10 @@ class TrainingData(ABC):
             counts += np.bincount(ids, minlength=len(counts))
         counts[tokenizer.all_special_ids] = 0
         nats = -np.log(counts / counts.sum(), where=counts > 0, out=np.zeros_like(counts))
-        total, targets = 0.0, 0
-        for batch in next(self.eval_batches(Rank()).iterate(0, 1, num_workers=0))[0]:
-            labels = batch["labels"].numpy()
-            labels = labels[labels != -100]
-            total += float(nats[labels].sum())
-            targets += len(labels)
-        return total / max(1, targets)
+        batches, _ = next(self.eval_batches(Rank()).iterate(0, 1, num_workers=0))
+        labels = torch.cat([batch["labels"].flatten() for batch in batches]).numpy()
+        labels = labels[labels != -100]
+        return float(nats[labels].sum()) / max(1, len(labels))
 
 
 def given_weights(corpora: list[CorpusArguments]) -> list[float] | None:

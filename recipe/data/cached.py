@@ -21,11 +21,7 @@ UNIGRAM_BLOCKS = 20_000  # blocks of training text that the unigram baseline is 
 
 
 def find_store(args: PretrainArguments, preprocessor: Preprocessor, corpus: CorpusArguments) -> TokenStore:
-    """Find the token store of a corpus, complete or not.
-
-    Raises:
-        UserError: there is no such corpus, or a store that is given as its path was made with something else.
-    """
+    """Find the token store of a corpus, complete or not, or raise the `UserError` of `TokenStore`."""
     given = args.token_store_dir
     root = Path(given).expanduser() if given else Path(datasets.config.HF_DATASETS_CACHE) / "token_stores"
     return TokenStore(corpus, preprocessor.encoder, preprocessor.decontaminator, root)
@@ -36,9 +32,6 @@ class CachedData(TrainingData):
 
     What is not there yet of the stores and their blocks is made first, together with all processes that construct
     theirs.
-
-    Raises:
-        UserError: a corpus that cannot be read, is too small, or has too few blocks to hold some out; a full disk.
     """
 
     def __init__(self, args: PretrainArguments, preprocessor: Preprocessor, process_index: int) -> None:

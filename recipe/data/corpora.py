@@ -192,6 +192,7 @@ def local_files(corpus: CorpusArguments) -> list[Path] | None:
         UserError: the path neither exists nor is a hub id, or holds no file that can be read.
     """
     path = Path(corpus.path).expanduser()
+    place = f"`path` of corpus {corpus.name!r}: {corpus.path}"
     if path.is_file():
         files = [path]
     elif path.is_dir():
@@ -203,14 +204,11 @@ def local_files(corpus: CorpusArguments) -> list[Path] | None:
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", corpus.path) and not corpus.path.endswith(SUFFIXES):
         return None
     else:
-        remedy = "give a file, a folder, a pattern or the id of a hub data set"
-        raise UserError(f"`path` of corpus {corpus.name!r}: {corpus.path} does not exist; {remedy}")
-    suffixes = ", ".join(SUFFIXES)
-    if not files:
-        raise UserError(f"`path` of corpus {corpus.name!r}: {corpus.path} holds no file that ends in one of {suffixes}")
-    for file in files:
-        if not file.name.endswith(SUFFIXES):
-            raise UserError(f"`path` of corpus {corpus.name!r}: {file} does not end in one of {suffixes}")
+        raise UserError(f"{place} does not exist; give a file, a folder, a pattern or the id of a hub data set")
+    wrong = [file for file in files if not file.name.endswith(SUFFIXES)]
+    if wrong or not files:
+        problem = f"holds {wrong[0]}, which does not end" if wrong else "holds no file that ends"
+        raise UserError(f"{place} {problem} in one of {', '.join(SUFFIXES)}")
     return files
 
 
@@ -324,10 +322,9 @@ def parse_line(line: bytes, place: str, column: str) -> str:
     line = line.removeprefix(BYTE_ORDER_MARK)
     if not line.strip():
         return ""
+    decoded = decode(line, place)
     try:
-        record = json.loads(decode(line, place))
-    except UserError:
-        raise
+        record = json.loads(decoded)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is not a JSON object ({error}); write one object a line") from None
     if not isinstance(record, dict):
@@ -369,11 +366,7 @@ def open_hub_corpus(corpus: CorpusArguments) -> tuple[IterableDataset, str | Non
 
 
 def check_corpus(corpus: CorpusArguments, max_unreadable: int = 0) -> None:
-    """Read one document of a corpus, and at most `max_unreadable` malformed ones before it, before anything expensive.
-
-    Raises:
-        UserError: the corpus cannot be opened or read, or holds no text.
-    """
+    """Read a document of a corpus, after at most `max_unreadable` malformed ones; raise a `UserError` if that fails."""
     source = open_source(corpus)
     place = f"corpus {corpus.name!r}: {corpus.path}"
     for shard in range(source.num_shards):
@@ -395,8 +388,7 @@ def check_corpus(corpus: CorpusArguments, max_unreadable: int = 0) -> None:
 def corpus_bytes(corpus: CorpusArguments) -> float:
     """Estimate a corpus's bytes of text without reading it: the default weight where tokens are not counted.
 
-    Raises:
-        UserError: the size of a hub data set is not published.
+    A hub data set that does not publish its size raises a `UserError`.
     """
     if (files := local_files(corpus)) is not None:
         return sum(file_bytes(str(file), corpus.text_column) for file in files)

@@ -47,21 +47,17 @@ class RunEncoder:
 class Encoders:
     """A pool that turns runs of records into tokens, several at a time, in their order.
 
-    Whoever is free takes the next run: documents are of very different lengths, and there may be few in a shard.
-
-    Args:
-        encode_run: what is done with a run.
-        num_workers: processes to do it with; None: two threads of this one, so that while the tokenizer's own threads
-            work on one run the sentences of another are found.
+    Whoever is free takes the next run: documents are of very different lengths, and there may be few in a shard. With
+    `num_workers` None, two threads of this process do it: while the tokenizer's own threads work on one run, the
+    sentences of another are found.
     """
-
-    pool: Executor
-    encode: Callable[[list[Record]], Encoded]
 
     def __init__(self, encode_run: RunEncoder, num_workers: int | None) -> None:
         self.ahead = 2 * (num_workers or 1)
+        self.encode: Callable[[list[Record]], Encoded] = encode_run
+        self.pool: Executor
         if num_workers is None:
-            self.encode, self.pool = encode_run, ThreadPoolExecutor(2)
+            self.pool = ThreadPoolExecutor(2)
         else:
             self.encode = encode_in_worker
             self.pool = ProcessPoolExecutor(num_workers, initializer=start_encoder, initargs=(encode_run,))
@@ -78,11 +74,7 @@ class Encoders:
                 self.pool.shutdown(cancel_futures=True)
 
     def map(self, runs: Iterator[list[Record]]) -> Iterator[Encoded]:
-        """Encode runs, and yield them in their order.
-
-        Raises:
-            UserError: a worker process was killed.
-        """
+        """Encode runs, and yield them in their order; raise a `UserError` if a worker process was killed."""
         pending: deque[Future] = deque()
         try:
             for run in runs:

@@ -71,26 +71,25 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         """
         examples = [self.cut(example) for example in examples]
         lengths = np.array([len(example["input_ids"]) for example in examples])
-        input_ids = np.full((len(examples), self.max_seq_length), self.tokenizer.pad_token_id, np.int64)
-        for row, example, length in zip(input_ids, examples, lengths, strict=True):
-            row[:length] = example["input_ids"]
         corpora, blocks, visits, documents = (
             np.array([example[name] for example in examples]) for name in ("corpus", "block", "visit", "documents")
         )
         positions = np.arange(self.max_seq_length)
         is_text = positions < lengths[:, None]
+        input_ids = np.full(is_text.shape, self.tokenizer.pad_token_id, np.int64)
+        input_ids[is_text] = np.concatenate([example["input_ids"] for example in examples])
         row_keys = hash64(self.seed, corpora, blocks, visits % STATIC_MASKS if self.masking == "static" else visits)
         labels = self.mask_tokens(input_ids, row_keys)
         batch = {"input_ids": input_ids, "labels": labels}
         if self.packing == "doc_sentences":
-            numbers = batch["document_ids"] = self.number_parts(examples, first=1)
+            numbers = batch["document_ids"] = number_parts(examples, is_text)
             starts = np.where(np.diff(numbers, prepend=0) != 0, positions, 0)
             positions = positions - np.maximum.accumulate(starts, axis=1)
         elif not is_text.all():
             batch["attention_mask"] = is_text.astype(np.int64)
         pairs = np.zeros_like(lengths)
         if self.packing in PAIR_PACKINGS:
-            batch["token_type_ids"] = self.number_parts(examples, first=0)
+            batch["token_type_ids"] = np.maximum(number_parts(examples, is_text) - 1, 0)
             batch["pair_label"] = np.array([example["label"] for example in examples])
             pairs = batch["pair_label"] != -100
         batch["position_ids"] = np.where(is_text, positions + self.first_position, max(0, self.first_position - 1))
@@ -108,14 +107,6 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         head[-1] = self.tokenizer.sep_token_id
         documents = int(np.count_nonzero(head[:-1] == head[-1]))
         return example | {"input_ids": head, "spans": np.array([len(head)], np.int32), "documents": documents}
-
-    def number_parts(self, examples: Sequence[dict[str, Any]], first: int) -> np.ndarray:
-        """Return (batch, max_seq_length) int64: which part of its row a position is in, from `first`; 0 at padding."""
-        numbers = np.zeros((len(examples), self.max_seq_length), np.int64)
-        for row, example in zip(numbers, examples, strict=True):
-            parts = np.repeat(np.arange(first, first + len(example["spans"])), example["spans"])
-            row[: len(parts)] = parts
-        return numbers
 
     def mask_tokens(self, input_ids: np.ndarray, row_keys: np.ndarray) -> np.ndarray:
         """Mask (batch, length) int64 tokens in place by the (batch,) uint64 keys of the rows, and return the labels."""
@@ -141,3 +132,11 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         drawn = hash64(row_keys[rows], MaskingPurpose.TOKEN, columns) % np.uint64(len(self.ordinary_ids))
         input_ids[rows, columns] = self.ordinary_ids[drawn]
         return labels
+
+
+def number_parts(examples: Sequence[dict[str, Any]], is_text: np.ndarray) -> np.ndarray:
+    """Return, in the shape of `is_text`, int64, which part of its row a position is in, from 1 on; 0 at padding."""
+    spans = [example["spans"] for example in examples]
+    numbers = is_text.astype(np.int64)
+    numbers[is_text] = np.repeat(np.concatenate([np.arange(1, 1 + len(own)) for own in spans]), np.concatenate(spans))
+    return numbers

@@ -11,7 +11,7 @@ def open_data(args: PretrainArguments, preprocessor: Preprocessor, process_index
     """Open the corpora; in cached mode, make what is not there yet of their token stores.
 
     Raises:
-        UserError: a corpus that cannot be read, or is too small for what the run asks for; a full disk.
+        UserError: a corpus that cannot be read, or is too small for the run and what it holds out; a full disk.
     """
     if args.streaming:
         return StreamedData(args, preprocessor)

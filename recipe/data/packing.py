@@ -96,10 +96,8 @@ def pack_full_sentences(document_ends: np.ndarray, sentence_ends: np.ndarray, ro
     """Pack FULL-SENTENCES: as many whole sentences as fit, across the ends of documents.
 
     A block is closed when the next sentence does not fit; a document's end inside it costs one `</s>`. A sentence
-    longer than a block is cut into full blocks and a rest that packing goes on with.
-
-    Returns:
-        (blocks,) int64: the ends of the blocks, in tokens.
+    longer than a block is cut into full blocks and a rest that packing goes on with. Returns the ends of the blocks in
+    tokens, (blocks,) int64.
     """
     ends = cut_long(sentence_ends, room)
     # A block reaching into the next document spends one more token on the `</s>` between them: count each sentence's
@@ -216,9 +214,8 @@ def pair_segments(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut SEGMENT-PAIRs: whole sentences of one document up to a block's room, parted at a random one of their ends.
 
-    Returns:
-        (pairs,) each: where the first and the second part end. A single short sentence has no second part (its two ends
-        are the same); a single long one is parted in the middle.
+    Returns where the first and the second parts end, (pairs,) each. A single short sentence has no second part (its two
+    ends are the same); a single long one is parted in the middle.
     """
     ends = group_sentences(document_ends, sentence_ends, room)
     starts = starts_of(ends)

@@ -60,11 +60,7 @@ class Preprocessor:
         return DocumentFilter(corpus.name, self.args.max_unreadable_documents, self.decontaminator)
 
     def check_corpus(self, corpus: CorpusArguments) -> None:
-        """Read a little of a corpus, before anything expensive.
-
-        Raises:
-            UserError: it cannot be read, or has no pairs to learn from.
-        """
+        """Read a little of a corpus; raise a `UserError` if it cannot be read, or has no pairs to learn from."""
         check_corpus(corpus, self.args.max_unreadable_documents)
         if not self.args.predicts_pairs:
             return
@@ -76,14 +72,11 @@ class Preprocessor:
         self.check_pairs(corpus, Counter(block.label for block in blocks), documents.counts["documents"])
 
     def check_pairs(self, corpus: CorpusArguments, labels: Counter[int], documents: int) -> None:
-        """Check that a corpus has both kinds of pairs, where pairs are learnt.
+        """Raise a `UserError` if a corpus lacks one of the two kinds of pairs, where pairs are learnt.
 
         Args:
             labels: how many of its blocks have which label.
             documents: how many documents the blocks were made of.
-
-        Raises:
-            UserError: one kind is missing.
         """
         if self.args.predicts_pairs and min(labels[0], labels[1]) < MIN_PAIR_SHARE * labels.total():
             raise UserError(

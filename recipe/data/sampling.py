@@ -53,13 +53,10 @@ def quotas_by_weight(weights: Sequence[float]) -> list[int]:
 
 
 def interleave(quotas: list[int]) -> np.ndarray:
-    """Make a sequence that holds corpus `c` `quotas[c]` times, each corpus evenly spread.
+    """Make an int64 sequence that holds corpus `c` `quotas[c]` times, each corpus evenly spread.
 
     Each begins at another phase (the golden ratio's multiples lie nowhere close together), or corpora of the same quota
     would all be due at the same places.
-
-    Returns:
-        (sum of quotas,) int64 corpus numbers.
     """
     phases = (0.5 + np.arange(len(quotas)) * (5**0.5 - 1) / 2) % 1
     due = np.concatenate([(np.arange(quota) + phase) / quota for quota, phase in zip(quotas, phases, strict=True)])
@@ -91,8 +88,7 @@ class BlockOrder:
         self.pattern = interleave(quotas)
         # How many earlier places of the pattern belong to the same corpus.
         self.rank = np.empty_like(self.pattern)
-        for corpus in range(len(quotas)):
-            self.rank[self.pattern == corpus] = np.arange(quotas[corpus])
+        self.rank[np.argsort(self.pattern, kind="stable")] = np.concatenate([np.arange(quota) for quota in quotas])
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Find the blocks at positions of the run, (n,) integers, 0 or more, without end.

@@ -29,9 +29,6 @@ class StreamedData(TrainingData):
     """Training and held-out blocks of a run, tokenised and packed as they are needed.
 
     Whole documents at the heads of some shards are held out; every process finds the same.
-
-    Raises:
-        UserError: a corpus that cannot be read, or has too few documents to hold some out.
     """
 
     def __init__(self, args: PretrainArguments, preprocessor: Preprocessor) -> None:
@@ -138,8 +135,7 @@ class StreamedData(TrainingData):
     ) -> Generator[UpdateData]:
         """Return a generator over what a process has of each update, the next of which is made ahead.
 
-        This function is none itself: worker processes are forked from the thread that asks, not from the one that
-        makes the next update.
+        It is none itself: worker processes are forked from the thread that asks, not from the one that makes updates.
         """
         own = list(range(rank.index, self.args.num_lanes, rank.world_size))
         lanes = LaneBuffers(self.readers, self.schedule, own, from_tensors(resume.lanes, own))

@@ -194,11 +194,7 @@ class LaneReader:
             state.record, state.ordinal = 0, state.ordinal + 1
 
     def texts(self) -> list[str]:
-        """Read the next documents, some 200,000 characters together.
-
-        Raises:
-            UserError: pass after pass there is nothing for this lane.
-        """
+        """Read the next documents, some 200,000 characters together; raise a `UserError` if no pass has any."""
         state, size = self.state, 0
         texts: list[str] = []
         while True:

@@ -142,11 +142,7 @@ class TokenStore:
         return [table.column("checksum").to_numpy() for table in tables]
 
     def begin(self) -> Source:
-        """Open the corpus and record its revision and shards, once for all processes that will build the store.
-
-        Raises:
-            UserError: the corpus has another number of shards than when the store was begun.
-        """
+        """Open the corpus and record its revision and shards, once for all processes; refuse other shards later."""
         self.path.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path / "store.lock"):
             about = self.path / "store.json"

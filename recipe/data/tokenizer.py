@@ -145,11 +145,9 @@ def save_tokenizer(
 
 
 def check_saved_tokenizer(tokenizer: Tokenizer, output_dir: Path, texts: list[str], add_prefix_space: bool) -> None:
-    """Reload what was saved, both ways, and compare with the tokenizer that was trained.
+    """Reload what was saved, both ways; raise a `RuntimeError` if ids, special tokens or settings were lost.
 
-    Raises:
-        RuntimeError: ids, special tokens or settings differ; loading a byte-level tokenizer has turned silently
-            character-level upstream before (transformers#47706).
+    Loading a byte-level tokenizer has turned silently character-level upstream before (transformers#47706).
     """
     expected = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     fast_class = FAST_CLASSES[type(tokenizer.model)]
@@ -175,13 +173,10 @@ def check_saved_tokenizer(tokenizer: Tokenizer, output_dir: Path, texts: list[st
 
 
 def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
-    """Check that the commonest words of the text, if they occur 100 times at least, became single tokens.
+    """Raise a `RuntimeError` if common words of the text, occurring 100 times at least, are not single tokens.
 
     A count that overflows in the trainer loses them silently (tokenizers#2058: "the" was missing). Only as many words
     are checked as the vocabulary surely has room for: one for each 100 entries beyond bytes and special tokens.
-
-    Raises:
-        RuntimeError: some words were lost.
     """
     commonest = word_counts.most_common(min(COMMON_WORDS, (tokenizer.get_vocab_size() - 261) // 100))
     common = [word for word, count in commonest if count >= COMMON_WORD_COUNT]
@@ -194,12 +189,9 @@ def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """Load a fast tokenizer with every special token that masked language modelling needs, from a folder or the hub.
+    """Load a fast tokenizer from a folder or the hub; raise a `UserError` if it cannot serve masked language modelling.
 
     Text that spells a special token stays text: a document's `<mask>` never becomes the mask.
-
-    Raises:
-        UserError: there is no tokenizer, or it does not serve the purpose.
     """
     field = f"`tokenizer_name` is {name_or_path}"
     try:
@@ -280,9 +272,8 @@ class DocumentEncoder:
     def __call__(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Encode documents, some at a time.
 
-        Yields:
-            the ids of each document, (tokens,) uint16 (int32 for vocabularies over 65,536), and the ends of its
-            sentences, (sentences,) int64 ascending, the last of which is the number of ids.
+        Yields the ids of each, (tokens,) uint16 (int32 for vocabularies over 65,536), and the ends of its sentences,
+        (sentences,) int64 ascending, the last of which is the number of ids.
         """
         self.backend.encode_special_tokens = True  # does not survive pickling
         self.backend.no_truncation()  # a call of the tokenizer with `truncation` leaves it switched on

@@ -30,7 +30,7 @@ COMPARED_TEXTS, COMPARED_CHARACTERS = 50, 2000  # texts encoded with the trained
 
 
 class VocabularyText:
-    """The text that a vocabulary is learnt from, `max_bytes` of it in all, of corpora that can be read."""
+    """The text that a vocabulary is learnt from, `max_bytes` of it in all; raise a `UserError` if it cannot be read."""
 
     def __init__(self, corpora: list[CorpusArguments], max_bytes: int) -> None:
         self.corpora = corpora
@@ -77,11 +77,7 @@ def train_vocabulary(args: TokenizerArguments, texts: Iterator[list[str]]) -> To
 
 
 def save_checked(args: TokenizerArguments, tokenizer: Tokenizer, text: VocabularyText) -> None:
-    """Save a tokenizer under its name once it has passed the checks; one that fails stays as `.NAME.unchecked`.
-
-    Raises:
-        RuntimeError: the tokenizer fails a check.
-    """
+    """Save a tokenizer that passes the checks; else raise a `RuntimeError` and leave it as `.NAME.unchecked`."""
     output_dir = Path(args.output_dir).resolve()
     unchecked = output_dir.with_name(f".{output_dir.name}.unchecked")
     save_tokenizer(tokenizer, unchecked, args.add_prefix_space, args.model_max_length, args.do_lower_case)
