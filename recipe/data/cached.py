@@ -28,11 +28,7 @@ def find_store(args: PretrainArguments, preprocessor: Preprocessor, corpus: Corp
 
 
 class CachedData(TrainingData):
-    """Training and held-out blocks of a run, from token stores on disk.
-
-    What is not there yet of the stores and their blocks is made first, together with all processes that construct
-    theirs.
-    """
+    """Training and held-out blocks of a run, from token stores on disk; all processes make what is missing of these."""
 
     def __init__(self, args: PretrainArguments, preprocessor: Preprocessor, process_index: int) -> None:
         super().__init__(args, preprocessor)

@@ -186,11 +186,7 @@ class HubSource(Source):
 
 
 def local_files(corpus: CorpusArguments) -> list[Path] | None:
-    """List the local files of a corpus, sorted, or return None when its path is a hub data set id.
-
-    Raises:
-        UserError: the path neither exists nor is a hub id, or holds no file that can be read.
-    """
+    """List the local files of a corpus, sorted, or return None for a hub id; raise a `UserError` if it is neither."""
     path = Path(corpus.path).expanduser()
     place = f"`path` of corpus {corpus.name!r}: {corpus.path}"
     if path.is_file():
@@ -290,11 +286,7 @@ def read_table(file: str, skip: int, column: str) -> Iterator[bytes]:
 
 
 def as_bytes(texts: pa.Array) -> pa.Array:
-    """View texts as bytes: not every writer checks its UTF-8, and what is passed over need not be decoded.
-
-    Raises:
-        pa.ArrowInvalid: the file is damaged and would send the reader to positions outside of it.
-    """
+    """View texts as bytes, since not every writer checks its UTF-8; raise an Arrow error where the file is damaged."""
     values = texts.view(BYTES_TYPES[texts.type])
     values.validate(full=True)
     return values

@@ -138,8 +138,7 @@ class TokenStore:
 
     def checksums(self) -> list[np.ndarray]:
         """Return the checksums of the texts of each shard, (documents,) uint64."""
-        tables = (open_arrow(self.arrow(shard)) for shard in range(self.num_shards))
-        return [table.column("checksum").to_numpy() for table in tables]
+        return [open_arrow(self.arrow(shard))["checksum"].to_numpy() for shard in range(self.num_shards)]
 
     def begin(self) -> Source:
         """Open the corpus and record its revision and shards, once for all processes; refuse other shards later."""
@@ -159,10 +158,9 @@ class TokenStore:
         return source
 
     def build(self, process_index: int, num_workers: int | None, max_unreadable: int) -> None:
-        """Add the shards that are missing, together with all processes that do the same.
+        """Add the missing shards, together with all processes that do the same.
 
-        Raises:
-            UserError: the corpus cannot be read, has too many malformed documents, or does not fit on the disk.
+        A corpus that cannot be read, has too many malformed documents or does not fit on the disk is a `UserError`.
         """
         if not self.is_complete:
             encode_run = RunEncoder(self.corpus.name, self.encoder, self.decontaminator, max_unreadable)

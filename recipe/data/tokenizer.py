@@ -81,7 +81,6 @@ def train_byte_level_bpe(
         min_frequency=min_frequency,
         special_tokens=ROBERTA_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=True,
     )
     tokenizer.train_from_iterator(split_batches(texts, max_document_characters), trainer)
     tokenizer.add_special_tokens([MASK_TOKEN])
@@ -101,7 +100,6 @@ def train_wordpiece(
         min_frequency=min_frequency,
         special_tokens=BERT_TOKENS,
         limit_alphabet=1000,  # the value of `BertWordPieceTokenizer`; rarer characters are unknown
-        show_progress=True,
     )
     tokenizer.train_from_iterator(split_batches(texts, max_document_characters), trainer)
     return tokenizer
@@ -115,9 +113,7 @@ def train_unigram(
     It normalizes by NFKD where SentencePiece has NFKC, and drops accents when uncased.
     """
     tokenizer = AlbertTokenizer(do_lower_case=do_lower_case, keep_accents=not do_lower_case).backend_tokenizer
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=ALBERT_TOKENS, unk_token="<unk>", show_progress=True
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=ALBERT_TOKENS, unk_token="<unk>")
     tokenizer.train_from_iterator(split_batches(texts, max_document_characters), trainer)
     return tokenizer
 
@@ -221,10 +217,7 @@ def tokenizer_checksum(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
-    """Count the UTF-8 bytes of each token of a byte-level tokenizer, by id.
-
-    Returns None for any other kind, and where a normalizer changes the bytes, whose sum then says nothing of the text.
-    """
+    """Count the UTF-8 bytes of each token, by id; None unless it is byte-level and no normalizer changes the bytes."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     pre_tokenizer = backend["pre_tokenizer"] or {}
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])

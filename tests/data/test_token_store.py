@@ -310,9 +310,7 @@ def test_too_small_a_disk_is_told_before_the_work(corpus, encoder, tmp_path: Pat
     check_space(tmp_path / "stores", stores)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(
-        UserError, match=r"about \d.* KB in .*stores, 1 KB free; .*`token_store_dir`.*`streaming"
-    ):
+    with pytest.raises(UserError, match=r"about \d.* KB in .*stores, 1 KB free; .*`token_store_dir`.*`streaming"):
         check_space(tmp_path / "stores", stores)
     assert not (tmp_path / "stores").exists()
 
