@@ -54,10 +54,7 @@ def build_together(folder: Path, num_shards: int, process_index: int, is_done: C
 
     Args:
         folder: where the locks lie.
-        num_shards: how many shards there are.
         process_index: where to begin, so that processes do not all begin with the same shard.
-        is_done: tells of a shard whether it needs no work.
-        make: does the work of a shard.
     """
     locks = folder / "locks"
     locks.mkdir(parents=True, exist_ok=True)
@@ -79,29 +76,23 @@ def build_together(folder: Path, num_shards: int, process_index: int, is_done: C
 def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Generator[Any]:
     """Yield the same items, the next of which is made in a thread while one is in use.
 
-    When no more items are asked for, the thread is left to end by itself, since it may be waiting for a source. The end
-    of the process waits for it a little: Python stops threads wherever they are, which inside torch aborts the process.
-
-    Args:
-        items: made in the thread.
-        is_stopping: asked every half second while there is no item yet.
-
-    Raises:
-        InterruptedWaitError: `is_stopping` was true.
+    While there is no item yet, `is_stopping` is asked every half second; if it is true, that raises an
+    `InterruptedWaitError`. When no more items are asked for, the thread is left to end by itself, since it may be
+    waiting for a source. The end of the process waits for it a little: Python stops threads wherever they are, which
+    inside torch aborts the process.
     """
     made: queue.Queue = queue.Queue(maxsize=1)
     closed = threading.Event()
 
     def make() -> None:
-        try:
-            for item in items:
-                if not closed.is_set():
-                    made.put((item, None))
-                if closed.is_set():
-                    return
-            made.put((None, StopIteration()))
-        except Exception as error:  # of whatever kind, it is raised where the item is asked for
-            made.put((None, error))
+        error = None
+        while error is None and not closed.is_set():
+            item = None
+            try:
+                item = next(items)
+            except Exception as raised:  # of whatever kind, it is raised where the item is asked for
+                error = raised
+            made.put((item, error))
 
     def close(seconds: float) -> None:
         closed.set()

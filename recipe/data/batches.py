@@ -43,36 +43,26 @@ class Rank:
 
 @dataclass(frozen=True)
 class Resume:
-    """Where in its data a run goes on.
+    """Where in its data a run goes on."""
 
-    Attributes:
-        first_update: number of the update whose data comes first, counted from the start of the run.
-        lanes: in streaming mode, the lanes of all processes as a checkpoint holds them.
-        skipped_updates: how many updates lie between those lanes and `first_update`; their data is passed over.
-    """
-
-    first_update: int = 0
-    lanes: dict[str, Any] = field(default_factory=dict)
-    skipped_updates: int = 0
+    first_update: int = 0  # whose data comes first, counted from the start of the run
+    lanes: dict[str, Any] = field(default_factory=dict)  # in streaming mode, of all processes, as a checkpoint has them
+    skipped_updates: int = 0  # that lie between those lanes and `first_update`; their data is passed over
 
 
 class Counts:
-    """The counts of an update as one array of integers, which processes can add up at once.
-
-    Attributes:
-        array: (n,) int64, all of the following.
-        scalars: (5,) see `SCALARS`: processes that `failed` to read data or are `stopping`, `masked` tokens, `pairs` of
-            two parts, and the `digest` of all blocks and of what is masked in them.
-        corpora: (corpora, 3), see `COUNTED`.
-        streams: (corpora, 4), in streaming mode the documents dropped so far, see `LEFT_OUT`, and the passes in
-            millionths, summed over lanes.
-    """
+    """The counts of an update as one array of integers, which processes can add up at once."""
 
     def __init__(self, num_corpora: int, array: np.ndarray | None = None) -> None:
-        size = len(SCALARS) + num_corpora * (len(COUNTED) + len(LEFT_OUT) + 1)
-        self.array = np.zeros(size, np.int64) if array is None else array
-        self.scalars, corpora, streams = np.split(self.array, [len(SCALARS), len(SCALARS) + num_corpora * len(COUNTED)])
-        self.corpora, self.streams = corpora.reshape(num_corpora, -1), streams.reshape(num_corpora, -1)
+        sizes = len(SCALARS), num_corpora * len(COUNTED), num_corpora * (len(LEFT_OUT) + 1)
+        self.array = np.zeros(sum(sizes), np.int64) if array is None else array
+        # See `SCALARS`: processes that `failed` to read data or are `stopping`, `masked` tokens, `pairs` of two parts,
+        # and the `digest` of all blocks and of what is masked in them.
+        self.scalars, corpora, streams = np.split(self.array, np.cumsum(sizes[:2]))
+        self.corpora = corpora.reshape(num_corpora, -1)  # (corpora, 3), see `COUNTED`
+        # (corpora, 4), in streaming mode the documents dropped so far, see `LEFT_OUT`, and the passes in millionths,
+        # summed over lanes.
+        self.streams = streams.reshape(num_corpora, -1)
 
     @classmethod
     def of_rows(cls, rows: np.ndarray, num_corpora: int) -> "Counts":
@@ -80,8 +70,7 @@ class Counts:
         counts = cls(num_corpora)
         corpus, tokens, documents, masked, pairs, digests = rows.T
         counts.scalars[2:] = masked.sum(), pairs.sum(), digests.sum()
-        for column, values in enumerate((np.ones_like(tokens), tokens, documents)):
-            np.add.at(counts.corpora[:, column], corpus, values)
+        np.add.at(counts.corpora, corpus, np.stack([np.ones_like(tokens), tokens, documents], 1))
         return counts
 
     @classmethod
@@ -103,38 +92,24 @@ class Counts:
 
 @dataclass
 class UpdateData:
-    """What one process has of an update.
-
-    Attributes:
-        micro_batches: from the collator.
-        counts: of these micro-batches, to be summed over the processes.
-        lanes: in streaming mode, the lanes of this process after the update; empty in cached mode.
-    """
+    """What one process has of an update."""
 
     micro_batches: list[Batch]
-    counts: Counts
+    counts: Counts  # of these micro-batches, to be summed over the processes
+    # In streaming mode, the lanes of this process after the update; empty in cached mode.
     lanes: dict[tuple[int, int], Buffer] = field(default_factory=dict)
 
 
 @dataclass
 class MicroBatches(torch.utils.data.Dataset):
-    """Micro-batch `k` of one process, counted from the start of the run.
+    """Micro-batch `k` of one process, counted from the start of the run."""
 
-    Args:
-        locate: positions (n,) -> corpus, visit and block of each, (n,) integers.
-        example: corpus, visit, block -> example for the collator.
-        collator: of an update: examples -> batch.
-        batch_size: blocks in an update.
-        micro_batch_size: blocks in a micro-batch of one process.
-        rank: of the process; it takes every `world_size`-th micro-batch of an update.
-    """
-
-    locate: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
-    example: Callable[[int, int, int], dict[str, Any]]
-    collator: Callable[[int], DynamicMaskingCollator]
-    batch_size: int
-    micro_batch_size: int
-    rank: Rank
+    locate: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]  # (n,) places -> corpora, visits, blocks
+    example: Callable[[int, int, int], dict[str, Any]]  # corpus, visit, block -> example for the collator
+    collator: Callable[[int], DynamicMaskingCollator]  # of an update
+    batch_size: int  # blocks in an update
+    micro_batch_size: int  # blocks in a micro-batch of one process
+    rank: Rank  # of the process; it takes every `world_size`-th micro-batch of an update
     # The blocks of one update: locating them all at once costs little more than a micro-batch's.
     update: int = -1
     located: list[tuple[int, int, int]] = field(default_factory=list)
@@ -190,20 +165,14 @@ def to_numpy(batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 class TrainingData(ABC):
-    """Training and held-out blocks of a run; what training calls of either mode. It is ready once it is constructed.
-
-    Attributes:
-        args: of the run.
-        preprocessor: what documents are encoded, packed and masked with.
-        corpora: those to train on, then those to evaluate on; a block's masks depend on its corpus's place here.
-        names: of the corpora to train on.
-    """
+    """Training and held-out blocks of a run; what training calls of either mode. It is ready once it is constructed."""
 
     def __init__(self, args: PretrainArguments, preprocessor: Preprocessor) -> None:
         self.args = args
         self.preprocessor = preprocessor
+        # Those to train on, then those to evaluate on; a block's masks depend on its corpus's place here.
         self.corpora = [*args.corpora, *args.eval_corpora]
-        self.names = [corpus.name for corpus in args.corpora]
+        self.names = [corpus.name for corpus in args.corpora]  # of those to train on
 
     @abstractmethod
     def identity(self) -> dict[str, list[Any]]:
@@ -224,7 +193,7 @@ class TrainingData(ABC):
         """Yield what a process has of each update.
 
         Args:
-            rank: of the process.
+            rank: which of the processes.
             resume: where to begin.
             last_update: number of the update to end before.
             is_stopping: whether this process was asked to stop, which ends a wait for data.
@@ -277,15 +246,11 @@ class TrainingData(ABC):
 
     def eval_batches(self, rank: Rank) -> MicroBatches:
         """Return all held-out blocks as one update, with as many micro-batches in every process."""
-        rows = self.args.per_device_eval_batch_size * rank.world_size
-        return MicroBatches(
-            locate=self.locate_eval,
-            example=self.example,
-            collator=self.preprocessor.collator_of_eval,
-            batch_size=-(-len(self.eval_blocks) // rows) * rows,
-            micro_batch_size=self.args.per_device_eval_batch_size,
-            rank=rank,
-        )
+        size = self.args.per_device_eval_batch_size
+        rows = size * rank.world_size
+        num_rows = -(-len(self.eval_blocks) // rows) * rows
+        collator = self.preprocessor.collator_of_eval
+        return MicroBatches(self.locate_eval, self.example, collator, num_rows, size, rank)
 
     def unigram_loss(self) -> float:
         """Return the cross-entropy, in nats, of the held-out targets under the frequencies of some training blocks.
@@ -298,13 +263,10 @@ class TrainingData(ABC):
             counts += np.bincount(ids, minlength=len(counts))
         counts[tokenizer.all_special_ids] = 0
         nats = -np.log(counts / counts.sum(), where=counts > 0, out=np.zeros_like(counts))
-        total, targets = 0.0, 0
-        for batch in next(self.eval_batches(Rank()).iterate(0, 1, num_workers=0))[0]:
-            labels = batch["labels"].numpy()
-            labels = labels[labels != -100]
-            total += float(nats[labels].sum())
-            targets += len(labels)
-        return total / max(1, targets)
+        batches, _ = next(self.eval_batches(Rank()).iterate(0, 1, num_workers=0))
+        labels = torch.cat([batch["labels"].flatten() for batch in batches]).numpy()
+        labels = labels[labels != -100]
+        return float(nats[labels].sum()) / max(1, len(labels))
 
 
 def given_weights(corpora: list[CorpusArguments]) -> list[float] | None:

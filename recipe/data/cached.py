@@ -21,30 +21,14 @@ UNIGRAM_BLOCKS = 20_000  # blocks of training text that the unigram baseline is 
 
 
 def find_store(args: PretrainArguments, preprocessor: Preprocessor, corpus: CorpusArguments) -> TokenStore:
-    """Find the token store of a corpus, complete or not.
-
-    Raises:
-        UserError: there is no such corpus, or a store that is given as its path was made with something else.
-    """
+    """Find the token store of a corpus, complete or not, or raise the `UserError` of `TokenStore`."""
     given = args.token_store_dir
     root = Path(given).expanduser() if given else Path(datasets.config.HF_DATASETS_CACHE) / "token_stores"
     return TokenStore(corpus, preprocessor.encoder, preprocessor.decontaminator, root)
 
 
 class CachedData(TrainingData):
-    """Training and held-out blocks of a run, from token stores on disk.
-
-    What is not there yet of the stores and their blocks is made first, together with all processes that construct
-    theirs.
-
-    Args:
-        args: of the run.
-        preprocessor: what the corpora are encoded and packed with.
-        process_index: of this process among all that make the stores.
-
-    Raises:
-        UserError: a corpus that cannot be read, is too small, or has too few blocks to hold some out; a full disk.
-    """
+    """Training and held-out blocks of a run, from token stores on disk; all processes make what is missing of these."""
 
     def __init__(self, args: PretrainArguments, preprocessor: Preprocessor, process_index: int) -> None:
         super().__init__(args, preprocessor)
@@ -67,9 +51,8 @@ class CachedData(TrainingData):
 
         sizes = [len(packed) for packed in self.packed]
         train_sizes, eval_sizes = sizes[: len(args.corpora)], sizes[len(args.corpora) :]
-        held_out = [0] * len(train_sizes)
-        if not args.eval_corpora:
-            held_out = self.apportion_eval_blocks(args.corpora, train_sizes)
+        is_apart = bool(args.eval_corpora)
+        held_out = [0] * len(train_sizes) if is_apart else self.apportion_eval_blocks(args.corpora, train_sizes)
         for corpus, size, held in zip(args.corpora, train_sizes, held_out, strict=True):
             if held >= size:
                 raise UserError(
@@ -79,7 +62,7 @@ class CachedData(TrainingData):
         self.order = BlockOrder(train_sizes, held_out, given_weights(args.corpora), args.seed)
         self.num_train = self.order.num_train
         corpora, blocks = self.order.held_out()
-        if args.eval_corpora:
+        if is_apart:
             held_out = list(map(min, self.apportion_eval_blocks(args.eval_corpora, eval_sizes), eval_sizes))
             corpora, blocks = BlockOrder(eval_sizes, held_out, None, args.seed).held_out()
             corpora += len(args.corpora)
@@ -128,14 +111,8 @@ class CachedData(TrainingData):
         self, rank: Rank, resume: Resume, last_update: int, is_stopping: Callable[[], bool]
     ) -> Generator[UpdateData]:
         """Yield what a process has of each update, by its number alone; data is there soon or never."""
-        batches = MicroBatches(
-            locate=self.order.locate,
-            example=self.example,
-            collator=self.preprocessor.train_collator,
-            batch_size=self.args.train_batch_size,
-            micro_batch_size=self.args.per_device_train_batch_size,
-            rank=rank,
-        )
+        sizes = self.args.train_batch_size, self.args.per_device_train_batch_size
+        batches = MicroBatches(self.order.locate, self.example, self.preprocessor.train_collator, *sizes, rank)
         for micro_batches, rows in batches.iterate(resume.first_update, last_update, self.args.dataloader_num_workers):
             yield UpdateData(micro_batches, Counts.of_rows(rows, len(self.names)))
 

@@ -15,9 +15,9 @@ import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,6 +46,7 @@ SAMPLE_BATCH_BYTES = 1_000_000  # of texts that a sample yields together
 RETRY_SECONDS = (1, 5, 30, 120, 300)  # waits before a source that failed is opened again
 
 Record = str | UserError  # a text, or why a record has none
+Item = TypeVar("Item")
 
 
 class SourceError(UserError):
@@ -67,21 +68,13 @@ WHOLE = Part()
 
 
 class Source(ABC):
-    """A corpus as shards of records.
-
-    Attributes:
-        corpus: the arguments that it was opened with.
-        num_shards: how many shards there are, in a fixed order.
-        revision: the commit of a hub data set.
-        passing_errors: errors that may be gone at the next try.
-        shard_bytes: the size of each shard on disk; empty if not known.
-    """
+    """A corpus as shards of records."""
 
     corpus: CorpusArguments
-    num_shards: int
-    shard_bytes: tuple[int, ...] = ()
-    revision: str | None = None
-    passing_errors: type[Exception] = OSError
+    num_shards: int  # in a fixed order
+    shard_bytes: tuple[int, ...] = ()  # on disk; empty if not known
+    revision: str | None = None  # the commit of a hub data set
+    passing_errors: type[Exception] = OSError  # that may be gone at the next try
 
     @abstractmethod
     def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, Record]]:
@@ -100,32 +93,28 @@ class Source(ABC):
             UserError: a file is damaged, and would be the next time too.
             SourceError: the source goes on failing.
         """
-        waits, retries = iter(RETRY_SECONDS), 0
+        retries = 0
         while True:
             try:
                 for index, text in self.records(shard, first, part):
                     yield index, text
-                    first, waits, retries = index + 1, iter(RETRY_SECONDS), 0
+                    first, retries = index + 1, 0
                 return
             except UserError:
                 raise
             except self.passing_errors as error:
                 place = f"corpus {self.corpus.name!r}: {self.corpus.path}, shard {shard}, record {first}"
                 problem = describe_error(error)
-                if (wait := next(waits, None)) is None or STOP_WAITING.is_set():
+                if retries == len(RETRY_SECONDS) or STOP_WAITING.is_set():
                     raise SourceError(f"{place} cannot be read, after {retries} retries: {problem}") from error
-                print(f"{place} cannot be read: {problem}; opening it again in {wait} s", flush=True)
-                STOP_WAITING.wait(wait)
+                seconds = RETRY_SECONDS[retries]
+                print(f"{place} cannot be read: {problem}; opening it again in {seconds} s", flush=True)
+                STOP_WAITING.wait(seconds)
                 retries += 1
 
 
 class LocalSource(Source):
-    """A corpus of local files. A file is a shard; small ones that follow each other are one together.
-
-    Args:
-        corpus: the arguments that it was opened with.
-        files: in their order.
-    """
+    """A corpus of local files. A file is a shard; small ones that follow each other are one together."""
 
     def __init__(self, corpus: CorpusArguments, files: list[Path]) -> None:
         self.corpus = corpus
@@ -144,38 +133,33 @@ class LocalSource(Source):
 
     def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, Record]]:
         """Yield what `read` does, without its retries."""
-        files = self.shards[shard]
-        start = 0
+        files, start = self.shards[shard], 0
         for file in files:
             # Only a file that is a shard by itself can skip records: where another's numbers start is known by reading.
             skip = first if len(files) == 1 else 0
-            read, parse = self.reader(file)
+            read, unit, parse = self.reader(file)
             number = skip - 1
             try:
                 for number, raw in enumerate(read(file, skip), start=skip):
                     if start + number >= first and part.has(start + number):
                         try:
-                            yield start + number, parse(raw, file, number)
+                            yield start + number, parse(raw, f"{file}, {unit} {number + 1}")
                         except UserError as error:
                             yield start + number, error
-            except UserError:
-                raise
             except (EOFError, pa.ArrowException, OSError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno is not None:
+                if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno is not None):
                     raise  # the disk's error; a decompressor's has no number
                 raise damaged_file(file, error) from None
             start += number + 1
 
-    def reader(self, file: str) -> tuple[Callable[[str, int], Iterator[Any]], Callable[[Any, str, int], str]]:
-        """Choose how the raw records of a file are read from a number on, and how one of them is parsed."""
+    def reader(self, file: str) -> tuple[Callable[[str, int], Iterator[bytes]], str, Callable[[bytes, str], str]]:
+        """Choose how the raw records of a file are read from a number on, what one is called, and how it is parsed."""
         column = self.corpus.text_column
         if file.endswith(TABLES):
-            return functools.partial(read_table, column=column), parse_row
+            return functools.partial(read_table, column=column), "row", decode
         if Path(file.removesuffix(packing_of(file))).suffix in LINES:
-            return read_lines, functools.partial(parse_line, column=column)
-        if self.corpus.sample_by == "paragraph":
-            return read_paragraphs, parse_text
-        return read_whole, parse_text
+            return read_lines, "line", functools.partial(parse_line, column=column)
+        return (read_paragraphs if self.corpus.sample_by == "paragraph" else read_whole), "document", decode
 
 
 class HubSource(Source):
@@ -202,12 +186,9 @@ class HubSource(Source):
 
 
 def local_files(corpus: CorpusArguments) -> list[Path] | None:
-    """List the local files of a corpus, sorted, or return None when its path is a hub data set id.
-
-    Raises:
-        UserError: the path neither exists nor is a hub id, or holds no file that can be read.
-    """
+    """List the local files of a corpus, sorted, or return None for a hub id; raise a `UserError` if it is neither."""
     path = Path(corpus.path).expanduser()
+    place = f"`path` of corpus {corpus.name!r}: {corpus.path}"
     if path.is_file():
         files = [path]
     elif path.is_dir():
@@ -219,14 +200,11 @@ def local_files(corpus: CorpusArguments) -> list[Path] | None:
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", corpus.path) and not corpus.path.endswith(SUFFIXES):
         return None
     else:
-        remedy = "give a file, a folder, a pattern or the id of a hub data set"
-        raise UserError(f"`path` of corpus {corpus.name!r}: {corpus.path} does not exist; {remedy}")
-    suffixes = ", ".join(SUFFIXES)
-    if not files:
-        raise UserError(f"`path` of corpus {corpus.name!r}: {corpus.path} holds no file that ends in one of {suffixes}")
-    for file in files:
-        if not file.name.endswith(SUFFIXES):
-            raise UserError(f"`path` of corpus {corpus.name!r}: {file} does not end in one of {suffixes}")
+        raise UserError(f"{place} does not exist; give a file, a folder, a pattern or the id of a hub data set")
+    wrong = [file for file in files if not file.name.endswith(SUFFIXES)]
+    if wrong or not files:
+        problem = f"holds {wrong[0]}, which does not end" if wrong else "holds no file that ends"
+        raise UserError(f"{place} {problem} in one of {', '.join(SUFFIXES)}")
     return files
 
 
@@ -269,25 +247,27 @@ def read_whole(file: str, skip: int) -> Iterator[bytes]:
     """Yield a whole file as its only record, unless that is skipped."""
     if not skip:
         with open_bytes(file) as stream:
-            yield stream.read()
+            yield stream.read().removeprefix(BYTE_ORDER_MARK)
 
 
 def read_paragraphs(file: str, skip: int) -> Iterator[bytes]:
     """Yield what stands between blank lines, but the first `skip` of these paragraphs."""
     with open_bytes(file) as stream:
         groups = itertools.groupby(stream, key=lambda line: not line.strip())
-        yield from itertools.islice((b"".join(lines) for is_blank, lines in groups if not is_blank), skip, None)
+        paragraphs = (b"".join(lines).removeprefix(BYTE_ORDER_MARK) for is_blank, lines in groups if not is_blank)
+        yield from itertools.islice(paragraphs, skip, None)
 
 
-def read_table(file: str, skip: int, column: str) -> Iterator[bytes | None]:
+def read_table(file: str, skip: int, column: str) -> Iterator[bytes]:
     """Yield the rows of a Parquet or Arrow file but the first `skip`, of which whole row groups are not even read."""
+    groups: list[tuple[int, Callable[[], Iterable[pa.RecordBatch]]]]  # rows of each, and how to read them
     if file.endswith(".parquet"):
         table = pq.ParquetFile(file)
         check_column(table.schema_arrow, file, column)
-        sizes = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
-
-        def rows(number: int) -> Iterator[pa.RecordBatch]:
-            return table.iter_batches(BATCH_ROWS, row_groups=[number], columns=[column])
+        groups = [
+            (table.metadata.row_group(n).num_rows, functools.partial(table.iter_batches, BATCH_ROWS, [n], [column]))
+            for n in range(table.num_row_groups)
+        ]
     else:
         source = pa.memory_map(file)
         try:
@@ -296,27 +276,17 @@ def read_table(file: str, skip: int, column: str) -> Iterator[bytes | None]:
             source.seek(0)
             reader = pa.ipc.open_stream(source)  # what `datasets` writes
         check_column(reader.schema, file, column)
-        batches = reader.read_all().select([column]).to_batches()
-        sizes = [len(batch) for batch in batches]
-
-        def rows(number: int) -> Iterator[pa.RecordBatch]:
-            return (batches[number].slice(start, BATCH_ROWS) for start in range(0, sizes[number], BATCH_ROWS))
-
-    for number, size in enumerate(sizes):
-        if skip >= size:
-            skip -= size
-            continue
-        values = (value for batch in rows(number) for value in as_bytes(batch.column(0)).to_pylist())
-        yield from itertools.islice(values, skip, None)
-        skip = 0
+        tables = [pa.Table.from_batches([batch]) for batch in reader.read_all().select([column]).to_batches()]
+        groups = [(len(table), functools.partial(table.to_batches, BATCH_ROWS)) for table in tables]
+    for size, read in groups:
+        if skip < size:
+            values = (value or b"" for batch in read() for value in as_bytes(batch.column(0)).to_pylist())
+            yield from itertools.islice(values, skip, None)
+        skip = max(0, skip - size)
 
 
 def as_bytes(texts: pa.Array) -> pa.Array:
-    """View texts as bytes: not every writer checks its UTF-8, and what is passed over need not be decoded.
-
-    Raises:
-        pa.ArrowInvalid: the file is damaged and would send the reader to positions outside of it.
-    """
+    """View texts as bytes, since not every writer checks its UTF-8; raise an Arrow error where the file is damaged."""
     values = texts.view(BYTES_TYPES[texts.type])
     values.validate(full=True)
     return values
@@ -331,16 +301,6 @@ def check_column(schema: pa.Schema, place: str, column: str) -> None:
         raise UserError(f"{place}: column {column!r} is {kind}, not text; set the corpus's `text_column`")
 
 
-def parse_row(value: bytes | None, file: str, number: int) -> str:
-    """Return the text of a table's row, "" for a null."""
-    return decode(value or b"", f"{file}, row {number + 1}")
-
-
-def parse_text(raw: bytes, file: str, number: int) -> str:
-    """Return the text of a document of a text file."""
-    return decode(raw.removeprefix(BYTE_ORDER_MARK), f"{file}, document {number + 1}")
-
-
 def decode(raw: bytes, place: str) -> str:
     """Decode UTF-8, or raise a `UserError` that names the place."""
     try:
@@ -349,16 +309,14 @@ def decode(raw: bytes, place: str) -> str:
         raise UserError(f"{place} is not valid UTF-8 at byte {error.start} of it; correct or remove it") from None
 
 
-def parse_line(line: bytes, file: str, number: int, column: str) -> str:
+def parse_line(line: bytes, place: str, column: str) -> str:
     """Return the text of one JSON line, "" for a blank line or a null."""
-    place = f"{file}, line {number + 1}"
     line = line.removeprefix(BYTE_ORDER_MARK)
     if not line.strip():
         return ""
+    decoded = decode(line, place)
     try:
-        record = json.loads(decode(line, place))
-    except UserError:
-        raise
+        record = json.loads(decoded)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is not a JSON object ({error}); write one object a line") from None
     if not isinstance(record, dict):
@@ -400,16 +358,9 @@ def open_hub_corpus(corpus: CorpusArguments) -> tuple[IterableDataset, str | Non
 
 
 def check_corpus(corpus: CorpusArguments, max_unreadable: int = 0) -> None:
-    """Read one document of a corpus, before anything expensive.
-
-    Args:
-        corpus: the arguments to open it with.
-        max_unreadable: malformed documents that may stand before it.
-
-    Raises:
-        UserError: the corpus cannot be opened or read, or holds no text.
-    """
+    """Read a document of a corpus, after at most `max_unreadable` malformed ones; raise a `UserError` if that fails."""
     source = open_source(corpus)
+    place = f"corpus {corpus.name!r}: {corpus.path}"
     for shard in range(source.num_shards):
         try:
             for _, text in source.records(shard, 0, WHOLE):
@@ -422,19 +373,16 @@ def check_corpus(corpus: CorpusArguments, max_unreadable: int = 0) -> None:
         except UserError:
             raise
         except Exception as error:
-            problem = f"corpus {corpus.name!r}: {corpus.path} cannot be read: {describe_error(error)}"
-            raise UserError(problem) from error
-    raise UserError(f"corpus {corpus.name!r}: {corpus.path} holds no text; give documents that are not empty")
+            raise UserError(f"{place} cannot be read: {describe_error(error)}") from error
+    raise UserError(f"{place} holds no text; give documents that are not empty")
 
 
 def corpus_bytes(corpus: CorpusArguments) -> float:
     """Estimate a corpus's bytes of text without reading it: the default weight where tokens are not counted.
 
-    Raises:
-        UserError: the size of a hub data set is not published.
+    A hub data set that does not publish its size raises a `UserError`.
     """
-    files = local_files(corpus)
-    if files is not None:
+    if (files := local_files(corpus)) is not None:
         return sum(file_bytes(str(file), corpus.text_column) for file in files)
     splits = open_hub_corpus(corpus)[0].info.splits or {}
     if corpus.split not in splits or not splits[corpus.split].num_bytes:
@@ -468,30 +416,35 @@ def sample_texts(corpora: list[CorpusArguments], max_bytes: int) -> Iterator[tup
     """
     weights = [corpus_bytes(c) if c.weight is None else c.weight for c in corpora]
     for corpus, weight in zip(corpora, weights, strict=True):
-        source = open_source(corpus)
-        left = int(max_bytes * weight / sum(weights))
-        batch: list[str] = []
-        batch_bytes = 0
-        for shard in range(source.num_shards):
-            for text, size in take_bytes(source.read(shard), left // (source.num_shards - shard)):
-                batch.append(text)
-                batch_bytes += size
-                left -= size
-                if batch_bytes >= SAMPLE_BATCH_BYTES:
-                    yield corpus.name, batch, batch_bytes
-                    batch, batch_bytes = [], 0
-        if batch:
-            yield corpus.name, batch, batch_bytes
+        texts = take_bytes(open_source(corpus), int(max_bytes * weight / sum(weights)))
+        for batch in group_by_size(texts, lambda text: text[1], SAMPLE_BATCH_BYTES):
+            yield corpus.name, [text for text, _ in batch], sum(size for _, size in batch)
 
 
-def take_bytes(records: Iterator[tuple[int, Record]], max_bytes: int) -> Iterator[tuple[str, int]]:
-    """Yield (text, its bytes) from the head of a shard, `max_bytes` in all; the last text is cut to fit."""
-    for _, text in records:
-        if isinstance(text, UserError):
-            raise text
-        encoded = text.encode()[:max_bytes]
-        max_bytes -= len(encoded)
-        if encoded:
-            yield encoded.decode(errors="ignore"), len(encoded)
-        if not max_bytes:
-            return
+def take_bytes(source: Source, max_bytes: int) -> Iterator[tuple[str, int]]:
+    """Yield (text, its bytes) from the heads of all shards, `max_bytes` in all; a shard's last text is cut to fit."""
+    for shard in range(source.num_shards):
+        share = max_bytes // (source.num_shards - shard)
+        for _, text in source.read(shard):
+            if isinstance(text, UserError):
+                raise text
+            encoded = text.encode()[:share]
+            share -= len(encoded)
+            max_bytes -= len(encoded)
+            if encoded:
+                yield encoded.decode(errors="ignore"), len(encoded)
+            if not share:
+                break
+
+
+def group_by_size(items: Iterable[Item], size_of: Callable[[Item], int], limit: int) -> Iterator[list[Item]]:
+    """Group items that follow each other; a group ends once their sizes reach the limit."""
+    group, size = [], 0
+    for item in items:
+        group.append(item)
+        size += size_of(item)
+        if size >= limit:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

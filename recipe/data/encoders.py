@@ -12,11 +12,12 @@ import numpy as np
 
 from recipe.base.errors import UserError
 from recipe.base.workers import start_worker
-from recipe.data.corpora import Record
+from recipe.data.corpora import Record, group_by_size
 from recipe.data.hygiene import Decontaminator, DocumentFilter, text_checksum
 from recipe.data.tokenizer import DocumentEncoder
 
-RUN_CHARACTERS, RUN_RECORDS = 500_000, 1000  # that a worker encodes and sends together; either is enough
+RUN_CHARACTERS = 500_000  # that a worker encodes and sends together
+RECORD_CHARACTERS = 500  # that each record of a run counts in addition to its own
 
 EncodedDocument = tuple[np.ndarray, np.ndarray, int]  # its ids, sentence ends and the checksum of its text
 Encoded = tuple[Counter[str], list[EncodedDocument]]  # a run of records: what was counted, and the documents
@@ -46,21 +47,17 @@ class RunEncoder:
 class Encoders:
     """A pool that turns runs of records into tokens, several at a time, in their order.
 
-    Whoever is free takes the next run: documents are of very different lengths, and there may be few in a shard.
-
-    Args:
-        encode_run: what is done with a run.
-        num_workers: processes to do it with; None: two threads of this one, so that while the tokenizer's own threads
-            work on one run the sentences of another are found.
+    Whoever is free takes the next run: documents are of very different lengths, and there may be few in a shard. With
+    `num_workers` None, two threads of this process do it: while the tokenizer's own threads work on one run, the
+    sentences of another are found.
     """
-
-    pool: Executor
-    encode: Callable[[list[Record]], Encoded]
 
     def __init__(self, encode_run: RunEncoder, num_workers: int | None) -> None:
         self.ahead = 2 * (num_workers or 1)
+        self.encode: Callable[[list[Record]], Encoded] = encode_run
+        self.pool: Executor
         if num_workers is None:
-            self.encode, self.pool = encode_run, ThreadPoolExecutor(2)
+            self.pool = ThreadPoolExecutor(2)
         else:
             self.encode = encode_in_worker
             self.pool = ProcessPoolExecutor(num_workers, initializer=start_encoder, initargs=(encode_run,))
@@ -77,11 +74,7 @@ class Encoders:
                 self.pool.shutdown(cancel_futures=True)
 
     def map(self, runs: Iterator[list[Record]]) -> Iterator[Encoded]:
-        """Encode runs, and yield them in their order.
-
-        Raises:
-            UserError: a worker process was killed.
-        """
+        """Encode runs, and yield them in their order; raise a `UserError` if a worker process was killed."""
         pending: deque[Future] = deque()
         try:
             for run in runs:
@@ -99,16 +92,11 @@ class Encoders:
 
 def runs_of(records: Iterable[tuple[int, Record]]) -> Iterator[list[Record]]:
     """Group records that follow each other until they have some hundred thousand characters."""
-    run: list[Record] = []
-    size = 0
-    for _, record in records:
-        run.append(record)
-        size += len(record) if isinstance(record, str) else 0
-        if size >= RUN_CHARACTERS or len(run) >= RUN_RECORDS:
-            yield run
-            run, size = [], 0
-    if run:
-        yield run
+    return group_by_size(
+        (record for _, record in records),
+        lambda record: RECORD_CHARACTERS + (len(record) if isinstance(record, str) else 0),
+        RUN_CHARACTERS,
+    )
 
 
 def start_encoder(encode_run: RunEncoder) -> None:

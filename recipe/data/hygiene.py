@@ -51,7 +51,6 @@ class Decontaminator:
                 raise UserError(f"`decontaminate_against`: {pattern} matches no file; correct it or leave it out")
             for file in files:
                 self.add_file(file)
-        self.table = np.zeros(2**TABLE_BITS if patterns else 0, bool)
         if not patterns:
             return
         if not self.overlaps:
@@ -59,6 +58,7 @@ class Decontaminator:
                 f"`decontaminate_against`: no sentence in {', '.join(patterns)} has {MIN_OVERLAP_WORDS} words or more; "
                 "give files that hold the test sets' sentences"
             )
+        self.table = np.zeros(2**TABLE_BITS, bool)
         beginnings = {overlap[:MIN_OVERLAP_WORDS] for overlap in self.overlaps}
         self.table[self.hash(*np.array(sorted(beginnings), np.uint64).T)] = True
 
@@ -120,21 +120,15 @@ class DocumentFilter:
     counts: Counter[str] = field(default_factory=Counter)  # `documents`, `empty`, `unreadable`, `contaminated`
 
     def accepts(self, text: str | UserError) -> TypeGuard[str]:
-        """Say whether a document can be trained on, and count it.
-
-        Raises:
-            UserError: it is malformed, and one too many of them.
-        """
+        """Say whether a document can be trained on, and count it; raise a `UserError` at one malformed too many."""
         if isinstance(text, UserError):
             self.counts["unreadable"] += 1
             if self.counts["unreadable"] <= MAX_PRINTED_DOCUMENTS:
                 print(f"passed over a malformed document: {text}", flush=True)
             check_unreadable(self.name, self.counts["unreadable"], self.max_unreadable, str(text))
             return False
-        if not text or text.isspace():
-            kind = "empty"
-        else:
-            kind = "contaminated" if self.decontaminator.is_contaminated(text) else "documents"
+        is_empty = not text or text.isspace()
+        kind = "empty" if is_empty else "contaminated" if self.decontaminator.is_contaminated(text) else "documents"
         self.counts[kind] += 1
         return kind == "documents"
 
@@ -154,11 +148,7 @@ def text_checksum(text: str) -> int:
 
 
 def find_copies(checksums: np.ndarray) -> np.ndarray:
-    """Say which documents have the checksum of an earlier one, with 24 bytes a document beside the input.
-
-    Returns:
-        (documents,) bool.
-    """
+    """Say which documents, (documents,) bool, have the checksum of an earlier one, with 24 bytes each of memory."""
     order = np.argsort(checksums, kind="stable")
     ordered = checksums[order]
     is_copy = np.zeros(len(checksums), bool)

@@ -39,20 +39,13 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
     tokens: a `<pad>` inside a sentence would shift RoBERTa's positions. `position_ids` are given. There is no
     `attention_mask` when no row has padding. `tokenizer.pad` is never called.
     Departure from fairseq: `<s>` and `</s>` are never masked.
-
-    Attributes:
-        max_seq_length: tokens in a row; shorter blocks are padded, longer ones of one part cut.
-        seed: of the run.
-        packing: the format of the blocks, which decides what beside ids and labels a batch has.
-        masking: `dynamic`, or `static`: the masks of a visit are those of ten visits before.
-        first_position: number of a row's first position. Padding has the number before it (RoBERTa: the pad token's
-            id), if there is one.
     """
 
-    max_seq_length: int = 512
+    max_seq_length: int = 512  # tokens in a row; shorter blocks are padded, longer ones of one part cut
     seed: int = 0
-    packing: str = "full_sentences"
-    masking: str = "dynamic"
+    packing: str = "full_sentences"  # decides what a batch has beside ids and labels
+    masking: str = "dynamic"  # or `static`: the masks of a visit are those of ten visits before
+    # Number of a row's first position. Padding has the number before it (RoBERTa: the pad token's id), if there is one.
     first_position: int = 2
 
     def __post_init__(self) -> None:
@@ -64,12 +57,11 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
     def __call__(
         self, examples: Sequence[dict[str, Any]], return_tensors: str | None = None
     ) -> dict[str, torch.Tensor]:
-        """Collate and mask examples.
+        """Collate and mask examples, always to PyTorch's tensors.
 
         Args:
             examples: `input_ids` ((length,) integers, special tokens included), `corpus`, `block`, `visit` (int), and
                 `spans` ((parts,) integers), the lengths of its parts, `label` of a pair and `documents` that end in it.
-            return_tensors: no effect; PyTorch's, always.
 
         Returns:
             `input_ids`, `labels` (-100 where nothing is predicted), `position_ids`: (batch, max_seq_length) int64;
@@ -79,29 +71,25 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         """
         examples = [self.cut(example) for example in examples]
         lengths = np.array([len(example["input_ids"]) for example in examples])
-        input_ids = np.full((len(examples), self.max_seq_length), self.tokenizer.pad_token_id, np.int64)
-        for row, example in zip(input_ids, examples, strict=True):
-            row[: len(example["input_ids"])] = example["input_ids"]
         corpora, blocks, visits, documents = (
             np.array([example[name] for example in examples]) for name in ("corpus", "block", "visit", "documents")
         )
         positions = np.arange(self.max_seq_length)
         is_text = positions < lengths[:, None]
+        input_ids = np.full(is_text.shape, self.tokenizer.pad_token_id, np.int64)
+        input_ids[is_text] = np.concatenate([example["input_ids"] for example in examples])
         row_keys = hash64(self.seed, corpora, blocks, visits % STATIC_MASKS if self.masking == "static" else visits)
         labels = self.mask_tokens(input_ids, row_keys)
         batch = {"input_ids": input_ids, "labels": labels}
         if self.packing == "doc_sentences":
-            batch["document_ids"] = self.number_parts(examples, first=1)
-            starts = np.zeros_like(input_ids)
-            for row, example in zip(starts, examples, strict=True):
-                ends = np.cumsum(example["spans"])
-                row[: ends[-1]] = np.repeat(ends - example["spans"], example["spans"])
-            positions = positions - starts
+            numbers = batch["document_ids"] = number_parts(examples, is_text)
+            starts = np.where(np.diff(numbers, prepend=0) != 0, positions, 0)
+            positions = positions - np.maximum.accumulate(starts, axis=1)
         elif not is_text.all():
             batch["attention_mask"] = is_text.astype(np.int64)
         pairs = np.zeros_like(lengths)
         if self.packing in PAIR_PACKINGS:
-            batch["token_type_ids"] = self.number_parts(examples, first=0)
+            batch["token_type_ids"] = np.maximum(number_parts(examples, is_text) - 1, 0)
             batch["pair_label"] = np.array([example["label"] for example in examples])
             pairs = batch["pair_label"] != -100
         batch["position_ids"] = np.where(is_text, positions + self.first_position, max(0, self.first_position - 1))
@@ -115,29 +103,13 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         """Cut a block that is too long to its head, between `<s>` and `</s>` as the whole was."""
         if len(example["input_ids"]) <= self.max_seq_length:
             return example
-        head, separator = example["input_ids"][: self.max_seq_length].copy(), self.tokenizer.sep_token_id
-        head[-1] = separator
-        documents = int(np.count_nonzero(head[:-1] == separator))
+        head = example["input_ids"][: self.max_seq_length].copy()
+        head[-1] = self.tokenizer.sep_token_id
+        documents = int(np.count_nonzero(head[:-1] == head[-1]))
         return example | {"input_ids": head, "spans": np.array([len(head)], np.int32), "documents": documents}
 
-    def number_parts(self, examples: Sequence[dict[str, Any]], first: int) -> np.ndarray:
-        """Return (batch, max_seq_length) int64: which part of its row a position is in, from `first`; 0 at padding."""
-        numbers = np.zeros((len(examples), self.max_seq_length), np.int64)
-        for row, example in zip(numbers, examples, strict=True):
-            parts = np.repeat(np.arange(first, first + len(example["spans"])), example["spans"])
-            row[: len(parts)] = parts
-        return numbers
-
     def mask_tokens(self, input_ids: np.ndarray, row_keys: np.ndarray) -> np.ndarray:
-        """Mask tokens in place.
-
-        Args:
-            input_ids: (batch, length) int64.
-            row_keys: (batch,) uint64, what the choices of a row are drawn from.
-
-        Returns:
-            (batch, length) int64 labels.
-        """
+        """Mask (batch, length) int64 tokens in place by the (batch,) uint64 keys of the rows, and return the labels."""
         maskable = ~self.is_special[input_ids]
         rounding = uniform(hash64(row_keys, MaskingPurpose.COUNT))
         counts = (self.mlm_probability * maskable.sum(1) + rounding).astype(np.int64)
@@ -160,3 +132,11 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         drawn = hash64(row_keys[rows], MaskingPurpose.TOKEN, columns) % np.uint64(len(self.ordinary_ids))
         input_ids[rows, columns] = self.ordinary_ids[drawn]
         return labels
+
+
+def number_parts(examples: Sequence[dict[str, Any]], is_text: np.ndarray) -> np.ndarray:
+    """Return, in the shape of `is_text`, int64, which part of its row a position is in, from 1 on; 0 at padding."""
+    spans = [example["spans"] for example in examples]
+    numbers = is_text.astype(np.int64)
+    numbers[is_text] = np.repeat(np.concatenate([np.arange(1, 1 + len(own)) for own in spans]), np.concatenate(spans))
+    return numbers

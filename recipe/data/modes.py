@@ -10,13 +10,8 @@ from recipe.data.streamed import StreamedData
 def open_data(args: PretrainArguments, preprocessor: Preprocessor, process_index: int = 0) -> TrainingData:
     """Open the corpora; in cached mode, make what is not there yet of their token stores.
 
-    Args:
-        args: of the run.
-        preprocessor: what the corpora are encoded and packed with.
-        process_index: of this process among all that make the stores together.
-
     Raises:
-        UserError: a corpus that cannot be read, or is too small for what the run asks for; a full disk.
+        UserError: a corpus that cannot be read, or is too small for the run and what it holds out; a full disk.
     """
     if args.streaming:
         return StreamedData(args, preprocessor)

@@ -3,8 +3,6 @@
 import bisect
 import hashlib
 import itertools
-import os
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from recipe.arguments.pretraining import PAIR_PACKINGS
-from recipe.base.files import sync
+from recipe.base.files import replace_folder
 from recipe.base.hashing import digest
 from recipe.base.progress import progress_bar
 from recipe.base.workers import build_together
@@ -57,11 +55,9 @@ def pack_unit(ids: pa.ListArray, ends: pa.ListArray, is_kept: np.ndarray, make: 
 
 
 class PackedCorpus:
-    """A token store seen as blocks of one format and length.
+    """A complete token store seen as blocks of one format and length.
 
     Args:
-        store: the encoded corpus, complete.
-        block_format: of the view.
         copies: for each shard, which of its documents are left out as copies of others; None for no document.
     """
 
@@ -113,17 +109,12 @@ class PackedCorpus:
             documents += len(batch)
             tokens += len(unpack_list(batch["input_ids"])[0])
         packed = Packed(*map(np.concatenate, zip(*units, strict=True)))
-        for leftover in self.path.glob(f".{self.folder(shard).name}.*"):  # of a killed process
-            shutil.rmtree(leftover)
-        temporary = self.path / f".{self.folder(shard).name}.{os.getpid()}"
-        temporary.mkdir()
-        for name, array in packed._asdict().items():
-            array.astype(DTYPES[name], copy=False).tofile(temporary / f"{name}.bin")
-            sync(temporary / f"{name}.bin")
         kept_tokens = int(packed.segments["length"].sum(dtype=np.int64))
         counts = {"documents": int(is_kept.sum()), "tokens": kept_tokens, "copies": int((~is_kept).sum())}
-        write_json(temporary / "counts.json", counts)
-        temporary.rename(self.folder(shard))
+        with replace_folder(self.folder(shard)) as temporary:
+            for name, array in packed._asdict().items():
+                array.astype(DTYPES[name], copy=False).tofile(temporary / f"{name}.bin")
+            write_json(temporary / "counts.json", counts)
 
     def open(self) -> None:
         """Map the arrays of all shards into memory."""
@@ -169,15 +160,9 @@ class ShardBlocks:
             map_array(folder / f"{name}.bin", dtype) for name, dtype in DTYPES.items()
         )
 
-    def read(self, number: int) -> tuple[list[np.ndarray], np.ndarray, int]:
-        """Return the ids of each segment of a block, which of them end a document, and the block's label."""
+    def read(self, number: int) -> tuple[np.ndarray, np.ndarray, int, int]:
+        """Return what `assemble` makes a block of: its unit's ids, its segments, its label, and the unit's start."""
         first = int(self.block_ends[number - 1]) if number else 0
         segments = self.segments[first : int(self.block_ends[number])]
-        starts, lengths = segments["start"].tolist(), segments["length"].tolist()
-        unit = bisect.bisect_right(self.unit_starts, starts[0]) - 1
-        base = self.unit_starts[unit]
-        ids = [
-            self.units[unit][start - base : start - base + length]
-            for start, length in zip(starts, lengths, strict=True)
-        ]
-        return ids, segments["ends_document"], int(self.labels[number])
+        unit = bisect.bisect_right(self.unit_starts, int(segments["start"][0])) - 1
+        return self.units[unit], segments, int(self.labels[number]), self.unit_starts[unit]

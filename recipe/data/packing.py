@@ -50,11 +50,9 @@ class BlockFormat:
     seed: int  # of what is random about pairs
 
     def pack(self, document_ends: np.ndarray, sentence_ends: np.ndarray) -> Packed:
-        """Cut a unit into blocks.
+        """Cut a unit into blocks, given the ends of its documents and sentences in tokens.
 
-        Args:
-            document_ends: (documents,) int64, ascending and distinct, in tokens of the unit.
-            sentence_ends: (sentences,) int64, ascending and distinct; every document's end is among them.
+        Both are (n,) int64, ascending and distinct; every document's end is a sentence's too.
         """
         if self.packing == "full_sentences":
             block_ends = pack_full_sentences(document_ends, sentence_ends, self.max_seq_length - 2)
@@ -71,23 +69,22 @@ class BlockFormat:
             return swap(middles, ends, document_ends, self.seed)
         return pair_up(middles, ends, document_ends, room, self.seed)
 
-    def assemble(self, ids: list[np.ndarray], ends_document: np.ndarray, label: int) -> Block:
-        """Put the special tokens around and between the segments of a block.
+    def assemble(self, tokens: np.ndarray, segments: np.ndarray, label: int, first: int = 0) -> Block:
+        """Put the special tokens around and between the segments of a block, given the tokens of its unit.
 
         Args:
-            ids: the tokens of its segments, all of one dtype.
-            ends_document: which of them end a document.
-            label: of a pair.
+            first: where the unit starts, in the positions of the segments.
         """
         cls, sep = [self.cls_token_id], [self.sep_token_id]
         is_one_part = self.packing in ONE_PART_PACKINGS
         # The second part of a pair begins with the second `</s>` of RoBERTa, or with nothing.
         before = [] if is_one_part else sep * (self.pair_special_tokens - 3) if self.packing in PAIR_PACKINGS else cls
+        bounds = zip((segments["start"] - first).tolist(), segments["length"].tolist(), strict=True)
         parts: list[tuple[np.ndarray | list[int], ...]]
-        parts = [(before if number else cls, segment, sep) for number, segment in enumerate(ids)]
-        input_ids = np.concatenate([piece for part in parts for piece in part], dtype=ids[0].dtype, casting="unsafe")
+        parts = [(before if n else cls, tokens[start : start + size], sep) for n, (start, size) in enumerate(bounds)]
+        input_ids = np.concatenate([piece for part in parts for piece in part], dtype=tokens.dtype, casting="unsafe")
         spans = [len(input_ids)] if is_one_part else [sum(map(len, part)) for part in parts]
-        return Block(input_ids, np.array(spans, np.int32), label, int(np.count_nonzero(ends_document)))
+        return Block(input_ids, np.array(spans, np.int32), label, int(np.count_nonzero(segments["ends_document"])))
 
 
 def starts_of(ends: np.ndarray) -> np.ndarray:
@@ -99,10 +96,8 @@ def pack_full_sentences(document_ends: np.ndarray, sentence_ends: np.ndarray, ro
     """Pack FULL-SENTENCES: as many whole sentences as fit, across the ends of documents.
 
     A block is closed when the next sentence does not fit; a document's end inside it costs one `</s>`. A sentence
-    longer than a block is cut into full blocks and a rest that packing goes on with.
-
-    Returns:
-        (blocks,) int64: the ends of the blocks, in tokens.
+    longer than a block is cut into full blocks and a rest that packing goes on with. Returns the ends of the blocks in
+    tokens, (blocks,) int64.
     """
     ends = cut_long(sentence_ends, room)
     # A block reaching into the next document spends one more token on the `</s>` between them: count each sentence's
@@ -219,9 +214,8 @@ def pair_segments(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut SEGMENT-PAIRs: whole sentences of one document up to a block's room, parted at a random one of their ends.
 
-    Returns:
-        (pairs,) each: where the first and the second part end. A single short sentence has no second part (its two ends
-        are the same); a single long one is parted in the middle.
+    Returns where the first and the second parts end, (pairs,) each. A single short sentence has no second part (its two
+    ends are the same); a single long one is parted in the middle.
     """
     ends = group_sentences(document_ends, sentence_ends, room)
     starts = starts_of(ends)
@@ -237,10 +231,8 @@ def pair_sentences(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut SENTENCE-PAIRs: two sentences of one document that follow each other; the last of an odd number is single.
 
-    Blocks come out much shorter than their room, so give short ones and many (the paper enlarges the batch).
-
-    Returns:
-        what `pair_segments` returns.
+    Blocks come out much shorter than their room, so give short ones and many (the paper enlarges the batch). Returns
+    what `pair_segments` returns.
     """
     ends = cut_long(sentence_ends, room // 2)
     document = np.searchsorted(document_ends, ends, side="left")
@@ -285,10 +277,10 @@ def pair_up(middles: np.ndarray, ends: np.ndarray, document_ends: np.ndarray, ro
     # Each pair has two places; those that stay empty, or whose segment went to another pair, are left out.
     segment_starts, segment_ends = np.stack([starts, middles[second_of]], 1), np.stack([middles, ends[second_of]], 1)
     segment_starts[one, 1], segment_ends[one, 1] = starts[two], ends[two]
-    is_block = np.ones(len(ends), bool)
-    is_block[two] = False
-    segment_starts, segment_ends = segment_starts[is_block], segment_ends[is_block]
-    return lay_out(segment_starts, segment_ends, labels[is_block], document_ends)
+    segment_starts, segment_ends, labels = (
+        np.delete(array, two, 0) for array in (segment_starts, segment_ends, labels)
+    )
+    return lay_out(segment_starts, segment_ends, labels, document_ends)
 
 
 def swap(middles: np.ndarray, ends: np.ndarray, document_ends: np.ndarray, seed: int) -> Packed:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.arguments.pretraining import first_position
 from recipe.base.errors import UserError
-from recipe.data.corpora import check_corpus, open_source
+from recipe.data.corpora import check_corpus, group_by_size, open_source
 from recipe.data.hygiene import Decontaminator, DocumentFilter
 from recipe.data.masking import DynamicMaskingCollator
 from recipe.data.packing import Block, BlockFormat
@@ -22,18 +22,7 @@ MIN_PAIR_SHARE = 0.05  # of the blocks, that each of the two kinds of pairs must
 
 
 class Preprocessor:
-    """What documents of a run are encoded, filtered, packed and masked with; the same in both modes.
-
-    Args:
-        args: of the run.
-        tokenizer: what the corpora are encoded with.
-
-    Attributes:
-        encoder: documents to token ids and sentence ends.
-        decontaminator: drops documents that share text with test sets.
-        format: sentences to blocks.
-        empty_block: a block with nothing to predict.
-    """
+    """What documents of a run are encoded, filtered, packed and masked with; the same in both modes."""
 
     def __init__(self, args: PretrainArguments, tokenizer: PreTrainedTokenizerFast) -> None:
         self.args = args
@@ -56,7 +45,7 @@ class Preprocessor:
         pair_special_tokens = tokenizer.num_special_tokens_to_add(pair=True)
         self.format = BlockFormat(args.packing, args.max_seq_length, *special, pair_special_tokens, args.seed)
         ids = np.array(special, self.encoder.dtype)
-        self.empty_block = Block(ids, np.array([len(ids)], np.int32), -100, 0)
+        self.empty_block = Block(ids, np.array([len(ids)], np.int32), -100, 0)  # with nothing to predict
 
     def train_collator(self, update: int) -> DynamicMaskingCollator:
         """Return the collator of an update, which cuts blocks short while the sequence length warms up."""
@@ -71,39 +60,23 @@ class Preprocessor:
         return DocumentFilter(corpus.name, self.args.max_unreadable_documents, self.decontaminator)
 
     def check_corpus(self, corpus: CorpusArguments) -> None:
-        """Read a little of a corpus, before anything expensive.
-
-        Raises:
-            UserError: it cannot be read, or has no pairs to learn from.
-        """
+        """Read a little of a corpus; raise a `UserError` if it cannot be read, or has no pairs to learn from."""
         check_corpus(corpus, self.args.max_unreadable_documents)
         if not self.args.predicts_pairs:
             return
         documents = self.document_filter(corpus)
         reader = CorpusReader(open_source(corpus), {}, self.encoder, lambda: documents, self.format)
         records = (text for shard in range(reader.source.num_shards) for _, text in reader.source.read(shard))
-        texts: list[str] = []
-        characters = 0
-        for text in records:
-            if not documents.accepts(text):
-                continue
-            texts.append(str(text)[:DOCUMENT_CHARACTERS])
-            characters += len(texts[-1])
-            if characters >= HEAD_CHARACTERS:
-                break
-        blocks, _ = reader.pack_texts(texts, reader.nothing)
+        texts = (text[:DOCUMENT_CHARACTERS] for text in records if documents.accepts(text))
+        blocks, _ = reader.pack_texts(next(group_by_size(texts, len, HEAD_CHARACTERS), []), reader.nothing)
         self.check_pairs(corpus, Counter(block.label for block in blocks), documents.counts["documents"])
 
     def check_pairs(self, corpus: CorpusArguments, labels: Counter[int], documents: int) -> None:
-        """Check that a corpus has both kinds of pairs, where pairs are learnt.
+        """Raise a `UserError` if a corpus lacks one of the two kinds of pairs, where pairs are learnt.
 
         Args:
-            corpus: that the blocks are of.
-            labels: how many blocks have which label.
+            labels: how many of its blocks have which label.
             documents: how many documents the blocks were made of.
-
-        Raises:
-            UserError: one kind is missing.
         """
         if self.args.predicts_pairs and min(labels[0], labels[1]) < MIN_PAIR_SHARE * labels.total():
             raise UserError(

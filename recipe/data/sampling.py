@@ -21,12 +21,8 @@ def permute(index: np.ndarray, size: int, *key: np.ndarray | int) -> np.ndarray:
     """Apply a keyed permutation of `range(size)` to each index.
 
     It is a Feistel network over the next power of four, walked along its cycle until it lands inside (Black and
-    Rogaway, 2002): on average fewer than four steps, and no memory.
-
-    Args:
-        index: integers in `range(size)`.
-        size: of the range.
-        key: integers, or arrays that broadcast with `index`, which choose the permutation.
+    Rogaway, 2002): on average fewer than four steps, and no memory. The keys are integers, or arrays that broadcast
+    with `index`.
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -57,13 +53,10 @@ def quotas_by_weight(weights: Sequence[float]) -> list[int]:
 
 
 def interleave(quotas: list[int]) -> np.ndarray:
-    """Make a sequence that holds corpus `c` `quotas[c]` times, each corpus evenly spread.
+    """Make an int64 sequence that holds corpus `c` `quotas[c]` times, each corpus evenly spread.
 
     Each begins at another phase (the golden ratio's multiples lie nowhere close together), or corpora of the same quota
     would all be due at the same places.
-
-    Returns:
-        (sum of quotas,) int64 corpus numbers.
     """
     phases = (0.5 + np.arange(len(quotas)) * (5**0.5 - 1) / 2) % 1
     due = np.concatenate([(np.arange(quota) + phase) / quota for quota, phase in zip(quotas, phases, strict=True)])
@@ -79,7 +72,6 @@ class BlockOrder:
         num_held_out: blocks of each corpus that are kept for evaluation; fewer than it has.
         weights: relative shares, or None for shares by size, under which all corpora end their passes together (in
             runs of over 65,536 blocks a pass: nearly).
-        seed: of the run.
     """
 
     def __init__(
@@ -96,14 +88,10 @@ class BlockOrder:
         self.pattern = interleave(quotas)
         # How many earlier places of the pattern belong to the same corpus.
         self.rank = np.empty_like(self.pattern)
-        for corpus in range(len(quotas)):
-            self.rank[self.pattern == corpus] = np.arange(quotas[corpus])
+        self.rank[np.argsort(self.pattern, kind="stable")] = np.concatenate([np.arange(quota) for quota in quotas])
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Find the blocks at positions of the run.
-
-        Args:
-            positions: (n,) integers, 0 or more, without end.
+        """Find the blocks at positions of the run, (n,) integers, 0 or more, without end.
 
         Returns:
             (n,) int64 each: corpus, visit (which pass over that corpus), block (its number in that corpus).
@@ -113,10 +101,10 @@ class BlockOrder:
         visits, within = np.divmod(cycle * self.quotas[corpora] + self.rank[place], self.num_train[corpora])
         blocks = np.empty_like(within)
         for corpus in np.unique(corpora):
-            of_corpus = corpora == corpus
-            key = (Purpose.PASS, self.seed, corpus, visits[of_corpus])
-            shuffled = permute(within[of_corpus], int(self.num_train[corpus]), *key)
-            blocks[of_corpus] = self._split(corpus, self.num_held_out[corpus] + shuffled)
+            own = corpora == corpus
+            size = int(self.num_train[corpus])
+            shuffled = permute(within[own], size, Purpose.PASS, self.seed, corpus, visits[own])
+            blocks[own] = self._split(corpus, self.num_held_out[corpus] + shuffled)
         return corpora, visits, blocks
 
     def held_out(self) -> tuple[np.ndarray, np.ndarray]:
@@ -133,10 +121,7 @@ class BlockOrder:
 class LaneOrder:
     """The order of a streamed run, whose blocks come from lanes in turn: a round is one block of each.
 
-    Args:
-        num_lanes: parts that the corpora are dealt to.
-        shares: relative shares of the corpora.
-        seed: of the run.
+    Lanes are the parts that the corpora are dealt to; the shares of the corpora are relative.
     """
 
     def __init__(self, num_lanes: int, shares: Sequence[float], seed: int) -> None:

@@ -18,7 +18,7 @@ from recipe.data.corpora import corpus_bytes, open_source
 from recipe.data.packing import Block
 from recipe.data.preprocessor import Preprocessor
 from recipe.data.sampling import LaneOrder, apportion, permute
-from recipe.data.streaming import BlockPacket, CorpusReader, LaneBuffers, Schedule, from_tensors
+from recipe.data.streaming import CorpusReader, LaneBuffers, Packets, Schedule, from_tensors
 from recipe.data.token_store import LEFT_OUT
 
 UNIGRAM_BLOCKS = 2_000  # blocks of training text that the unigram baseline is counted on; they are tokenised for it
@@ -29,25 +29,17 @@ class StreamedData(TrainingData):
     """Training and held-out blocks of a run, tokenised and packed as they are needed.
 
     Whole documents at the heads of some shards are held out; every process finds the same.
-
-    Args:
-        args: of the run.
-        preprocessor: what the corpora are encoded and packed with.
-
-    Raises:
-        UserError: a corpus that cannot be read, or has too few documents to hold some out.
     """
 
     def __init__(self, args: PretrainArguments, preprocessor: Preprocessor) -> None:
         super().__init__(args, preprocessor)
         self.quotas = given_weights(args.corpora) or list(map(corpus_bytes, args.corpora))
         self.readers = [self.open_reader(corpus) for corpus in self.corpora]
-        self.held: list[list[Block]] = [[] for _ in self.corpora]
         eval_corpora = args.eval_corpora or args.corpora
         sizes = list(map(corpus_bytes, eval_corpora)) if args.eval_corpora else self.quotas
-        first = len(self.corpora) - len(eval_corpora)
-        for corpus, num_blocks in enumerate(self.apportion_eval_blocks(eval_corpora, sizes), start=first):
-            self.read_heads(corpus, num_blocks)
+        eval_shares = self.apportion_eval_blocks(eval_corpora, sizes)
+        shares = [0] * (len(self.corpora) - len(eval_shares)) + eval_shares
+        self.held = [self.read_heads(corpus, num_blocks) for corpus, num_blocks in enumerate(shares)]
         self.hold_out(
             np.repeat(np.arange(len(self.held)), [len(blocks) for blocks in self.held]),
             np.concatenate([np.arange(len(blocks)) for blocks in self.held]),
@@ -68,14 +60,15 @@ class StreamedData(TrainingData):
         lane_characters = corpus_bytes(corpus) / self.args.num_lanes if source.shard_bytes else 0.0
         return CorpusReader(source, {}, preprocessor.encoder, documents, preprocessor.format, lane_characters)
 
-    def read_heads(self, corpus: int, num_blocks: int) -> None:
-        """Hold out blocks from the heads of some shards, and have training begin behind them.
+    def read_heads(self, corpus: int, num_blocks: int) -> list[Block]:
+        """Return blocks from the heads of some shards to hold out, and have training begin behind them.
 
         Raises:
             UserError: they take all that there is of a corpus to train on.
         """
-        reader, held = self.readers[corpus], self.held[corpus]
+        reader = self.readers[corpus]
         num_shards, num_whole = reader.source.num_shards, 0
+        held: list[Block] = []
         shards = permute(np.arange(num_shards), num_shards, Purpose.HELD_OUT_HEAD, self.args.seed, corpus).tolist()
         for number, shard in enumerate(shards):
             missing = num_blocks - len(held)
@@ -83,7 +76,7 @@ class StreamedData(TrainingData):
                 break
             # Shared evenly with the shards to come; all of it, once there have been so many.
             share = -(-missing // max(1, min(num_shards, MAX_HELD_OUT_SHARDS) - number))
-            blocks, reader.held_out[shard], is_whole = reader.read_head(shard, 0, share)
+            blocks, reader.held_out[shard], is_whole = reader.read_head(shard, share)
             held += blocks
             num_whole += is_whole
         if corpus < len(self.names) and num_whole == num_shards:
@@ -91,6 +84,7 @@ class StreamedData(TrainingData):
                 f"`eval_blocks` ({self.args.eval_blocks}) takes all of corpus {reader.source.corpus.name!r}; lower it, "
                 "or give `eval_corpora`"
             )
+        return held
 
     def block(self, corpus: int, number: int) -> Block:
         """Return a held-out block; those that are trained on have no number here."""
@@ -141,8 +135,7 @@ class StreamedData(TrainingData):
     ) -> Generator[UpdateData]:
         """Return a generator over what a process has of each update, the next of which is made ahead.
 
-        This function is none itself: worker processes are forked from the thread that asks, not from the one that
-        makes the next update.
+        It is none itself: worker processes are forked from the thread that asks, not from the one that makes updates.
         """
         own = list(range(rank.index, self.args.num_lanes, rank.world_size))
         lanes = LaneBuffers(self.readers, self.schedule, own, from_tensors(resume.lanes, own))
@@ -161,17 +154,17 @@ class StreamedData(TrainingData):
         return one_ahead(itertools.islice(made, resume.skipped_updates, None), is_stopping)
 
     def collate(
-        self, lanes: LaneBuffers, packets: Iterator[list[BlockPacket] | UserError], updates: range
+        self, lanes: LaneBuffers, packets: Iterator[Packets | UserError], updates: range
     ) -> Iterator[UpdateData]:
         """Draw, mask and count each update, from what the workers send."""
         preprocessor, size = self.preprocessor, self.args.per_device_train_batch_size
         for update in updates:
-            arrived: list[BlockPacket] = []
+            arrived: Packets = {}
             for _ in range(max(1, self.args.dataloader_num_workers)):
                 sent = next(packets)
                 if isinstance(sent, UserError):
                     raise sent
-                arrived += sent
+                arrived |= sent
             examples = [
                 # Numbers go on from pass to pass, and with them the masks.
                 block._asdict() | {"corpus": corpus, "block": number, "visit": 0}
@@ -191,7 +184,7 @@ class StreamedData(TrainingData):
         shares = apportion(UNIGRAM_BLOCKS, self.quotas)
         for reader, wanted in zip(self.readers, shares, strict=False):
             for shard in range(reader.source.num_shards if wanted else 0):
-                blocks, _, _ = reader.read_head(shard, reader.held_out.get(shard, 0), wanted)
+                blocks, _, _ = reader.read_head(shard, wanted)
                 yield from (block.input_ids for block in blocks)
                 wanted -= len(blocks)
                 if wanted <= 0:

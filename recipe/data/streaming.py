@@ -13,7 +13,8 @@ Lanes do not depend on processes or workers: a checkpoint of two processes is re
 (`datasets` does not save what is in its shuffle buffers: after a resume it fills them anew, and other blocks come.)
 """
 
-from collections import Counter, defaultdict, deque
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -33,8 +34,6 @@ from recipe.data.tokenizer import DocumentEncoder
 
 REFILL_CHARACTERS = 200_000  # read at once: some 90 blocks of 512
 MAX_EMPTY_PASSES = 20  # in a row, after which a lane gives up on a corpus
-
-ReaderKey = tuple[int, int]  # of a `LaneReader`, its state or its buffer: (lane, corpus)
 
 
 class Blocks(NamedTuple):
@@ -74,6 +73,9 @@ class Remainder(NamedTuple):
     sentence_ends: np.ndarray
 
 
+ReaderKey = tuple[int, int]  # of a `LaneReader`, its state or its buffer: (lane, corpus)
+
+
 @dataclass
 class LaneReaderState:
     """The state of a `LaneReader`, as a checkpoint holds it: its next record, and what it has read and not packed."""
@@ -89,6 +91,10 @@ class LaneReaderState:
     made: int = 0  # blocks in all passes
     passes: float = 0.0  # how many were read, the running one in part
     counts: Counter[str] = field(default_factory=Counter)  # of the document filter
+
+
+# What a worker sends: of each reader, each time some new blocks and its state after them.
+Packets = dict[ReaderKey, list[tuple[Blocks, LaneReaderState]]]
 
 
 class CorpusReader(NamedTuple):
@@ -112,16 +118,15 @@ class CorpusReader(NamedTuple):
         In formats that go on from document to document that is the last block, which more text may still fit into;
         unless `is_last`, after which there is none.
         """
-        ids, documents, sentences = [before.input_ids], [before.document_ends], [before.sentence_ends]
-        length = len(before.input_ids)
-        for document, ends in self.encoder(texts):
-            if len(document):  # a normalizer may leave nothing of a text
-                ids.append(document)
-                sentences.append(ends + length)
-                length += len(document)
-                documents.append(np.array([length]))
-        unit = Remainder(*map(np.concatenate, (ids, documents, sentences)))
-        if not length:
+        encoded = [(ids, ends) for ids, ends in self.encoder(texts) if len(ids)]  # a normalizer may leave nothing
+        starts = list(itertools.accumulate((len(ids) for ids, _ in encoded), initial=len(before.input_ids)))
+        sentence_ends = (ends + start for (_, ends), start in zip(encoded, starts, strict=False))
+        unit = Remainder(
+            np.concatenate([before.input_ids, *(ids for ids, _ in encoded)]),
+            np.concatenate([before.document_ends, np.array(starts[1:], np.int64)]),
+            np.concatenate([before.sentence_ends, *sentence_ends]),
+        )
+        if not starts[-1]:
             return [], unit
         packed = self.format.pack(unit.document_ends, unit.sentence_ends)
         ends = packed.block_ends.tolist()
@@ -133,24 +138,22 @@ class CorpusReader(NamedTuple):
                 unit.input_ids[start:].copy(),
                 *(ends_of[ends_of > start] - start for ends_of in (unit.document_ends, unit.sentence_ends)),
             )
-        blocks = []
-        for first, end, label in zip(firsts, ends, packed.labels.tolist(), strict=False):
-            segments = packed.segments[first:end]
-            starts, lengths = segments["start"].tolist(), segments["length"].tolist()
-            parts = [unit.input_ids[start : start + size] for start, size in zip(starts, lengths, strict=True)]
-            blocks.append(self.format.assemble(parts, segments["ends_document"], label))
+        blocks = [
+            self.format.assemble(unit.input_ids, packed.segments[first:end], label)
+            for first, end, label in zip(firsts, ends, packed.labels.tolist(), strict=False)
+        ]
         return blocks, rest
 
-    def read_head(self, shard: int, first: int, num_blocks: int) -> tuple[list[Block], int, bool]:
-        """Pack the documents from record `first` of a shard on.
+    def read_head(self, shard: int, num_blocks: int) -> tuple[list[Block], int, bool]:
+        """Pack the documents at the head of what is not held out of a shard.
 
         Returns:
             `num_blocks` blocks, or fewer; the record after the last one read; whether the shard was at its end.
         """
         documents, rest = self.documents(), self.nothing
         blocks: list[Block] = []
-        record = first
-        for index, text in self.source.read(shard, first):
+        record = self.held_out.get(shard, 0)
+        for index, text in self.source.read(shard, record):
             if len(blocks) >= num_blocks:
                 return blocks[:num_blocks], record, False
             record = index + 1
@@ -177,28 +180,24 @@ class LaneReader:
     def start_pass(self) -> None:
         """Deal the shards of a pass, or of what is left of it. Malformed documents are counted anew."""
         self.documents = self.reader.documents()
-        self.counted: Counter[str] = Counter()
+        self.counts_before = self.state.counts
         self.parts = self.order.deal(self.corpus, self.state.visit, self.lane, self.reader.source.num_shards)
-        self.records: Iterator[tuple[int, Record]] | None = None
+        self.records = self.read_pass()
 
-    def add_counts(self) -> None:
-        """Add what the filter has counted since the last call to the state."""
-        self.state.counts = self.state.counts + (self.documents.counts - self.counted)
-        self.counted = self.documents.counts.copy()
+    def read_pass(self) -> Iterator[tuple[int, Record]]:
+        """Read what is left of the pass, and keep in the state which shard that is."""
+        state = self.state
+        while state.ordinal < len(self.parts):
+            shard, *part = self.parts[state.ordinal]
+            first = max(state.record, self.reader.held_out.get(shard, 0))
+            yield from self.reader.source.read(shard, first, Part(*part))
+            state.record, state.ordinal = 0, state.ordinal + 1
 
     def texts(self) -> list[str]:
-        """Read the next documents, some 200,000 characters together.
-
-        Raises:
-            UserError: pass after pass there is nothing for this lane.
-        """
+        """Read the next documents, some 200,000 characters together; raise a `UserError` if no pass has any."""
         state, size = self.state, 0
         texts: list[str] = []
-        while size < REFILL_CHARACTERS:
-            if self.records is None:
-                shard, *part = self.parts[state.ordinal]
-                first = max(state.record, self.reader.held_out.get(shard, 0))
-                self.records = self.reader.source.read(shard, first, Part(*part))
+        while True:
             for index, text in self.records:
                 state.record = index + 1
                 if self.documents.accepts(text):
@@ -207,13 +206,8 @@ class LaneReader:
                     state.found += 1
                     state.characters += len(text)
                     if size >= REFILL_CHARACTERS:
-                        break
-            else:
-                self.records = None
-                state.record, state.ordinal = 0, state.ordinal + 1
-                if state.ordinal == len(self.parts):
-                    self.end_pass()
-        return texts
+                        return texts
+            self.end_pass()
 
     def end_pass(self) -> None:
         """Begin the next pass, or raise a `UserError` if too many had no document."""
@@ -221,7 +215,7 @@ class LaneReader:
         state.empty_passes = 0 if state.found else state.empty_passes + 1
         state.last_characters = state.characters
         state.visit, state.ordinal, state.found, state.characters = state.visit + 1, 0, 0, 0
-        self.add_counts()
+        state.counts = self.counts_before + self.documents.counts
         self.start_pass()
         if state.empty_passes == MAX_EMPTY_PASSES:
             raise UserError(
@@ -237,17 +231,8 @@ class LaneReader:
         expected = state.last_characters or self.reader.lane_characters
         part = state.characters / expected if expected else state.ordinal / len(self.parts)
         state.passes = state.visit + min(part, 0.999)
-        self.add_counts()
+        state.counts = self.counts_before + self.documents.counts
         return Blocks.join(blocks, self.reader.encoder.dtype), replace(state)
-
-
-class BlockPacket(NamedTuple):
-    """What a worker sends: new blocks of a `LaneReader`, and its state after them."""
-
-    lane: int
-    corpus: int
-    blocks: Blocks
-    state: LaneReaderState
 
 
 @dataclass
@@ -277,14 +262,14 @@ class LaneDataset(IterableDataset):
     held: dict[ReaderKey, int]  # how many blocks of theirs are in buffers
     updates: range  # for which to make blocks
 
-    def __iter__(self) -> Iterator[list[BlockPacket] | UserError]:
+    def __iter__(self) -> Iterator[Packets | UserError]:
         """Yield the packets of each update, or an error as it is, since one raised in a worker would lose its type."""
         worker = get_worker_info()
         lanes = self.lanes[worker.id :: worker.num_workers] if worker else self.lanes
         held = Counter(self.held)
         lane_readers: dict[ReaderKey, LaneReader] = {}
         for update in self.updates:
-            packets = []
+            packets: Packets = defaultdict(list)
             try:
                 for key in self.schedule.draws(update, lanes):
                     if key not in lane_readers:
@@ -293,8 +278,8 @@ class LaneDataset(IterableDataset):
                         state = self.states.get(key) or LaneReaderState(reader.nothing)
                         lane_readers[key] = LaneReader(reader, self.schedule.order, corpus, lane, replace(state))
                     while held[key] < self.schedule.buffer_sizes[key[1]]:
-                        packets.append(BlockPacket(*key, *lane_readers[key].refill()))
-                        held[key] += len(packets[-1].blocks.lengths)
+                        packets[key].append(lane_readers[key].refill())
+                        held[key] += len(packets[key][-1][0].lengths)
                     held[key] -= 1
             except UserError as error:
                 yield error
@@ -319,13 +304,12 @@ class Buffer:
         """Return how often the lane's part of its corpus has been drawn."""
         return self.state.passes * self.drawn / max(1, self.state.made)
 
-    def receive(self, packet: BlockPacket) -> None:
-        """Add the blocks of a packet."""
-        first = packet.state.made - len(packet.blocks.lengths)
+    def receive(self, blocks: Blocks, state: LaneReaderState) -> None:
+        """Add new blocks, after which the reader is in this state."""
         # Copies, or the last block to be drawn would keep all of its packet in memory.
-        new = [block._replace(input_ids=block.input_ids.copy()) for block in packet.blocks.split()]
-        self.blocks += enumerate(new, start=first)
-        self.state = packet.state
+        new = [block._replace(input_ids=block.input_ids.copy()) for block in blocks.split()]
+        self.blocks += enumerate(new, start=state.made - len(new))
+        self.state = state
 
     def draw(self, *key: int) -> tuple[int, Block]:
         """Take out a (number, block) that is a hash of the key and of how many were drawn before."""
@@ -349,24 +333,17 @@ class LaneBuffers:
         held = {key: len(buffer.blocks) for key, buffer in self.buffers.items()}
         return LaneDataset(self.readers, self.schedule, self.lanes, states, held, updates)
 
-    def draw(self, update: int, packets: list[BlockPacket]) -> list[tuple[int, int, Block]]:
-        """Draw the blocks of an update from these lanes.
-
-        Args:
-            update: number of the update.
-            packets: all that `pump` has made for this update.
+    def draw(self, update: int, packets: Packets) -> list[tuple[int, int, Block]]:
+        """Draw the blocks of an update from these lanes, given all packets that `pump` has made for it.
 
         Returns:
             (corpus, number, block) of each; numbers are unique in a corpus.
         """
-        arrived: dict[ReaderKey, deque[BlockPacket]] = defaultdict(deque)
-        for packet in packets:
-            arrived[packet.lane, packet.corpus].append(packet)
         drawn = []
         for lane, corpus in self.schedule.draws(update, self.lanes):
             buffer = self.buffers.setdefault((lane, corpus), Buffer(LaneReaderState(self.readers[corpus].nothing)))
             while len(buffer.blocks) < self.schedule.buffer_sizes[corpus]:
-                buffer.receive(arrived[lane, corpus].popleft())
+                buffer.receive(*packets[lane, corpus].pop(0))
             number, block = buffer.draw(self.schedule.order.seed, lane, corpus)
             drawn.append((corpus, number * self.schedule.order.num_lanes + lane, block))
         return drawn

@@ -19,9 +19,7 @@ killed process leaves its lock and all finished shards behind, and the result do
 
 import errno
 import json
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -35,11 +33,12 @@ from filelock import FileLock
 
 from recipe.arguments import CorpusArguments
 from recipe.base.errors import UserError, raising_damaged_file
-from recipe.base.files import nearest_existing_parent, sync, write_atomically
+from recipe.base.files import check_free_space, free_bytes, replace_file, write_atomically
+from recipe.base.formatting import format_bytes
 from recipe.base.hashing import digest
 from recipe.base.progress import progress_bar
 from recipe.base.workers import build_together
-from recipe.data.corpora import Source, corpus_bytes, local_files, open_source, source_fingerprint
+from recipe.data.corpora import Source, corpus_bytes, group_by_size, local_files, open_source, source_fingerprint
 from recipe.data.encoders import Encoded, EncodedDocument, Encoders, RunEncoder, runs_of
 from recipe.data.hygiene import Decontaminator, check_unreadable
 from recipe.data.tokenizer import DocumentEncoder
@@ -55,53 +54,28 @@ def write_shard(path: Path, runs: Iterator[Encoded], dtype: np.dtype) -> None:
     ids_type = pa.list_(pa.from_numpy_dtype(dtype))
     schema = pa.schema({"input_ids": ids_type, "sentence_ends": pa.list_(pa.int32()), "checksum": pa.uint64()})
     counts: Counter[str] = Counter(dict.fromkeys(("documents", "tokens", *LEFT_OUT), 0))
+
+    def documents() -> Iterator[EncodedDocument]:
+        for counted, rows in runs:
+            counts.update(counted, tokens=sum(len(ids) for ids, _, _ in rows))
+            yield from rows
+
     for leftover in path.parent.glob(f".{path.stem}.*"):  # of a killed process
         leftover.unlink()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for rows in units_of(runs, counts):
-                writer.write(to_batch(rows, schema))
-        sync(temporary)
-        temporary.rename(path)
-        write_json(path.with_suffix(".json"), dict(counts))
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def units_of(runs: Iterator[Encoded], counts: Counter[str]) -> Iterator[list[EncodedDocument]]:
-    """Group the documents of runs into units, and add to `counts` what was counted of them, and their tokens."""
-    rows: list[EncodedDocument] = []
-    size = 0
-    for counted, documents in runs:
-        counts.update(counted)
-        for row in documents:
-            rows.append(row)
-            size += len(row[0])
-            counts["tokens"] += len(row[0])
-            if size >= UNIT_TOKENS:
-                yield rows
-                rows, size = [], 0
-    if rows:
-        yield rows
+    with (
+        replace_file(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        for rows in group_by_size(documents(), lambda row: len(row[0]), UNIT_TOKENS):
+            writer.write(to_batch(rows, schema))
+    write_json(path.with_suffix(".json"), dict(counts))
 
 
 def to_batch(rows: list[EncodedDocument], schema: pa.Schema) -> pa.RecordBatch:
     """Turn encoded documents into a batch of an Arrow file."""
-    ids, ends, checksums = zip(*rows, strict=True)
-    arrays = [
-        list_array(ids, schema.field("input_ids").type),
-        list_array(ends, schema.field("sentence_ends").type),
-        pa.array(np.array(checksums, np.uint64)),
-    ]
-    return pa.record_batch(arrays, schema=schema)
-
-
-def list_array(rows: tuple[np.ndarray, ...], kind: pa.ListType) -> pa.ListArray:
-    """Join arrays to one of Arrow's, of which each is a row."""
-    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    values = np.concatenate(rows).astype(kind.value_type.to_pandas_dtype(), copy=False)
-    return pa.ListArray.from_arrays(offsets, values)
+    columns = zip(schema.types, zip(*rows, strict=True), strict=True)
+    return pa.record_batch([pa.array(values, kind) for kind, values in columns], schema=schema)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -110,13 +84,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 class TokenStore:
-    """The encoded documents of a corpus.
-
-    Args:
-        corpus: whose documents they are; its `path` may be the folder of a store itself.
-        encoder: turns the documents into tokens.
-        decontaminator: decides which documents are left out.
-        root: folder of the stores.
+    """The encoded documents of a corpus, in a folder below `root`, or in `corpus.path` if that is itself a store.
 
     Raises:
         UserError: there is no such corpus, or the store given as its path is incomplete or was made otherwise.
@@ -128,26 +96,22 @@ class TokenStore:
         self.corpus = corpus
         self.encoder = encoder
         self.decontaminator = decontaminator
-        made_with = digest(STORE_FORMAT, UNIT_TOKENS, *encoder.fingerprint, decontaminator.fingerprint)
-        given = Path(corpus.path).expanduser()
-        if (given / "store.json").is_file():
-            self.path = given
-            if read_json(given / "store.json").get("made_with") != made_with:
-                raise UserError(
-                    f"corpus {corpus.name!r}: the token store {given} was made with another tokenizer, "
-                    "`sentence_splitter`, `language` or `decontaminate_against`; give those, or the text as `path`"
-                )
-            if not self.is_complete:
-                missing = sum(not self.is_done(shard) for shard in range(self.num_shards))
-                raise UserError(
-                    f"corpus {corpus.name!r}: the token store {given} lacks {missing} of {self.num_shards} shards; "
-                    "finish it with the command that began it"
-                )
-        else:
-            fingerprint = digest(made_with, source_fingerprint(corpus))[:16]
+        self.made_with = digest(STORE_FORMAT, UNIT_TOKENS, *encoder.fingerprint, decontaminator.fingerprint)
+        self.path = Path(corpus.path).expanduser()
+        if not (self.path / "store.json").is_file():
             name = re.sub(r"[^\w.-]", "_", corpus.name)[:50]  # a file's name has 255 bytes at the most
-            self.path = root / f"{name}-{fingerprint}"
-        self.made_with = made_with
+            self.path = root / f"{name}-{digest(self.made_with, source_fingerprint(corpus))[:16]}"
+            return
+        place = f"corpus {corpus.name!r}: the token store {self.path}"
+        if read_json(self.path / "store.json").get("made_with") != self.made_with:
+            raise UserError(
+                f"{place} was made with another tokenizer, `sentence_splitter`, `language` or `decontaminate_against`; "
+                "give those, or the text as `path`"
+            )
+        if missing := sum(not self.is_done(shard) for shard in range(self.num_shards)):
+            raise UserError(
+                f"{place} lacks {missing} of {self.num_shards} shards; finish it with the command that began it"
+            )
 
     @property
     def num_shards(self) -> int:
@@ -169,22 +133,15 @@ class TokenStore:
 
     def counts(self) -> Counter[str]:
         """Count the documents and tokens in the store, and the documents that were left out, by reason."""
-        total: Counter[str] = Counter()
-        for shard in range(self.num_shards):
-            total.update(read_json(self.arrow(shard).with_suffix(".json")))
-        return total
+        files = (self.arrow(shard).with_suffix(".json") for shard in range(self.num_shards))
+        return sum((Counter(read_json(file)) for file in files), Counter())
 
     def checksums(self) -> list[np.ndarray]:
         """Return the checksums of the texts of each shard, (documents,) uint64."""
-        tables = (open_arrow(self.arrow(shard)) for shard in range(self.num_shards))
-        return [table.column("checksum").to_numpy() for table in tables]
+        return [open_arrow(self.arrow(shard))["checksum"].to_numpy() for shard in range(self.num_shards)]
 
     def begin(self) -> Source:
-        """Open the corpus and record its revision and shards, once for all processes that will build the store.
-
-        Raises:
-            UserError: the corpus has another number of shards than when the store was begun.
-        """
+        """Open the corpus and record its revision and shards, once for all processes; refuse other shards later."""
         self.path.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path / "store.lock"):
             about = self.path / "store.json"
@@ -201,15 +158,9 @@ class TokenStore:
         return source
 
     def build(self, process_index: int, num_workers: int | None, max_unreadable: int) -> None:
-        """Add the shards that are missing, together with all processes that do the same.
+        """Add the missing shards, together with all processes that do the same.
 
-        Args:
-            process_index: of this process among them.
-            num_workers: see `Encoders`.
-            max_unreadable: malformed documents that may be passed over.
-
-        Raises:
-            UserError: the corpus cannot be read, has too many malformed documents, or does not fit on the disk.
+        A corpus that cannot be read, has too many malformed documents or does not fit on the disk is a `UserError`.
         """
         if not self.is_complete:
             encode_run = RunEncoder(self.corpus.name, self.encoder, self.decontaminator, max_unreadable)
@@ -251,10 +202,9 @@ def naming_disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(nearest_existing_parent(path)).free / 1e9
             raise UserError(
-                f"no space is left in {path} ({free:.1f} GB free); free some, or set `token_store_dir` to a folder on "
-                "another disk. What is finished is kept"
+                f"no space is left in {path} ({format_bytes(free_bytes(path))} free); free some, or set "
+                "`token_store_dir` to a folder on another disk. What is finished is kept"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UserError(
@@ -271,12 +221,8 @@ def check_space(root: Path, stores: list[TokenStore]) -> None:
         if not store.is_complete and local_files(store.corpus) is not None:
             built = sum(file.stat().st_size for file in store.path.glob("shard-*.arrow"))
             needed += max(0.0, corpus_bytes(store.corpus) * STORE_BYTES_PER_TEXT_BYTE - built)
-    free = shutil.disk_usage(nearest_existing_parent(root)).free
-    if needed > free:
-        raise UserError(
-            f"the token stores need about {needed / 1e9:.1f} GB in {root}, and {free / 1e9:.1f} GB are free; "
-            "free some, set `token_store_dir` to a folder on another disk, or `streaming: true`"
-        )
+    remedy = "free some, set `token_store_dir` to a folder on another disk, or `streaming: true`"
+    check_free_space(root, needed, f"token stores of about {format_bytes(needed)}", remedy)
 
 
 def raising_damaged_store(path: Path) -> AbstractContextManager[None]:

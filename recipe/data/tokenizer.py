@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_to
 from transformers import AlbertTokenizer, AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
 from recipe.base.errors import UserError
+from recipe.data.corpora import group_by_size
 
 ROBERTA_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # `<mask>` comes after the merges
 BERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -64,10 +65,9 @@ def train_byte_level_bpe(
     add_prefix_space: bool,
     max_document_characters: int,
 ) -> Tokenizer:
-    """Learn a byte-level BPE with RoBERTa's special tokens.
+    """Learn a byte-level BPE with RoBERTa's special tokens from batches of texts.
 
     Args:
-        texts: batches of texts.
         vocab_size: entries in all; there are fewer where the text has too few pairs to merge.
         min_frequency: occurrences that a pair needs before it is merged.
         add_prefix_space: treat the first word of a text as if a space stood before it.
@@ -81,7 +81,6 @@ def train_byte_level_bpe(
         min_frequency=min_frequency,
         special_tokens=ROBERTA_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=True,
     )
     tokenizer.train_from_iterator(split_batches(texts, max_document_characters), trainer)
     tokenizer.add_special_tokens([MASK_TOKEN])
@@ -101,7 +100,6 @@ def train_wordpiece(
         min_frequency=min_frequency,
         special_tokens=BERT_TOKENS,
         limit_alphabet=1000,  # the value of `BertWordPieceTokenizer`; rarer characters are unknown
-        show_progress=True,
     )
     tokenizer.train_from_iterator(split_batches(texts, max_document_characters), trainer)
     return tokenizer
@@ -115,19 +113,13 @@ def train_unigram(
     It normalizes by NFKD where SentencePiece has NFKC, and drops accents when uncased.
     """
     tokenizer = AlbertTokenizer(do_lower_case=do_lower_case, keep_accents=not do_lower_case).backend_tokenizer
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocab_size, special_tokens=ALBERT_TOKENS, unk_token="<unk>", show_progress=True
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=ALBERT_TOKENS, unk_token="<unk>")
     tokenizer.train_from_iterator(split_batches(texts, max_document_characters), trainer)
     return tokenizer
 
 
 def save_tokenizer(
-    tokenizer: Tokenizer,
-    output_dir: Path,
-    add_prefix_space: bool,
-    model_max_length: int,
-    do_lower_case: bool = False,
+    tokenizer: Tokenizer, output_dir: Path, add_prefix_space: bool, model_max_length: int, do_lower_case: bool = False
 ) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and the vocabulary as the files of its kind.
 
@@ -149,11 +141,9 @@ def save_tokenizer(
 
 
 def check_saved_tokenizer(tokenizer: Tokenizer, output_dir: Path, texts: list[str], add_prefix_space: bool) -> None:
-    """Reload what was saved, both ways, and compare with the tokenizer that was trained.
+    """Reload what was saved, both ways; raise a `RuntimeError` if ids, special tokens or settings were lost.
 
-    Raises:
-        RuntimeError: ids, special tokens or settings differ; loading a byte-level tokenizer has turned silently
-            character-level upstream before (transformers#47706).
+    Loading a byte-level tokenizer has turned silently character-level upstream before (transformers#47706).
     """
     expected = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     fast_class = FAST_CLASSES[type(tokenizer.model)]
@@ -179,13 +169,10 @@ def check_saved_tokenizer(tokenizer: Tokenizer, output_dir: Path, texts: list[st
 
 
 def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
-    """Check that the commonest words of the text, if they occur 100 times at least, became single tokens.
+    """Raise a `RuntimeError` if common words of the text, occurring 100 times at least, are not single tokens.
 
     A count that overflows in the trainer loses them silently (tokenizers#2058: "the" was missing). Only as many words
     are checked as the vocabulary surely has room for: one for each 100 entries beyond bytes and special tokens.
-
-    Raises:
-        RuntimeError: some words were lost.
     """
     commonest = word_counts.most_common(min(COMMON_WORDS, (tokenizer.get_vocab_size() - 261) // 100))
     common = [word for word, count in commonest if count >= COMMON_WORD_COUNT]
@@ -198,12 +185,9 @@ def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
-    """Load a fast tokenizer with every special token that masked language modelling needs, from a folder or the hub.
+    """Load a fast tokenizer from a folder or the hub; raise a `UserError` if it cannot serve masked language modelling.
 
     Text that spells a special token stays text: a document's `<mask>` never becomes the mask.
-
-    Raises:
-        UserError: there is no tokenizer, or it does not serve the purpose.
     """
     field = f"`tokenizer_name` is {name_or_path}"
     try:
@@ -232,14 +216,15 @@ def tokenizer_checksum(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
-    """Count the UTF-8 bytes of each token of a byte-level tokenizer, by id; return None for any other kind."""
-    pre_tokenizer = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
+    """Count the UTF-8 bytes of each token, by id; None unless it is byte-level and no normalizer changes the bytes."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    pre_tokenizer = backend["pre_tokenizer"] or {}
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    if not any(part.get("type") == "ByteLevel" for part in parts):
+    if backend["normalizer"] or not any(part.get("type") == "ByteLevel" for part in parts):
         return None
     # In the byte-level alphabet a character stands for a byte. Special tokens never come out of text.
-    lengths = [0] * len(tokenizer)
+    lengths = np.zeros(len(tokenizer), np.int64)
     for token, index in tokenizer.get_vocab().items():
         lengths[index] = len(token)
     return lengths
@@ -253,7 +238,6 @@ class DocumentEncoder:
     an end belongs to the earlier sentence. Picklable, for worker processes.
 
     Args:
-        tokenizer: a fast tokenizer.
         sentence_splitter: `sentencex` or `newline`.
         language: ISO 639-1 code, for `sentencex`.
         max_document_characters: longer documents are encoded in pieces (see `split_text`), for flat memory.
@@ -268,9 +252,7 @@ class DocumentEncoder:
     ) -> None:
         self.backend = tokenizer.backend_tokenizer
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.int32)
-        lengths = token_byte_lengths(tokenizer)
-        # A normalizer changes the bytes, and their sum then says nothing about the text.
-        self.byte_lengths = None if lengths is None or self.backend.normalizer else np.array(lengths, np.int64)
+        self.byte_lengths = token_byte_lengths(tokenizer)
         self.sentence_splitter = sentence_splitter
         self.language = language
         self.max_document_characters = max_document_characters
@@ -283,15 +265,14 @@ class DocumentEncoder:
     def __call__(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Encode documents, some at a time.
 
-        Yields:
-            the ids of each document, (tokens,) uint16 (int32 for vocabularies over 65,536), and the ends of its
-            sentences, (sentences,) int64 ascending, the last of which is the number of ids.
+        Yields the ids of each, (tokens,) uint16 (int32 for vocabularies over 65,536), and the ends of its sentences,
+        (sentences,) int64 ascending, the last of which is the number of ids.
         """
         self.backend.encode_special_tokens = True  # does not survive pickling
         self.backend.no_truncation()  # a call of the tokenizer with `truncation` leaves it switched on
         encode = self.backend.encode_batch if self.byte_lengths is None else self.backend.encode_batch_fast
         ids, ends, length = [], [np.empty(0, np.int64)], 0
-        for batch in self.batches(texts):
+        for batch in group_by_size(self.pieces(texts), lambda piece: len(piece[0]), ENCODED_CHARACTERS):
             texts_of_batch = [piece for piece, _ in batch]
             rows = self.rows(texts_of_batch, encode(texts_of_batch, add_special_tokens=False))
             for (_, is_last), (piece_ids, piece_ends) in zip(batch, rows, strict=True):
@@ -304,20 +285,12 @@ class DocumentEncoder:
                     yield whole, np.concatenate([*ends, [length]] if length else ends).astype(np.int64, copy=False)
                     ids, ends, length = [], [np.empty(0, np.int64)], 0
 
-    def batches(self, texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
-        """Group pieces of documents, some million characters together, and say which are their document's last."""
-        batch: list[tuple[str, bool]] = []
-        size = 0
+    def pieces(self, texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+        """Cut documents into pieces, and say which are their document's last."""
         for text in texts:
-            pieces = list(split_text(text, self.max_document_characters))
-            for number, piece in enumerate(pieces, start=1):
-                batch.append((piece, number == len(pieces)))
-                size += len(piece)
-                if size >= ENCODED_CHARACTERS:
-                    yield batch
-                    batch, size = [], 0
-        if batch:
-            yield batch
+            *pieces, last = split_text(text, self.max_document_characters)
+            yield from ((piece, False) for piece in pieces)
+            yield last, True
 
     def rows(self, texts: list[str], encodings: list[Encoding]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the ids of each text, and the ends of its sentences in tokens, ascending and distinct, without its own.

@@ -30,11 +30,7 @@ COMPARED_TEXTS, COMPARED_CHARACTERS = 50, 2000  # texts encoded with the trained
 
 
 class VocabularyText:
-    """The text that a vocabulary is learnt from, `max_bytes` of it in all.
-
-    Raises:
-        UserError: a corpus cannot be read.
-    """
+    """The text that a vocabulary is learnt from, `max_bytes` of it in all; raise a `UserError` if it cannot be read."""
 
     def __init__(self, corpora: list[CorpusArguments], max_bytes: int) -> None:
         self.corpora = corpora
@@ -52,21 +48,17 @@ class VocabularyText:
         return [f"corpus {corpus.name}: {corpus.path}{sizes.get(corpus.name, '')}" for corpus in self.corpora]
 
     def batches(self) -> Iterator[list[str]]:
-        """Read the corpora, under a progress bar."""
+        """Read the corpora under a progress bar, and keep what the checks need of the beginning of each."""
         expected_bytes = min(self.max_bytes, round(sum(self.sizes.values())) or self.max_bytes)
         with progress_bar("reading", expected_bytes, "B") as bar:
             for name, batch, size in sample_texts(self.corpora, self.max_bytes):
-                self.keep_for_checks(name, batch)
+                if not self.read_bytes[name]:
+                    self.sample += [text[:COMPARED_CHARACTERS] for text in batch[:COMPARED_TEXTS]]
+                if self.read_bytes[name] < COUNTED_BYTES:
+                    self.word_counts.update(word for text in batch for word in re.findall(r"(?<= )[^\W\d_]+", text))
                 self.read_bytes[name] += size
                 bar.update(size)
                 yield batch
-
-    def keep_for_checks(self, name: str, batch: list[str]) -> None:
-        """Count the words and keep a sample of a corpus, as long as it is at its beginning."""
-        if not self.read_bytes[name]:
-            self.sample += [text[:COMPARED_CHARACTERS] for text in batch[:COMPARED_TEXTS]]
-        if self.read_bytes[name] < COUNTED_BYTES:
-            self.word_counts.update(word for text in batch for word in re.findall(r"(?<= )[^\W\d_]+", text))
 
     def bytes_per_token(self, tokenizer: Tokenizer) -> float:
         """Measure on the sample how much text a token stands for."""
@@ -85,11 +77,7 @@ def train_vocabulary(args: TokenizerArguments, texts: Iterator[list[str]]) -> To
 
 
 def save_checked(args: TokenizerArguments, tokenizer: Tokenizer, text: VocabularyText) -> None:
-    """Save a tokenizer under its name once it has passed the checks; one that fails stays as `.NAME.unchecked`.
-
-    Raises:
-        RuntimeError: the tokenizer fails a check.
-    """
+    """Save a tokenizer that passes the checks; else raise a `RuntimeError` and leave it as `.NAME.unchecked`."""
     output_dir = Path(args.output_dir).resolve()
     unchecked = output_dir.with_name(f".{output_dir.name}.unchecked")
     save_tokenizer(tokenizer, unchecked, args.add_prefix_space, args.model_max_length, args.do_lower_case)

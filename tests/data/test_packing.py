@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipe.data.packing import CONTINUES, RANDOM, SINGLE, SWAPPED, Block, BlockFormat, pack_full_sentences
+from recipe.data.packing import CONTINUES, RANDOM, SEGMENT, SINGLE, SWAPPED, Block, BlockFormat, pack_full_sentences
 
 CLS, SEP = 1_000_000, 2_000_000
 documents_of_sentences = st.lists(
@@ -23,12 +23,12 @@ def pack_all(packing: str, documents: list[list[int]], max_seq_length: int) -> l
     """All blocks, and their segments, of documents whose tokens are 0, 1, 2, … through the unit."""
     made = make_format(packing, max_seq_length)
     packed = made.pack(*ends_of(documents))
+    tokens = np.arange(ends_of(documents)[0][-1])
     assert packed.block_ends[-1] == len(packed.segments)
     blocks, first = [], 0
     for end, label in zip(packed.block_ends.tolist(), packed.labels.tolist(), strict=True):
         segments = packed.segments[first:end]
-        ids = [np.arange(s["start"], s["start"] + s["length"]) for s in segments]
-        blocks.append((made.assemble(ids, segments["ends_document"], label), segments))
+        blocks.append((made.assemble(tokens, segments, label), segments))
         first = end
     return blocks
 
@@ -155,7 +155,8 @@ def test_half_of_the_ordered_pairs_are_swapped():
 
 def test_pairs_of_bert_have_one_separator_less():
     made = BlockFormat("segment_pair", 16, CLS, SEP, pair_special_tokens=3, seed=0)
-    block = made.assemble([np.array([5, 6]), np.array([7])], np.array([False, True]), CONTINUES)
+    segments = np.array([(10, 2, False), (12, 1, True)], SEGMENT)
+    block = made.assemble(np.array([5, 6, 7]), segments, CONTINUES, first=10)
     assert block.input_ids.tolist() == [CLS, 5, 6, SEP, 7, SEP]
     assert block.spans.tolist() == [4, 2]
 

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_blocks_are_the_documents_own_ids(corpus, encoder, tokenizer, tmp_path: 
 
 
 def test_store_does_not_depend_on_workers(corpus, encoder, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("recipe.data.encoders.RUN_RECORDS", 7)
+    monkeypatch.setattr("recipe.data.encoders.RECORD_CHARACTERS", 70_000)
     stores = [build(corpus, encoder, tmp_path / f"{n}", num_workers=n) for n in (None, 1, 3)]
     assert contents(stores[0]) == contents(stores[1]) == contents(stores[2])
     assert stores[0].counts() == stores[2].counts()
@@ -308,8 +309,8 @@ def test_too_small_a_disk_is_told_before_the_work(corpus, encoder, tmp_path: Pat
     stores = [TokenStore(corpus, encoder, Decontaminator([]), tmp_path / "stores")]
     check_space(tmp_path / "stores", stores)
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(token_store.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"need about 0\.0 GB in .*stores.*`token_store_dir`.*`streaming: true`"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"about \d.* KB in .*stores, 1 KB free; .*`token_store_dir`.*`streaming"):
         check_space(tmp_path / "stores", stores)
     assert not (tmp_path / "stores").exists()
 
