@@ -6,7 +6,6 @@ accelerate launch finetune_glue.py --config recipe/configs/glue/base.yaml --mode
 import recipe.run.stopping  # noqa: F401  first of all: it records the launcher and the time
 
 # isort: split
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +13,7 @@ from pathlib import Path
 from recipe.arguments import GlueArguments, identity_of, parse_config
 from recipe.base.errors import report_user_errors
 from recipe.base.files import check_output_dir, read_yaml
-from recipe.finetune.tasks.glue import TASKS, check_tasks
-from recipe.run.directory import RunDirectory
+from recipe.finetune.tasks.glue import TASKS, check_tasks, find_files
 
 
 def main() -> None:
@@ -24,11 +22,13 @@ def main() -> None:
     check_tasks("tasks", names)
     check_tasks("data_parallel_tasks", args.data_parallel_tasks)
     check_output_dir(Path(args.output_dir))
+    if args.glue_dir:
+        for name in names:
+            find_files(TASKS[name], args.glue_dir)
 
     # Imported only here, since they load torch: options that are wrong are refused without waiting for it.
     import datasets
     import transformers
-    from accelerate.utils import gather_object
 
     from recipe.finetune.finetuning import load_glue_tokenizer, model_checksum
     from recipe.finetune.grid import Grid, plan_jobs
@@ -38,14 +38,14 @@ def main() -> None:
     from recipe.publish.glue_card import add_glue_to_card
     from recipe.run.checkpoint import check_identity
     from recipe.run.hardware import environment
-    from recipe.run.launch import start_accelerator
+    from recipe.run.launch import open_run, start_accelerator
 
     # Otherwise there is a bar for each file, and a report on the new head for each job.
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     accelerator = start_accelerator()
-    run = RunDirectory(args.output_dir, accelerator.is_main_process, gather_object([os.getpid()]))
+    run = open_run(args.output_dir, accelerator)
     started = time.perf_counter()
     tokenizer = load_glue_tokenizer(args.model_name_or_path, args.max_seq_length)
     checksum = {"model_checksum": model_checksum(args.model_name_or_path, TASKS[names[0]])}

@@ -7,12 +7,15 @@ import recipe.run.stopping  # noqa: F401  before all else: it notes the launcher
 
 # isort: split
 from recipe.arguments import PretrainArguments, parse_config
+from recipe.arguments.corpus import local_files
 from recipe.base.errors import report_user_errors
 
 
 def main() -> None:
     """Check, open the data, build, train, finish."""
     args = parse_config(PretrainArguments, __doc__)
+    for corpus in [] if args.dry_run else [*args.corpora, *args.eval_corpora]:
+        local_files(corpus)
     # What takes seconds to import comes after the options, so that --help and a wrong field are answered at once.
     from recipe.checks import check_run
     from recipe.data.modes import open_data

@@ -6,6 +6,7 @@ python train_tokenizer.py --config recipe/configs/tokenizer/bbpe-50k.yaml
 from pathlib import Path
 
 from recipe.arguments import TokenizerArguments, parse_config
+from recipe.arguments.corpus import local_files
 from recipe.base.errors import UserError, report_user_errors
 from recipe.base.files import check_output_dir
 
@@ -19,6 +20,9 @@ def main() -> None:
     check_output_dir(output_dir)
     if (output_dir / "tokenizer.json").exists():
         raise UserError(f"`output_dir` {output_dir} already holds a tokenizer; remove it or choose another folder")
+
+    for corpus in args.corpora:
+        local_files(corpus)
 
     # Imported only here, since it loads torch: options that are wrong are refused without waiting for it.
     from recipe.data.vocabulary import VocabularyText, save_checked, train_vocabulary

@@ -5,7 +5,6 @@ line for each and goes on. Nothing else refuses a run before its data is opened.
 """
 
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from recipe.arguments import CorpusArguments, PretrainArguments, identity_of
 from recipe.base.errors import UserError
-from recipe.base.files import nearest_existing_parent
+from recipe.base.files import check_free_space
 from recipe.base.formatting import format_bytes, format_count
 from recipe.data.cached import find_store
 from recipe.data.corpora import check_corpus, corpus_bytes, open_source
@@ -243,14 +242,10 @@ def check_stores(stores: list[TokenStore], preprocessor: Preprocessor, tokens: d
     missing = [store for store in stores if not store.is_complete]
     if not missing:
         return "all token stores are there"
-    root = missing[0].path.parent
-    free = shutil.disk_usage(nearest_existing_parent(root)).free
     token_bytes = preprocessor.encoder.dtype.itemsize + STORE_OVERHEAD_BYTES
     known = [tokens[store.corpus.name] for store in missing if not math.isnan(tokens[store.corpus.name])]
-    sizes = f"{format_bytes(sum(known) * token_bytes)}{'' if len(known) == len(missing) else ' and more'}"
-    if sum(known) * token_bytes > free:
-        raise UserError(
-            f"token stores of about {sizes} are still to be made in {root}, and {format_bytes(free)} are free; free "
-            "some, set `token_store_dir` to a folder on another disk, or `streaming: true`"
-        )
-    return f"{len(missing)} token stores of about {sizes} are made first, in {root}, {format_bytes(free)} free"
+    needed = sum(known) * token_bytes
+    sizes = f"{format_bytes(needed)}{'' if len(known) == len(missing) else ' and more'}"
+    remedy = "free some, set `token_store_dir` to a folder on another disk, or `streaming: true`"
+    contents = f"{len(missing)} token stores of about {sizes}, to be made first,"
+    return check_free_space(missing[0].path.parent, needed, contents, remedy)

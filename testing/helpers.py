@@ -22,6 +22,8 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 ROOT = Path(__file__).parent.parent
+# Of processes that tests start: what was there before stays, since packages may lie beside the interpreter's own.
+PYTHONPATH = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 SAMPLE = ROOT / "sample_data"

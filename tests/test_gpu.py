@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from testing.helpers import ROOT, command_line, learning, read_lines, weights
+from testing.helpers import PYTHONPATH, ROOT, command_line, learning, read_lines, weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,7 +21,7 @@ pytestmark = [
 def launch(flags: dict[str, object], precision: str, *engine: str) -> None:
     command = [sys.executable, "-m", "accelerate.commands.launch", *engine, "--num_machines=1", "--num_processes=1"]
     command += [f"--mixed_precision={precision}", "--dynamo_backend=no", "pretrain.py", *command_line(flags)]
-    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": PYTHONPATH}, check=True)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def test_memory_that_does_not_suffice_is_a_problem(plan):
 
 
 def test_a_full_disk_is_a_problem(plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    usage = recipe.checks.shutil.disk_usage(".")
+    usage = shutil.disk_usage(".")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=10_000))
     lines, error = plan(token_store_dir=tmp_path / "stores")
     assert "`save_total_limit` is 3" in lines["problem  disk"]

@@ -17,6 +17,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 from recipe.base.errors import UserError
 from testing.helpers import (
     PATIENCE_SECONDS,
+    PYTHONPATH,
     ROOT,
     SAMPLE,
     SMALL_MODEL,
@@ -49,7 +50,7 @@ def launch(flags: dict[str, object], processes: int = 1, **kwargs) -> subprocess
 
 
 def start(flags: dict[str, object], script: Path | str = "pretrain.py", **kwargs) -> subprocess.Popen:
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": PYTHONPATH}
     return subprocess.Popen([sys.executable, script, *command_line(flags)], cwd=ROOT, env=environment, **kwargs)
 
 
@@ -325,7 +326,7 @@ def test_all_ranks_save_and_stop_when_one_has_no_more_data(flags, tmp_path: Path
         "dataloader_num_workers": workers,
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*command, *command_line(flags)],
         cwd=ROOT,

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from testing.helpers import PATIENCE_SECONDS, ROOT, SMALL_MODEL, command_line, learning, wait_for, weights
+from testing.helpers import PATIENCE_SECONDS, PYTHONPATH, ROOT, SMALL_MODEL, command_line, learning, wait_for, weights
 from tests.test_systems import SIZES, SYSTEMS
 
 TWO_PROCESSES = ["--multi_gpu", "--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no"]
@@ -148,7 +148,7 @@ def run_fsdp(tmp_path: Path):
     """
     script = tmp_path / "fsdp_on_cpu.py"
     config = yaml.safe_load((ROOT / "accelerate_configs/fsdp2.yaml").read_text())["fsdp_config"]
-    environment = os.environ | ON_CPU | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | ON_CPU | {"PYTHONPATH": PYTHONPATH}
     environment |= {name.upper(): str(value) for name, value in config.items()}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
 
@@ -250,7 +250,7 @@ def test_all_processes_roll_back_together_whatever_the_engine(exact_flags, run_f
     script = tmp_path / "spikes.py"
     script.write_text(SPIKE + "import pretrain\npretrain.main()\n")
     command = [*LAUNCH, "--main_process_port=0", script, *command_line(flags)]
-    subprocess.run(command, cwd=ROOT, env=os.environ | ON_CPU | {"PYTHONPATH": str(ROOT)}, check=True)
+    subprocess.run(command, cwd=ROOT, env=os.environ | ON_CPU | {"PYTHONPATH": PYTHONPATH}, check=True)
     run_fsdp(flags | {"output_dir": tmp_path / "fsdp"}, before=SPIKE)
     assert_same_losses(tmp_path / "run", tmp_path / "fsdp")
     assert learning(tmp_path / "run" / "metrics.jsonl")[-2]["updates_left_out"] == 5

@@ -42,13 +42,16 @@ def ask(script: str, *questions: list[str]) -> tuple[list[tuple[int, str]], list
 def test_help_and_mistakes_are_answered_without_heavy_libraries(script: str):
     config, name, value, remedy = SCRIPTS[script]
     config = f"recipe/configs/{config}"
-    (help_, resolved, misspelt, missing, impossible), imported = ask(
+    is_glue = script == "finetune_glue.py"
+    no_text = ["--glue_dir=no/such"] if is_glue else ["--corpora=[{name: a, path: no/such.jsonl}]"]
+    (help_, resolved, misspelt, missing, impossible, textless), imported = ask(
         script,
         ["--help"],
         ["--config", config, f"--{name}=300", "--print_config"],
         ["--config", config, "--output_dirr=x"],
         ["--config", "no.yaml"],
         ["--config", config, f"--{name}", value],
+        ["--config", config, *no_text, "--output_dir=no-such"],
     )
     assert help_[0] == resolved[0] == 0
     assert f"--{name}" in help_[1]
@@ -60,4 +63,6 @@ def test_help_and_mistakes_are_answered_without_heavy_libraries(script: str):
     }.items():
         assert status == 2
         assert text == f"error: {words}\n"
+    assert textless[0] == 2
+    assert "no/such" in textless[1]
     assert imported == []

@@ -16,7 +16,7 @@ from recipe.modeling.objectives import MaskedLMObjective, NextSentenceObjective
 from recipe.modeling.optimizer import build_optimizer
 from recipe.run.stopping import StopRequest
 from recipe.training import Update, seed_dropout, train_step
-from testing.helpers import ROOT, SMALL_MODEL, reset_accelerate
+from testing.helpers import PYTHONPATH, ROOT, SMALL_MODEL, reset_accelerate
 from tests.data.test_masking import make_examples
 
 LENGTH = 32
@@ -148,7 +148,7 @@ def test_two_processes_give_the_gradients_of_one(tokenizer, tokenizer_dir: Path,
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     out = tmp_path / "out.pt"
     command = [*launch, script, tokenizer_dir, out, str(micro_batch)]
     run = subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True)

@@ -12,7 +12,7 @@ import pytest
 import recipe.training
 from recipe.base.errors import UserError
 from recipe.run.metrics import TrainState
-from testing.helpers import ROOT, SMALL_MODEL, command_line, learning, read_lines
+from testing.helpers import PYTHONPATH, ROOT, SMALL_MODEL, command_line, learning, read_lines
 from tests.test_pretrain import STREAMED, assert_same_run
 
 ONE_RANK_SPOILS = """
@@ -44,7 +44,7 @@ def test_all_ranks_skip_an_update_that_one_has_no_number_for(flags, tmp_path: Pa
     script.write_text(ONE_RANK_SPOILS)
     sizes = SMALL_MODEL | {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
     flags |= {"model_config": json.dumps(sizes), "logging_steps": 1, "per_device_train_batch_size": 2}
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     for processes in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         words = command_line(flags | {"output_dir": tmp_path / str(processes)})

@@ -1,10 +1,19 @@
 """One corpus, in the same form for every script that reads text."""
 
+import glob
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from recipe.arguments.checks import PathName, PositiveFloat, check_values
 from recipe.base.errors import UserError
+
+# What the name of a local file may end in; which of them are read how is decided in `recipe/data/corpora.py`.
+LINES, TEXTS, TABLES = (".jsonl", ".json"), (".txt",), (".parquet", ".arrow")
+CODECS = {".gz": "gzip", ".zst": "zstd"}  # pyarrow's names
+SUFFIXES = tuple(kind + packed for kind in LINES + TEXTS for packed in ("", *CODECS)) + TABLES
+TEXTLESS_FILES = {"dataset_info.json", "state.json", "dataset_dict.json"}  # written by `save_to_disk` beside its tables
 
 
 @dataclass(kw_only=True)
@@ -15,7 +24,7 @@ class CorpusArguments:
     """Logs, counters and the model card call the corpus by this name."""
     path: PathName
     """Id of a data set on the hub; or a local file, folder or glob of `.jsonl`, `.json` (one object a line) or `.txt`,
-    plain or `.gz`, `.zst`, `.xz`, or of `.parquet` or `.arrow`; or the folder of a token store."""
+    plain or `.gz`, `.zst`, or of `.parquet` or `.arrow`; or the folder of a token store."""
     config_name: str | None = None
     """Configuration of the hub's data set, such as `20231101.en`."""
     split: str = "train"
@@ -46,3 +55,26 @@ def check_corpora(name: str, corpora: list[CorpusArguments]) -> None:
             f"`{name}`: {', '.join(unweighted)} has no `weight` while others have; "
             "a default weight is a size and cannot be mixed with given ones: give all or none"
         )
+
+
+def local_files(corpus: CorpusArguments) -> list[Path] | None:
+    """List the local files of a corpus, sorted, or return None for a hub id; raise a `UserError` if it is neither."""
+    path = Path(corpus.path).expanduser()
+    place = f"`path` of corpus {corpus.name!r}: {corpus.path}"
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        # `glob` follows links to folders and leaves out what is hidden.
+        below = map(Path, sorted(set(glob.glob(f"{glob.escape(str(path))}/**", recursive=True))))
+        files = [f for f in below if f.is_file() and f.name.endswith(SUFFIXES) and f.name not in TEXTLESS_FILES]
+    elif glob.has_magic(corpus.path):
+        files = [Path(file) for file in sorted(set(glob.glob(str(path), recursive=True))) if Path(file).is_file()]
+    elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", corpus.path) and not corpus.path.endswith(SUFFIXES):
+        return None
+    else:
+        raise UserError(f"{place} does not exist; give a file, a folder, a pattern or the id of a hub data set")
+    wrong = [file for file in files if not file.name.endswith(SUFFIXES)]
+    if wrong or not files:
+        problem = f"holds {wrong[0]}, which does not end" if wrong else "holds no file that ends"
+        raise UserError(f"{place} {problem} in one of {', '.join(SUFFIXES)}")
+    return files

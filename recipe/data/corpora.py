@@ -4,16 +4,14 @@ A corpus is a `Source`: shards of numbered records, where a record is a line, a 
 says at which record of a shard to begin and which part of the records it takes; the others are passed over without
 being parsed. That is all that mixing, sharing and resuming need. Nothing in this module knows about tokens.
 
-A new file format needs its suffix in one of the tuples below, and in `LocalSource.reader` how its raw records are read
-and how one of them is parsed.
+A new file format needs its suffix in `recipe/arguments/corpus.py`, and in `LocalSource.reader` how its raw records are
+read and how one of them is parsed.
 """
 
 import functools
-import glob
 import io
 import itertools
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,21 +23,18 @@ from datasets import IterableDataset, load_dataset
 from huggingface_hub import HfApi
 
 from recipe.arguments import CorpusArguments
+from recipe.arguments.corpus import CODECS, LINES, TABLES, local_files
 from recipe.base.errors import UserError, describe_error
 from recipe.base.hashing import digest
 from recipe.base.workers import STOP_WAITING
 
-LINES, TEXTS, TABLES = (".jsonl", ".json"), (".txt",), (".parquet", ".arrow")
-CODECS = {".gz": "gzip", ".zst": "zstd"}  # pyarrow's names
 # Bytes of English text for one compressed byte, measured at the tools' default levels; only default weights use it.
 COMPRESSION_RATIO = {".gz": 2.6, ".zst": 2.8}
-SUFFIXES = tuple(kind + packed for kind in LINES + TEXTS for packed in ("", *CODECS)) + TABLES
 BYTES_TYPES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 
 # Small files that follow each other are one shard, up to this size, since the last block of each shard is short. They
 # make at most about MAX_SHARDS shards, since each shard keeps some files mapped into memory.
 SHARD_BYTES, MAX_SHARDS = 1_000_000, 4096
-TEXTLESS_FILES = {"dataset_info.json", "state.json", "dataset_dict.json"}  # written by `save_to_disk` beside its tables
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some editors write at the beginning of a file
 BATCH_ROWS = 64  # of a table, read at once; a row may be a book
 SAMPLE_BATCH_BYTES = 1_000_000  # of texts that a sample yields together
@@ -183,29 +178,6 @@ class HubSource(Source):
                 is_text = text is None or isinstance(text, str)
                 problem = f"{self.corpus.path}, shard {shard}, row {index + 1} holds a {type(text).__name__}, not text"
                 yield index, (text or "") if is_text else UserError(problem)
-
-
-def local_files(corpus: CorpusArguments) -> list[Path] | None:
-    """List the local files of a corpus, sorted, or return None for a hub id; raise a `UserError` if it is neither."""
-    path = Path(corpus.path).expanduser()
-    place = f"`path` of corpus {corpus.name!r}: {corpus.path}"
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        # `glob` follows links to folders and leaves out what is hidden.
-        below = map(Path, sorted(set(glob.glob(f"{glob.escape(str(path))}/**", recursive=True))))
-        files = [f for f in below if f.is_file() and f.name.endswith(SUFFIXES) and f.name not in TEXTLESS_FILES]
-    elif glob.has_magic(corpus.path):
-        files = [Path(file) for file in sorted(set(glob.glob(str(path), recursive=True))) if Path(file).is_file()]
-    elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", corpus.path) and not corpus.path.endswith(SUFFIXES):
-        return None
-    else:
-        raise UserError(f"{place} does not exist; give a file, a folder, a pattern or the id of a hub data set")
-    wrong = [file for file in files if not file.name.endswith(SUFFIXES)]
-    if wrong or not files:
-        problem = f"holds {wrong[0]}, which does not end" if wrong else "holds no file that ends"
-        raise UserError(f"{place} {problem} in one of {', '.join(SUFFIXES)}")
-    return files
 
 
 def source_fingerprint(corpus: CorpusArguments) -> str:

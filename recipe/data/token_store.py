@@ -32,13 +32,14 @@ import pyarrow as pa
 from filelock import FileLock
 
 from recipe.arguments import CorpusArguments
+from recipe.arguments.corpus import local_files
 from recipe.base.errors import UserError, raising_damaged_file
 from recipe.base.files import check_free_space, free_bytes, replace_file, write_atomically
 from recipe.base.formatting import format_bytes
 from recipe.base.hashing import digest
 from recipe.base.progress import progress_bar
 from recipe.base.workers import build_together
-from recipe.data.corpora import Source, corpus_bytes, group_by_size, local_files, open_source, source_fingerprint
+from recipe.data.corpora import Source, corpus_bytes, group_by_size, open_source, source_fingerprint
 from recipe.data.encoders import Encoded, EncodedDocument, Encoders, RunEncoder, runs_of
 from recipe.data.hygiene import Decontaminator, check_unreadable
 from recipe.data.tokenizer import DocumentEncoder

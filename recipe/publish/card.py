@@ -16,10 +16,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from recipe.arguments import CorpusArguments
+from recipe.arguments.corpus import local_files
 from recipe.base.errors import UserError, raising_damaged_file
 from recipe.base.files import write_atomically
 from recipe.base.formatting import format_count, format_duration
-from recipe.data.corpora import local_files
 from recipe.finetune.report import format_notes, format_rows, row_title
 from recipe.finetune.tasks.glue import TASKS
 from recipe.publish.hub import GLUE_FILE

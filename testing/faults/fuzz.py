@@ -48,9 +48,8 @@ from recipe.publish import hub
 from recipe.publish.card import write_card
 from recipe.arguments import CorpusArguments, GlueArguments, PretrainArguments, TokenizerArguments
 from recipe.base.errors import UserError
+from recipe.arguments.corpus import SUFFIXES, TABLES
 from recipe.data.corpora import (
-    SUFFIXES,
-    TABLES,
     Part,
     check_corpus,
     corpus_bytes,

@@ -19,7 +19,7 @@ from recipe.base.files import (
     to_yaml,
     write_atomically,
 )
-from testing.helpers import ROOT
+from testing.helpers import PYTHONPATH
 
 NAMES = {"name": "café", "count": 3, "list": [1, 2]}
 
@@ -34,7 +34,7 @@ def test_text_is_utf8_whatever_the_locale(tmp_path: Path):
         f"write_atomically(pathlib.Path('a.yaml'), to_yaml({NAMES!a}))\n"
         f"assert read_yaml(pathlib.Path('a.yaml')) == {NAMES!a}"
     )
-    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": PYTHONPATH}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     assert contents(tmp_path) == {"a.yaml": to_yaml(NAMES)}
     assert read_yaml(tmp_path / "a.yaml") == NAMES
@@ -99,7 +99,7 @@ def test_a_process_killed_on_the_way_leaves_no_folder_and_nothing_that_stays(tmp
         "with replace_folder(pathlib.Path('model')) as temporary:\n"
         "    (temporary / 'half').write_text('half'); os._exit(9)"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=False)
     (tmp_path / ".model.old").mkdir()
     assert not (tmp_path / "model").exists()

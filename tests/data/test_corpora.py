@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recipe.arguments import CorpusArguments
+from recipe.arguments.corpus import local_files
 from recipe.base.errors import UserError
 from recipe.data.corpora import (
     LocalSource,
@@ -16,7 +17,6 @@ from recipe.data.corpora import (
     SourceError,
     check_corpus,
     corpus_bytes,
-    local_files,
     open_source,
     sample_texts,
     source_fingerprint,

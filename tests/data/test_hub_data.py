@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, read_lines
+from testing.helpers import PATIENCE_SECONDS, PYTHONPATH, ROOT, command_line, read_lines
 from testing.hub_server import Fault, HubServer, serve
 
 CARD = """---
@@ -44,7 +44,7 @@ def hub(tmp_path: Path, texts) -> Iterator[HubServer]:
 
 def run(hub: HubServer, tmp_path: Path, *command: object) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": PYTHONPATH}
     environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "ACCELERATE_USE_CPU": "true", "no_proxy": "*"}
     return subprocess.run(
         [sys.executable, *map(str, command)],

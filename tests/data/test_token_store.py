@@ -13,9 +13,10 @@ import pyarrow as pa
 import pytest
 
 from recipe.arguments import CorpusArguments
+from recipe.arguments.corpus import local_files
 from recipe.base.errors import UserError
 from recipe.data import token_store
-from recipe.data.corpora import LocalSource, local_files
+from recipe.data.corpora import LocalSource
 from recipe.data.encoders import RunEncoder
 from recipe.data.hygiene import Decontaminator, find_copies
 from recipe.data.packed_corpus import PackedCorpus

@@ -21,7 +21,7 @@ from recipe.finetune.finetuning import Finetuner, load_classifier
 from recipe.finetune.jobs import Job, Results
 from recipe.finetune.tasks.glue import TASKS, Split, Task
 from testing.glue_data import sentence, write, write_cola, write_mnli, write_rte, write_stsb
-from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, read_lines
+from testing.helpers import PATIENCE_SECONDS, PYTHONPATH, ROOT, command_line, read_lines
 
 
 @pytest.fixture
@@ -252,7 +252,7 @@ finally:
     ],
 )
 def test_options_are_answered_without_loading_torch(script, arguments, expected, tmp_path: Path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     command = [sys.executable, "-c", HEAVY, str(ROOT / script), *arguments]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert expected in result.stdout + result.stderr

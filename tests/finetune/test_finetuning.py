@@ -34,7 +34,7 @@ from recipe.finetune.jobs import Job
 from recipe.finetune.tasks.glue import TASKS
 from recipe.finetune.tasks.loading import load_task
 from testing.glue_data import write_mnli, write_rte, write_stsb
-from testing.helpers import PATIENCE_SECONDS, ROOT
+from testing.helpers import PATIENCE_SECONDS, PYTHONPATH, ROOT
 
 
 def arguments(tmp_path: Path, model: Path, **changes: object) -> GlueArguments:
@@ -273,7 +273,7 @@ def test_shared_job_ends_as_that_of_one_process(accelerator, dropless_model: Pat
     script.write_text(SHARED)
     out = tmp_path / "epochs.json"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     command = [*launch, script, tmp_path, dropless_model, out]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=PATIENCE_SECONDS)
     found = json.loads(out.read_text())

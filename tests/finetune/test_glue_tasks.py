@@ -15,7 +15,7 @@ from recipe.finetune.tasks.glue import TASKS, Split, check_tasks, is_official
 from recipe.finetune.tasks.loading import load_task
 from recipe.finetune.tasks.scoring import format_predictions, score
 from testing.glue_data import write, write_cola, write_mnli, write_rte, write_stsb
-from testing.helpers import PATIENCE_SECONDS, ROOT
+from testing.helpers import PATIENCE_SECONDS, PYTHONPATH, ROOT
 from testing.hub_server import serve
 
 REAL = Path("../shared/data/glue")
@@ -151,7 +151,7 @@ def test_hub_labels_are_taken_by_name_and_minus_one_is_none(tmp_path: Path):
     (root / "README.md").write_text(f"---\n{card}---\n")
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     with serve(tmp_path / "hub") as server:
-        environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
+        environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": PYTHONPATH}
         environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "no_proxy": "*"}
         result = subprocess.run(
             [sys.executable, "-c", LOAD],

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load, load_file
 
 from recipe.publish.hub import Publisher, list_waiting
-from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, learning
+from testing.helpers import PATIENCE_SECONDS, PYTHONPATH, ROOT, command_line, learning
 from testing.hub_server import Fault, HubServer, Repo, serve
 
 REPO = "ann/run"
@@ -36,7 +36,7 @@ class Client:
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         self.environment |= {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "no_proxy": "*"}
         self.environment |= {"HF_DATASETS_CACHE": os.environ["HF_DATASETS_CACHE"], "ACCELERATE_USE_CPU": "true"}
-        self.environment |= {"PYTHONPATH": str(ROOT)} | ({"HF_TOKEN": token} if token else {})
+        self.environment |= {"PYTHONPATH": PYTHONPATH} | ({"HF_TOKEN": token} if token else {})
 
     def run(self, *command: object) -> subprocess.CompletedProcess:
         return subprocess.run(

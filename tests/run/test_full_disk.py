@@ -13,7 +13,7 @@ from filelock import FileLock
 from recipe.base.errors import UserError
 from recipe.run.checkpoint import check_space, find_checkpoint
 from recipe.run.directory import list_checkpoints
-from testing.helpers import ROOT, command_line, learning, small_flags
+from testing.helpers import PYTHONPATH, ROOT, command_line, learning, small_flags
 
 NAMESPACE = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
 ON_SMALL_DISK = """
@@ -130,7 +130,7 @@ def play_scenes(disk: Path, kept: Path, flags: dict[str, object], folder: Path) 
     del flags["output_dir"]
     script = folder / "scenes.py"
     script.write_text(SCENES)
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": PYTHONPATH}
     command = [*NAMESPACE, ON_SMALL_DISK, "_", disk, sys.executable, script, disk, kept, *command_line(flags)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

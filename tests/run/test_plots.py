@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from recipe.base.errors import UserError
 from recipe.run.plots import SMOOTHING_DIVISOR, Curves, plot_glue, plot_runs, read_curves, smooth
-from testing.helpers import ROOT
+from testing.helpers import PYTHONPATH, ROOT
 
 METRICS = [
     {"step": 1, "tokens": 1000, "loss": 9.0, "learning_rate": 1e-4, "grad_norm": 2.0, "tokens_per_second": 10.0},
@@ -124,7 +124,7 @@ def test_runs_of_different_vocabularies_are_refused(tmp_path: Path):
 
 def run_plots(folder: Path, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "recipe.run.plots", *map(str, arguments)]
-    environment = {"PYTHONPATH": str(ROOT), "HOME": str(folder)}
+    environment = {"PYTHONPATH": PYTHONPATH, "HOME": str(folder)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 

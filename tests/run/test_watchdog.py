@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from recipe.run.watchdog import Report, stragglers
-from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, wait_for
+from testing.helpers import PATIENCE_SECONDS, PYTHONPATH, ROOT, command_line, wait_for
 
 # A watchdog that warns after two seconds.
 IMPATIENT = """
@@ -35,7 +35,7 @@ def test_rank_that_stands_still_is_named_and_the_run_goes_on_with_it(flags, tmp_
     script = tmp_path / "impatient.py"
     script.write_text(IMPATIENT)
     flags |= {"max_steps": 400, "save_steps": 1000, "logging_steps": 1}
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     log = tmp_path / "log.txt"
     with log.open("w") as out:

@@ -12,6 +12,7 @@ Other modules know two tasks by name: MNLI, whose model others start from, and W
 
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
+from pathlib import Path
 
 from recipe.base.errors import UserError, did_you_mean
 
@@ -177,3 +178,23 @@ def check_tasks(field: str, names: Sequence[str]) -> None:
         if name not in TASKS:
             hint = did_you_mean(name.lower().replace("-", ""), TASKS) or f"; the tasks are {', '.join(TASKS)}"
             raise UserError(f"`{field}`: there is no task {name!r}{hint}")
+
+
+def find_files(task: Task, glue_dir: str) -> dict[str, Path]:
+    """Find the files of a task's splits, of which only those of test splits may be missing."""
+    folder = Path(glue_dir).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"`glue_dir` {folder}: there is no such folder")
+    found = {
+        split: folder / file
+        for split, place in task.splits.items()
+        for file in reversed(place.files)
+        if (folder / file).is_file()
+    }
+    needed = {split: place for split, place in task.splits.items() if not split.startswith("test")}
+    if missing := [place.files[0] for split, place in needed.items() if split not in found]:
+        raise UserError(
+            f"`glue_dir` {folder} lacks {', '.join(missing)}; put the official TSVs there, or leave {task.title} out "
+            "of `tasks`"
+        )
+    return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 
 from recipe.base.errors import UserError, describe_error
-from recipe.finetune.tasks.glue import SENTENCE_COLUMNS, TASKS, Task
+from recipe.finetune.tasks.glue import SENTENCE_COLUMNS, TASKS, Task, find_files
 
 
 def load_task(name: str, glue_dir: str | None) -> tuple[dict[str, Dataset], list[str]]:
@@ -21,7 +21,7 @@ def load_task(name: str, glue_dir: str | None) -> tuple[dict[str, Dataset], list
     task = TASKS[name]
     splits: dict[str, Dataset] = {}
     warnings: list[str] = []
-    files = dict.fromkeys(task.splits) if glue_dir is None else find_files(task, Path(glue_dir).expanduser())
+    files = dict.fromkeys(task.splits) if glue_dir is None else find_files(task, glue_dir)
     for split, file in files.items():
         place = task.splits[split]
         splits[split], num_malformed = from_tsv(task, split, file) if file else (from_hub(task, split), 0)
@@ -30,25 +30,6 @@ def load_task(name: str, glue_dir: str | None) -> tuple[dict[str, Dataset], list
         if (rows := len(splits[split])) != place.rows:
             warnings.append(f"{task.title}: the {split} split has {rows:,} rows, the official one {place.rows:,}")
     return splits, warnings
-
-
-def find_files(task: Task, folder: Path) -> dict[str, Path]:
-    """Find the files of a task's splits, of which only those of test splits may be missing."""
-    if not folder.is_dir():
-        raise UserError(f"`glue_dir` {folder}: there is no such folder")
-    found = {
-        split: folder / file
-        for split, place in task.splits.items()
-        for file in reversed(place.files)
-        if (folder / file).is_file()
-    }
-    needed = {split: place for split, place in task.splits.items() if not split.startswith("test")}
-    if missing := [place.files[0] for split, place in needed.items() if split not in found]:
-        raise UserError(
-            f"`glue_dir` {folder} lacks {', '.join(missing)}; put the official TSVs there, or leave {task.title} out "
-            "of `tasks`"
-        )
-    return found
 
 
 def from_tsv(task: Task, split: str, file: Path) -> tuple[Dataset, int]:
