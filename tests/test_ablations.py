@@ -17,7 +17,7 @@ from ablation_report import LOSS, Comparison, share_held_out_text
 from ablation_tables import BASES, MNLI, PERPLEXITY, SQUAD_2, SST, TABLES, Finding, Table
 
 from recipe.base.errors import UserError
-from testing.helpers import ROOT, SAMPLE, read_lines
+from testing.helpers import ROOT, SAMPLE, read_lines, wait_for
 
 ROWS = ablations.read_rows()
 # What a row is called and how its work is cut into micro-batches is no part of the experiment.
@@ -281,6 +281,8 @@ def test_stopped_comparison_goes_on_to_its_table(arguments, run, tmp_path: Path)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "stopped; the same command goes on" in errors.decode()
+    # The launcher ends at once; the process that trains saves first.
+    wait_for(lambda: json.loads((first / "status.json").read_text())["state"] != "running")
     status = json.loads((first / "status.json").read_text())
     assert status["state"] == "preempted"
     assert 0 < status["step"] < UPDATES
