@@ -124,6 +124,7 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
         accumulation = args.gradient_accumulation_steps(world_size)
         check.fits_world_size = True
         remarks.append(f"{world_size} x {args.per_device_train_batch_size} blocks, {accumulation} times an update")
+    check_corpora(check)
     wanted = args.resume_from_checkpoint
     if wanted is not None and check.tokenizer:
         with tried.trying("checkpoint") as remarks:
@@ -139,7 +140,6 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
             check.args = replace(args, hub_model_id=repo_id)
             check.lines += warnings
             remarks += warnings or [f"{repo_id} can be written"]
-    check_corpora(check)
     if check.config and not args.prepare_only:
         with tried.trying("disk") as remarks:
             with torch.device("meta"):
