@@ -1,4 +1,4 @@
-# make demo: from nothing to a filled mask and a fine-tuned classifier.   make test: lint and all but the long tests.   make test-long: those.   make faults: a hundred kills, 10,000 damaged files.   All make .venv first.
+# make install: .venv with all that is needed.   make demo: from nothing to a filled mask and a fine-tuned classifier.   make test: lint and all but the long tests.   make test-long: those.   make faults: a hundred kills, 10,000 damaged files.   All make .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 # Two worker processes share the tests, with one thread each (tests/conftest.py sets it).
@@ -6,12 +6,14 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # Without a number accelerate gives a process on a CPU one thread.
 LAUNCH := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test test-long lint faults
+.PHONY: demo install test test-long lint faults
 
 demo: .venv/installed runs/demo-tokenizer/tokenizer.json
 	$(LAUNCH) pretrain.py --config recipe/configs/pretrain/tiny.yaml --resume_from_checkpoint latest
 	$(BIN)/python -m recipe.demo runs/demo
 	$(LAUNCH) finetune_glue.py --config recipe/configs/glue/tiny.yaml
+
+install: .venv/installed
 
 runs/demo-tokenizer/tokenizer.json: | .venv/installed
 	$(BIN)/python train_tokenizer.py --config recipe/configs/tokenizer/tiny.yaml

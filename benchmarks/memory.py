@@ -1,4 +1,4 @@
-"""The largest micro-batch for a GPU's memory, computed without running anything (see recipe/memory.py).
+"""The largest micro-batch for a GPU's memory, computed without running anything (see recipe/modeling/memory.py).
 
 python benchmarks/memory.py
 """

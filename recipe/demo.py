@@ -3,12 +3,14 @@
 python -m recipe.demo runs/demo
 """
 
-import json
-import sys
+import argparse
 from pathlib import Path
 
 import transformers
 from transformers import pipeline
+
+from recipe.base.errors import UserError, report_user_errors
+from recipe.run.directory import read_records
 
 SENTENCES = [
     "“What do you<mask>?” said Alice.",
@@ -19,9 +21,13 @@ SENTENCES = [
 
 def main() -> None:
     """Print the held-out loss of a run and how its model fills in masked words."""
-    run = Path(sys.argv[1])
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = [record for record in records if "eval_loss" in record][-1]
+    parser = argparse.ArgumentParser(description="Show what a finished run has learnt.")
+    parser.add_argument("run_dir", type=Path, help="the `output_dir` of pretrain.py")
+    run = parser.parse_args().run_dir
+    evaluations = [record for record in read_records(run / "metrics.jsonl") if record.get("eval_loss") is not None]
+    if not evaluations or not (run / "model").is_dir():
+        raise UserError(f"RUN_DIR {run} holds no finished run with an evaluation; name the `output_dir` of pretrain.py")
+    last = evaluations[-1]
     gain = last["unigram_loss"] - last["eval_loss"]
     print(
         f"\nheld-out loss {last['eval_loss']:.3f} nats a token after {last['step']:,} updates; a unigram model has "
@@ -36,4 +42,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with report_user_errors():
+        main()
