@@ -124,7 +124,13 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
         accumulation = args.gradient_accumulation_steps(world_size)
         check.fits_world_size = True
         remarks.append(f"{world_size} x {args.per_device_train_batch_size} blocks, {accumulation} times an update")
+    # All that is local comes before a checkpoint is downloaded, or a repository made.
     check_corpora(check)
+    if check.config and not args.prepare_only:
+        with tried.trying("disk") as remarks:
+            with torch.device("meta"):
+                parameters = count_parameters(build_model(check.config, None, args.predicts_pairs))
+            remarks.append(check_space(run.checkpoints, parameters, args.save_total_limit))
     wanted = args.resume_from_checkpoint
     if wanted is not None and check.tokenizer:
         with tried.trying("checkpoint") as remarks:
@@ -140,11 +146,6 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
             check.args = replace(args, hub_model_id=repo_id)
             check.lines += warnings
             remarks += warnings or [f"{repo_id} can be written"]
-    if check.config and not args.prepare_only:
-        with tried.trying("disk") as remarks:
-            with torch.device("meta"):
-                parameters = count_parameters(build_model(check.config, None, args.predicts_pairs))
-            remarks.append(check_space(run.checkpoints, parameters, args.save_total_limit))
     return check
 
 

@@ -23,6 +23,7 @@ from recipe.base.progress import print_line
 from recipe.checks import CheckedRun
 from recipe.data.batches import Rank, Resume, TrainingData
 from recipe.data.streaming import Buffer, to_arrays, to_tensors
+from recipe.modeling.model import count_parameters
 from recipe.modeling.objectives import OBJECTIVES, MaskedLMObjective, compile_in_place
 from recipe.modeling.optimizer import build_optimizer, build_scheduler
 from recipe.publish.card import build_card, write_card
@@ -31,6 +32,7 @@ from recipe.run.checkpoint import (
     CheckpointWriter,
     archive_later_checkpoints,
     check_identity,
+    check_space,
     export_model,
     load_training_state,
     read_state,
@@ -213,6 +215,7 @@ def build_session(
     """
     args, checkpoint = check.args, check.checkpoint
     assert check.model and check.tokenizer  # noqa: PT018  a failed check ends the run
+    check_space(run.checkpoints, count_parameters(check.model), args.save_total_limit)  # token stores have taken some
     identity = check.identity | {"data": data.identity()}
     state = TrainState()
     if checkpoint:
