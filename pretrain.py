@@ -6,6 +6,8 @@ accelerate launch pretrain.py --config recipe/configs/pretrain/roberta-base.yaml
 import recipe.run.stopping  # noqa: F401  before all else: it notes the launcher and the time
 
 # isort: split
+from contextlib import nullcontext
+
 from recipe.arguments import PretrainArguments, parse_config
 from recipe.arguments.corpus import local_files
 from recipe.base.errors import report_user_errors
@@ -20,7 +22,7 @@ def main() -> None:
     from recipe.checks import check_run
     from recipe.data.modes import open_data
     from recipe.plan import describe_plan, print_plan
-    from recipe.run.launch import open_run, start_accelerator
+    from recipe.run.launch import holding, open_run, start_accelerator
     from recipe.session import build_session
     from recipe.training import train
 
@@ -30,20 +32,21 @@ def main() -> None:
         print_plan(args, accelerator, run)
         return
 
-    check = check_run(args, accelerator, run)
-    assert check.tokenizer and check.config and check.preprocessor  # noqa: PT018  a failed check ends the run
-    run.log([*describe_plan(args, check.config, accelerator.num_processes), *check.lines])
+    with nullcontext() if args.prepare_only else holding(run, accelerator):
+        check = check_run(args, accelerator, run)
+        assert check.tokenizer and check.config and check.preprocessor  # noqa: PT018  a failed check ends the run
+        run.log([*describe_plan(args, check.config, accelerator.num_processes), *check.lines])
 
-    data = open_data(check.args, check.preprocessor, accelerator.process_index)
-    run.log(data.describe())
-    if args.prepare_only:
-        return
+        data = open_data(check.args, check.preprocessor, accelerator.process_index)
+        run.log(data.describe())
+        if args.prepare_only:
+            return
 
-    session, resume = build_session(check, accelerator, run, data)
-    with session.recording():
-        is_complete = train(session, data, resume)
+        session, resume = build_session(check, accelerator, run, data)
+        with session.recording():
+            is_complete = train(session, data, resume)
 
-    session.finish(check.tokenizer, is_complete)
+        session.finish(check.tokenizer, is_complete)
 
 
 if __name__ == "__main__":

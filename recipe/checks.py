@@ -27,9 +27,9 @@ from recipe.data.token_store import TokenStore
 from recipe.data.token_store import check_space as check_store_space
 from recipe.data.tokenizer import load_tokenizer, tokenizer_checksum
 from recipe.modeling.model import build_config, build_model, count_parameters
-from recipe.publish.hub import SCHEME, check_push, fetch_checkpoint
+from recipe.publish.hub import check_push, fetch_checkpoint
 from recipe.run.checkpoint import check_space, open_checkpoint
-from recipe.run.directory import RunDirectory
+from recipe.run.directory import HUB_SCHEME, RunDirectory
 from recipe.run.launch import on_main
 
 HEAD_BYTES = 300_000  # of a corpus's text, that its tokens are estimated from
@@ -137,11 +137,11 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
             path = main_only(lambda: fetch_checkpoint(args))
             opened = open_checkpoint(run.checkpoints, path, check.identity, asdict(args))
             check.checkpoint, check.saved, check.lines = opened
-            is_remote = wanted.startswith(SCHEME)
+            is_remote = wanted.startswith(HUB_SCHEME)
             remarks += check.lines or [f"{wanted} is there" if is_remote else "there is none yet"]
-    if args.push_to_hub:
+    if args.push_to_hub and not args.prepare_only:
         with tried.trying("hub") as remarks:
-            is_fresh = check.checkpoint is None and not (wanted or "").startswith(SCHEME)
+            is_fresh = check.checkpoint is None and not (wanted or "").startswith(HUB_SCHEME)
             repo_id, warnings = main_only(lambda: check_push(args, is_fresh))
             check.args = replace(args, hub_model_id=repo_id)
             check.lines += warnings

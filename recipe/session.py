@@ -126,6 +126,7 @@ class Session:
         kept = {"train_state": asdict(state), "identity": self.identity, "arguments": asdict(args)}
 
         def write() -> Path:
+            self.run.check_held()
             return save_checkpoint(self.run.checkpoints, step, model, weights, tensors, kept, args.save_total_limit)
 
         def after_save(path: Path) -> None:
@@ -183,6 +184,7 @@ class Session:
             self.run.log([resume, *self.publisher.waiting()])
             return
         if self.accelerator.is_main_process:
+            self.run.check_held()
             last = checkpoint_path(self.run.checkpoints, step)
             checkpoint = last if last.exists() else self.writer.last
             assert checkpoint, "a complete run has a checkpoint of its last update, or began with it"
@@ -234,7 +236,7 @@ def build_session(
     session.run.log(warnings)
     lanes = load_training_state(checkpoint, prepared, adamw, accelerator.scaler) if checkpoint else {}
     run.write_config(recorded_values(args), environment(accelerator) | {"tokenizer_checksum": identity["tokenizer"]})
-    run.cut_metrics(state.step)
     if accelerator.is_main_process:
         archive_later_checkpoints(run.checkpoints, state.step)
+    run.cut_metrics(state.step)
     return session, session.resume_data(lanes)

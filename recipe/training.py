@@ -20,6 +20,7 @@ from recipe.modeling.memory import largest_micro_batch
 from recipe.modeling.model import count_parameters
 from recipe.monitoring import SpikeGuard, TrainingLog, Update, to_device
 from recipe.run.checkpoint import BYTES_PER_PARAMETER
+from recipe.run.directory import LostFolderError
 from recipe.run.metrics import Stopwatch
 from recipe.run.stopping import StopRequest
 from recipe.run.watchdog import Watchdog
@@ -36,6 +37,7 @@ def train(session: Session, data: TrainingData, resume: Resume) -> bool:
 
     Raises:
         FloatingPointError: too many updates in a row were not finite, or the loss spikes again and again.
+        LostFolderError: another process has taken the run's folder, or it is gone; nothing was saved since.
         UserError: a corpus cannot be read any more. As after any error of the data, there is a checkpoint of the last
             update.
     """
@@ -59,8 +61,10 @@ def train(session: Session, data: TrainingData, resume: Resume) -> bool:
         updates = updates_from(resume)
         while state.step < args.max_steps:
             with log.watch.waiting():
-                local, counts, failure = next_update(session.accelerator, updates, len(args.corpora), watchdog)
+                local, counts, failure = next_update(session, updates, watchdog)
             if local is None:
+                if counts["lost"] and failure:
+                    raise failure
                 if state.step != session.last_saved_step:
                     session.save(lanes)
                 session.wait_for_checkpoint()
@@ -121,7 +125,7 @@ def update_weights(session: Session, local: UpdateData, counts: Counts, request:
 
 
 def next_update(
-    accelerator: Accelerator, updates: Iterator[UpdateData], num_corpora: int, watchdog: Watchdog
+    session: Session, updates: Iterator[UpdateData], watchdog: Watchdog
 ) -> tuple[UpdateData | None, Counts, Exception | None]:
     """Wait for what this process has of the next update, and sum its counts over all processes.
 
@@ -129,21 +133,26 @@ def next_update(
         this process's part, None on all ranks if any of them has no more data, so that none is left waiting; the counts
         of the whole update; and an error, unless there is data or a rank was asked to stop.
     """
+    accelerator, num_corpora = session.accelerator, len(session.args.corpora)
     local, failure = None, None
     watchdog.at("reading its data")
     try:
+        session.run.check_held()
         local = next(updates)
         counts = local.counts
     except InterruptedWaitError:
         counts = Counts.without_data(num_corpora, "stopping")
     except Exception as error:  # whatever it is, the other ranks have to know
-        failure, counts = error, Counts.without_data(num_corpora, "failed")
+        reason = "lost" if isinstance(error, LostFolderError) else "failed"
+        failure, counts = error, Counts.without_data(num_corpora, reason)
     watchdog.at("the count of an update's data")
     totals = accelerator.reduce(torch.from_numpy(counts.array).to(accelerator.device), "sum")
     counts = Counts(num_corpora, totals.cpu().numpy())
-    if counts["failed"]:
-        failure = failure or UserError("another process cannot read its corpora any more; see its message")
-    if counts["failed"] or counts["stopping"]:
+    if counts["failed"] or counts["lost"]:
+        problem = "cannot read its corpora any more" if counts["failed"] else "has lost the run's folder"
+        failure = failure or UserError(f"another process {problem}; see its message")
+        local = None
+    if counts["stopping"]:
         local = None
     return local, counts, failure
 

@@ -29,7 +29,7 @@ Batch = dict[str, torch.Tensor]
 
 EVAL_VISIT = -1  # held-out blocks have the masks of this visit, every time
 EMPTY_BLOCK = -1  # number of the blocks that fill the last evaluation micro-batches up
-SCALARS = ("failed", "stopping", "masked", "pairs", "digest")  # of an update
+SCALARS = ("failed", "lost", "stopping", "masked", "pairs", "digest")  # of an update
 COUNTED = ("blocks", "tokens", "documents")  # of each corpus, in an update
 
 
@@ -56,8 +56,8 @@ class Counts:
     def __init__(self, num_corpora: int, array: np.ndarray | None = None) -> None:
         sizes = len(SCALARS), num_corpora * len(COUNTED), num_corpora * (len(LEFT_OUT) + 1)
         self.array = np.zeros(sum(sizes), np.int64) if array is None else array
-        # See `SCALARS`: processes that `failed` to read data or are `stopping`, `masked` tokens, `pairs` of two parts,
-        # and the `digest` of all blocks and of what is masked in them.
+        # See `SCALARS`: processes that `failed` to read data, have `lost` the run's folder or are `stopping`, `masked`
+        # tokens, `pairs` of two parts, and the `digest` of all blocks and of what is masked in them.
         self.scalars, corpora, streams = np.split(self.array, np.cumsum(sizes[:2]))
         self.corpora = corpora.reshape(num_corpora, -1)  # (corpora, 3), see `COUNTED`
         # (corpora, 4), in streaming mode the documents dropped so far, see `LEFT_OUT`, and the passes in millionths,
@@ -69,13 +69,13 @@ class Counts:
         """Count rows, given as (rows, 6) int64, see `ROW`."""
         counts = cls(num_corpora)
         corpus, tokens, documents, masked, pairs, digests = rows.T
-        counts.scalars[2:] = masked.sum(), pairs.sum(), digests.sum()
+        counts.scalars[SCALARS.index("masked") :] = masked.sum(), pairs.sum(), digests.sum()
         np.add.at(counts.corpora, corpus, np.stack([np.ones_like(tokens), tokens, documents], 1))
         return counts
 
     @classmethod
     def without_data(cls, num_corpora: int, reason: str) -> "Counts":
-        """Count a process that has no more data, because it `failed` or is `stopping`."""
+        """Count a process that has no more data, because it `failed`, is `stopping` or has `lost` the run's folder."""
         counts = cls(num_corpora)
         counts.scalars[SCALARS.index(reason)] = 1
         return counts

@@ -36,9 +36,17 @@ from recipe.arguments import PretrainArguments, identity_of
 from recipe.arguments.checks import check_repo_id
 from recipe.base.errors import UserError, describe_error, did_you_mean, raising_damaged_file, report_user_errors
 from recipe.base.files import read_yaml, replace_folder
-from recipe.run.directory import STATE_FILES, checkpoint_path, read_config, read_step
+from recipe.run.directory import (
+    DOWNLOAD_FOLDER,
+    HUB_SCHEME,
+    STATE_FILES,
+    checkpoint_path,
+    checkpoint_step,
+    read_config,
+    read_step,
+)
 
-SCHEME = "hub://"
+CARD_SUFFIX = "-card"  # of a folder that waits with a new card alone
 GLUE_FILE = "glue.json"  # results of the weights beside it
 REQUEST_SECONDS = 60  # without a byte, after which a request is given up
 PATIENCE_SECONDS = 120  # of trying a push again, after which it waits for the next checkpoint
@@ -142,7 +150,7 @@ def check_contents(api: HfApi, repo_id: str, identity: dict[str, Any], is_fresh:
     if is_fresh:
         raise UserError(
             f"`hub_model_id` {repo_id} already holds files; choose another or, to go on from its checkpoints, give "
-            f"--resume_from_checkpoint {SCHEME}{repo_id}"
+            f"--resume_from_checkpoint {HUB_SCHEME}{repo_id}"
         )
     pushed = read_yaml(Path(api.hf_hub_download(repo_id, "config.yaml"))) if "config.yaml" in files else {}
     if different := [name for name, value in identity.items() if pushed.get(name) != value]:
@@ -152,9 +160,15 @@ def check_contents(api: HfApi, repo_id: str, identity: dict[str, Any], is_fresh:
         )
 
 
+def waiting_step(path: Path) -> int | None:
+    """Return the update of a folder that waits, a checkpoint's or a card's; None for any other folder."""
+    return checkpoint_step(path.with_name(path.name.removesuffix(CARD_SUFFIX)))
+
+
 def list_waiting(run: Path) -> list[Path]:
     """List the folders that are still to be pushed, the oldest first."""
-    return sorted(path for path in (run / "hub").glob("step-*") if path.is_dir())
+    found = [(step, path) for path in (run / "hub").glob("step-*") if (step := waiting_step(path)) is not None]
+    return [path for _, path in sorted(found) if path.is_dir()]
 
 
 def describe_waiting(run: Path) -> list[str]:
@@ -175,7 +189,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 def push(api: HfApi, config: dict[str, Any], folder: Path) -> str:
     """Commit a folder's files to `main`, tagged with its name if it is a checkpoint; return the repository's id."""
     repo_id = api.create_repo(config["hub_model_id"], private=config["hub_private_repo"], exist_ok=True).repo_id
-    is_checkpoint = re.fullmatch(r"step-\d+", folder.name)
+    is_checkpoint = checkpoint_step(folder) is not None
     # Those of these files that the folder lacks belong to an earlier checkpoint.
     stale = [name for name in (*STATE_FILES, GLUE_FILE) if not (folder / name).exists()] if is_checkpoint else None
     commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=folder.name, delete_patterns=stale)
@@ -213,7 +227,8 @@ def stage_card(run: Path) -> list[str]:
     """Stage a new card of the finished model for the next push, if the run is on the hub; say in lines what waits."""
     if not read_config(run)["push_to_hub"]:
         return []
-    folder = run / "hub" / f"step-{read_step(run):08d}-card"
+    checkpoint = checkpoint_path(run / "hub", read_step(run))
+    folder = checkpoint.with_name(checkpoint.name + CARD_SUFFIX)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("README.md", GLUE_FILE):
         shutil.copyfile(run / "model" / name, folder / name)
@@ -319,13 +334,13 @@ def fetch_checkpoint(args: PretrainArguments) -> str | None:
         UserError: there is no such repository, revision or training state, or the hub cannot be reached.
     """
     uri, run = args.resume_from_checkpoint, Path(args.output_dir)
-    if uri is None or not uri.startswith(SCHEME):
+    if uri is None or not uri.startswith(HUB_SCHEME):
         return uri
-    repo_id, _, revision = uri.removeprefix(SCHEME).partition("@")
+    repo_id, _, revision = uri.removeprefix(HUB_SCHEME).partition("@")
     check_repo_id("resume_from_checkpoint", repo_id)
     limit_requests()
     api, revision = HfApi(), revision or "main"
-    temporary = run / "checkpoints" / ".from-hub"
+    temporary = run / "checkpoints" / DOWNLOAD_FOLDER
     downloads = not (args.dry_run or args.prepare_only)
     needed = re.compile("|".join(["config.json", r"model[\w.-]*", *STATE_FILES, "metrics.jsonl"]))  # none in a folder
 

@@ -42,7 +42,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.base.errors import UserError, describe_error, raising_damaged_file
 from recipe.base.files import check_free_space, replace_folder
-from recipe.run.directory import CHECKPOINT_PREFIX, MANIFEST, STATE_FILES, checkpoint_path, list_checkpoints
+from recipe.run.directory import MANIFEST, STATE_FILES, checkpoint_path, checkpoint_step, list_checkpoints
 
 FORMAT = 4
 REQUIRED_FILES = {"config.json", "model.safetensors", "optimizer.pt", "state.json"}
@@ -50,9 +50,12 @@ BYTES_PER_PARAMETER = 12  # weight and two moments, in float32
 
 
 def archive_later_checkpoints(folder: Path, step: int) -> None:
-    """Rename checkpoints later than `step` to `abandoned-…`, so that `latest` is of the branch that goes on from it."""
-    for path in list_checkpoints(folder):
-        if path.name > checkpoint_path(folder, step).name:
+    """Rename checkpoints later than `step` to `abandoned-…`, so that `latest` is of the branch that goes on from it.
+
+    The newest come first: a process that is killed in between leaves none without those before it.
+    """
+    for path in reversed(list_checkpoints(folder)):
+        if (checkpoint_step(path) or 0) > step:
             path.rename(path.with_name(f"abandoned-{time.time_ns()}-{path.name}"))
 
 
@@ -109,7 +112,7 @@ def save_checkpoint(
     Raises:
         Exception: the disk is full, for example; each library has its own. Nothing is left of the checkpoint then.
     """
-    for leftover in folder.glob(f".{CHECKPOINT_PREFIX}*"):
+    for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover)
     path = checkpoint_path(folder, step)  # a damaged one may be there, or the same update before a resume
     with replace_folder(path) as temporary:

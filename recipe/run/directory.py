@@ -4,6 +4,7 @@ This loads no torch, since the seconds of a process that pushes checkpoints are 
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,20 +16,29 @@ from recipe.arguments import PretrainArguments
 from recipe.base.errors import UserError, raising_damaged_file
 from recipe.base.files import check_output_dir, read_yaml, to_yaml, write_atomically
 from recipe.base.progress import print_line
+from recipe.run.lock import RunLock
 
+HUB_SCHEME = "hub://"  # of a checkpoint on the hub
 MANIFEST = "manifest.json"
 STATE_FILES = ("optimizer.pt", "state.json", MANIFEST)  # of a checkpoint, beside the model
-CHECKPOINT_PREFIX = "step-"
+DOWNLOAD_FOLDER = ".from-hub"  # among the checkpoints, of a download that has not ended
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Name the folder of the checkpoint of an update."""
-    return folder / f"{CHECKPOINT_PREFIX}{step:08d}"
+    return folder / f"step-{step:08d}"
+
+
+def checkpoint_step(path: Path) -> int | None:
+    """Return the update that a checkpoint's folder is named by; None for a folder of any other name."""
+    name = re.fullmatch(r"step-([0-9]+)", path.name)
+    return int(name[1]) if name else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoints in a folder, oldest first."""
-    return sorted(path for path in folder.glob(f"{CHECKPOINT_PREFIX}*") if path.is_dir())
+    """List the checkpoints in a folder by their updates, the oldest first; other folders, copies too, are none."""
+    found = [(step, path) for path in folder.glob("step-*") if (step := checkpoint_step(path)) is not None]
+    return [path for _, path in sorted(found) if path.is_dir()]
 
 
 def read_records(file: Path) -> list[dict[str, Any]]:
@@ -59,29 +69,81 @@ def read_config(run: Path) -> dict[str, Any]:
     return defaults | read_yaml(run / "config.yaml")
 
 
+class LostFolderError(UserError):
+    """Another process holds the folder of the run now, or it is gone: nothing can be saved there any more."""
+
+
 class RunDirectory:
-    """The folder of one run, to which only the main process writes; `pids` are those of all training processes."""
+    """The folder of one run, to which only the main process writes; `pids` are those of all training processes.
+
+    Once the process has lost the folder, see `RunLock`, nothing more is written to it.
+    """
 
     def __init__(self, path: str | Path, is_main: bool, pids: list[int]) -> None:
         self.path = Path(path)
+        self.lock = RunLock(self.path)
         self.is_main = is_main
         self.pids = pids
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.config_file = self.path / "config.yaml"
+        self.status_file = self.path / "status.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.loss_plot = self.path / "loss.png"
         self.unwritten_metrics = b""
 
     def check(self, resume_from_checkpoint: str | None) -> None:
-        """Refuse a folder that cannot be written, or that holds a run other than the one to resume."""
+        """Refuse a folder that cannot be written, or in which `resume_from_checkpoint` cannot be meant.
+
+        Raises:
+            UserError: it holds a run other than the one to resume; or `latest` would begin anew over what is left of a
+                run whose checkpoints are gone.
+        """
         check_output_dir(self.path)
-        wanted = resume_from_checkpoint
-        if wanted == "latest" or (wanted and Path(wanted).resolve().parent == self.checkpoints.resolve()):
+        wanted, has_checkpoints = resume_from_checkpoint, bool(list_checkpoints(self.checkpoints))
+        unfinished = self.checkpoints / DOWNLOAD_FOLDER
+        is_unfinished = unfinished.is_dir() and not has_checkpoints
+        if wanted == "latest":
+            if is_unfinished:
+                raise UserError(
+                    f"`resume_from_checkpoint` is latest, and {unfinished} is a download that has not ended; give the "
+                    f"same hub:// address again to go on with it, or remove {self.path} to start anew"
+                )
+            if not has_checkpoints and (evidence := self.evidence_of_checkpoints()):
+                raise UserError(
+                    f"`resume_from_checkpoint` is latest, and {self.checkpoints} holds none, though {evidence};"
+                    f" bring them back (is a disk not mounted?), or remove {self.path} to start anew"
+                )
+            return
+        if wanted and Path(wanted).resolve().parent == self.checkpoints.resolve():
+            return
+        if is_unfinished and wanted and wanted.startswith(HUB_SCHEME) and not self.status_file.exists():
             return
         if any((self.path / name).exists() for name in ("status.json", "metrics.jsonl", "checkpoints", "model")):
             remedy = "resume it with --resume_from_checkpoint latest, or choose another folder"
             raise UserError(f"`output_dir` {self.path} already holds a run; {remedy}")
+
+    def evidence_of_checkpoints(self) -> str | None:
+        """Say by what a run must have had checkpoints in this folder; None if nothing tells of any."""
+        if self.checkpoints.is_symlink() and not self.checkpoints.exists():
+            return f"{self.checkpoints} is a link to {self.checkpoints.readlink()}, which is not there"
+        if self.model.is_dir():
+            return f"{self.model} is the model of a complete run"
+        if self.status_file.exists():
+            with raising_damaged_file(self.status_file, "remove it if no checkpoint was written yet"):
+                status = json.loads(self.status_file.read_text())
+                if status.get("saved_step") is not None:
+                    return f"{self.status_file.name} says that update {status['saved_step']:,} was saved"
+                return None
+        steps = [record["step"] for record in self.read_metrics()]
+        if steps and self.config_file.exists() and max(steps) >= read_config(self.path)["save_steps"]:
+            return f"{self.metrics_file.name} tells of {max(steps):,} updates"
+        return None
+
+    def check_held(self) -> None:
+        """Raise a `LostFolderError` if this process has lost the folder."""
+        if loss := self.lock.loss():
+            raise LostFolderError(f"{loss}; this process stops without saving, and its last checkpoint stays as it is")
 
     def log(self, lines: list[str]) -> None:
         """Print lines at once, on the main process."""
@@ -106,11 +168,11 @@ class RunDirectory:
 
     def write_status(self, state: str, step: int, reason: str | None = None) -> None:
         """Write status.json; `state` is running, complete, preempted or failed."""
-        if self.is_main:
+        if self.is_main and not self.lock.loss():
             self.path.mkdir(parents=True, exist_ok=True)
             status = {"state": state, "step": step, "reason": reason, "pids": self.pids}
             try:
-                write_atomically(self.path / "status.json", json.dumps(status) + "\n")
+                write_atomically(self.status_file, json.dumps(status) + "\n")
             except OSError as error:
                 print(f"warning: status.json could not be set to {state} ({step:,} updates): {error}", file=sys.stderr)
 
@@ -125,7 +187,7 @@ class RunDirectory:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl; one that a full disk does not take is written with the next one."""
-        if self.is_main:
+        if self.is_main and not self.lock.loss():
             self.unwritten_metrics += (json.dumps(record) + "\n").encode()
             try:
                 with self.metrics_file.open("ab", buffering=0) as file:

@@ -3,7 +3,8 @@
 import atexit
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -24,8 +25,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.utils.logging import disable_progress_bar
 
 from recipe.base.errors import UserError
+from recipe.base.files import check_output_dir
 from recipe.run.directory import RunDirectory
-from recipe.run.stopping import stop_with_launcher
+from recipe.run.stopping import LAUNCHED_BY_ACCELERATE, stop_with_launcher
 from recipe.run.trackers import check_trackers
 
 UNSERVED_ENGINES = {DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA}
@@ -60,6 +62,7 @@ def start_accelerator(
     except ValueError as error:  # the device does not have the precision
         raise UserError(f"{error} Give accelerate another --mixed_precision") from None
     atexit.register(leave_process_group)
+    check_world_size(accelerator)
     disable_progress_bar()  # of transformers, which shows one for each file that it writes
     if not accelerator.is_main_process:
         disable_progress_bars()
@@ -69,6 +72,23 @@ def start_accelerator(
     if accelerator.device.type == "cpu" and torch.get_num_threads() < cores:
         accelerator.print(f"warning: {torch.get_num_threads()} of {cores} cores are used; set OMP_NUM_THREADS={cores}")
     return accelerator
+
+
+def check_world_size(accelerator: Accelerator) -> None:
+    """Refuse to be one of several processes that were meant to train together, each of which would train alone.
+
+    Of several processes without GPUs, accelerate's launcher starts either all, unknown to each other, or only one.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    # What the launcher sets where more than one process was asked for, and starts one alone.
+    is_only_one = LAUNCHED_BY_ACCELERATE in os.environ and {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if accelerator.num_processes < launched or (is_only_one and "WORLD_SIZE" not in os.environ):
+        number = launched if launched > 1 else "more than 1"
+        raise UserError(
+            f"`num_processes` of the launcher is {number}, and accelerate trains on {accelerator.num_processes} "
+            f"({torch.cuda.device_count()} GPUs are seen): give --num_processes 1 or, to try several on a CPU, start them with "
+            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2. If one is meant, unset MASTER_ADDR"
+        )
 
 
 def check_engine(accelerator: Accelerator, serves_fsdp: bool, ddp_comm_hook: str | None) -> None:
@@ -109,6 +129,17 @@ def on_main(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
     if problem:
         raise UserError(problem)
     return result
+
+
+@contextmanager
+def holding(run: RunDirectory, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the folder of a run in the main process; on all of them, raise the `UserError` of `RunLock.acquire`."""
+    check_output_dir(run.path)
+    on_main(accelerator, run.lock.acquire)
+    try:
+        yield
+    finally:
+        run.lock.release()
 
 
 def leave_process_group() -> None:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-LAUNCHER_VARIABLES = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"}  # set by accelerate's launcher and torchrun
+LAUNCHED_BY_ACCELERATE = "ACCELERATE_DYNAMO_BACKEND"  # set by its launcher
+LAUNCHER_VARIABLES = {LAUNCHED_BY_ACCELERATE, "TORCHELASTIC_RUN_ID"}  # the other is torchrun's
 # Scripts import this module first: a launcher may be gone by the time that all else is imported.
 START_SECONDS, PARENT_PID = time.monotonic(), os.getppid()
 EXIT_MARGIN_SECONDS = 30  # for what comes after the last checkpoint: trackers, and the end of the processes
