@@ -86,8 +86,8 @@ def check_world_size(accelerator: Accelerator) -> None:
         number = launched if launched > 1 else "more than 1"
         raise UserError(
             f"`num_processes` of the launcher is {number}, and accelerate trains on {accelerator.num_processes} "
-            f"({torch.cuda.device_count()} GPUs are seen): give --num_processes 1 or, to try several on a CPU, start them with "
-            "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2. If one is meant, unset MASTER_ADDR"
+            f"({torch.cuda.device_count()} GPUs are seen); give --num_processes 1 or, to try several on a CPU, start "
+            "them by: ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2. If one is meant, unset MASTER_ADDR"
         )
 
 

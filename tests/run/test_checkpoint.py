@@ -1,5 +1,7 @@
 import json
+import os
 import random
+import shutil
 import time
 from dataclasses import asdict
 from functools import partial
@@ -72,6 +74,34 @@ def test_going_back_sets_later_checkpoints_aside(tmp_path: Path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000020", "step-00000025"]
     assert len(list(tmp_path.glob("abandoned-*"))) == 2
     assert find_checkpoint(tmp_path, "latest")[0] == tmp_path / "step-00000025"
+
+
+def test_killed_while_setting_aside_leaves_no_gap(tmp_path: Path, monkeypatch):
+    for step in (10, 20, 30, 40):
+        save(tmp_path, step, limit=4)
+    renamed = []
+
+    def rename(path: Path, target: Path) -> None:
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(path.name)
+        os.rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        archive_later_checkpoints(tmp_path, 10)
+    assert renamed == ["step-00000040"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000010", "step-00000020", "step-00000030"]
+
+
+def test_copies_beside_checkpoints_are_left_alone(tmp_path: Path):
+    save(tmp_path, 10)
+    shutil.copytree(tmp_path / "step-00000010", tmp_path / "step-00000040-best")
+    save(tmp_path, 20, limit=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000020", "step-00000040-best"}
+    assert find_checkpoint(tmp_path, "latest")[0] == tmp_path / "step-00000020"
+    archive_later_checkpoints(tmp_path, 20)
+    assert (tmp_path / "step-00000040-best").is_dir()
 
 
 def copy_of(objective: MaskedLMObjective, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:

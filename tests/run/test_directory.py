@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from recipe.base.errors import UserError
-from recipe.run.directory import RunDirectory, read_step
+from recipe.run.directory import RunDirectory, checkpoint_path, list_checkpoints, read_step
 from testing.helpers import ROOT
 
 
@@ -58,12 +58,14 @@ def test_metrics_wait_while_they_cannot_be_written(tmp_path: Path, capsys):
 def test_folder_with_a_run_is_refused(tmp_path: Path, name: str):
     run = RunDirectory(tmp_path, is_main=True, pids=[])
     run.check(None)
-    (tmp_path / name).mkdir()
+    if name.endswith("json"):
+        run.write_status("running", 0)
+    else:
+        (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=r"already holds a run.*--resume_from_checkpoint latest"):
         run.check(None)
     with pytest.raises(UserError, match="already holds a run"):
         run.check("another/run/checkpoints/step-00000001")
-    run.check("latest")
     run.check(str(tmp_path / "checkpoints" / "step-00000001"))
 
 
@@ -90,3 +92,68 @@ def test_status_names_state_reason_and_processes(tmp_path: Path):
         "reason": "SIGTERM",
         "pids": [11, 12],
     }
+
+
+def make_remains(run: Path, kind: str) -> None:
+    """Leave in a folder what tells of a checkpoint that is no longer there."""
+    run.mkdir()
+    if kind == "link":
+        (run / "checkpoints").symlink_to(run / "unmounted")
+    elif kind == "model":
+        (run / "model").mkdir()
+    elif kind == "status":
+        (run / "status.json").write_text('{"state": "failed", "step": 25, "saved_step": 20}')
+    elif kind == "metrics":
+        (run / "config.yaml").write_text("save_steps: 20\n")
+        (run / "metrics.jsonl").write_text('{"step": 25}\n')
+    elif kind == "download":
+        (run / "checkpoints" / ".from-hub").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("link", "is a link to .*unmounted, which is not there"),
+        ("model", "is the model of a complete run"),
+        ("status", "says that update 20 was saved"),
+        ("metrics", "tells of 25 updates"),
+        ("download", "is a download that has not ended; give the same hub:// address again"),
+    ],
+)
+def test_latest_never_begins_anew_over_the_remains_of_a_run(tmp_path: Path, kind: str, expected: str):
+    make_remains(tmp_path / "run", kind)
+    with pytest.raises(UserError, match=f"`resume_from_checkpoint` is latest, and .*{expected}"):
+        RunDirectory(tmp_path / "run", True, []).check("latest")
+
+
+def test_latest_begins_where_nothing_was_saved(tmp_path: Path):
+    run = RunDirectory(tmp_path, True, [])
+    run.check("latest")
+    (tmp_path / "config.yaml").write_text("save_steps: 20\n")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 19}\n')
+    run.check("latest")
+    run.checkpoints.mkdir()
+    (tmp_path / "status.json").write_text('{"state": "failed", "step": 25, "saved_step": null}')
+    run.check("latest")
+
+
+def test_download_that_was_killed_goes_on_by_the_same_address(tmp_path: Path):
+    make_remains(tmp_path / "run", "download")
+    run = RunDirectory(tmp_path / "run", True, [])
+    run.metrics_file.write_text("")  # it is moved before the checkpoint
+    run.check("hub://ann/run")
+    with pytest.raises(UserError, match="already holds a run"):
+        run.check(None)
+    run.write_status("running", 3)
+    with pytest.raises(UserError, match="already holds a run"):
+        run.check("hub://ann/run")
+
+
+def test_only_numbered_folders_are_checkpoints_in_the_order_of_their_numbers(tmp_path: Path):
+    names = ["step-00000040", "step-00000040-best", "step-best", "step-00000020.bak", "step-100000000", "step-99999995"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-00000050").write_text("")
+    found = [path.name for path in list_checkpoints(tmp_path)]
+    assert found == ["step-00000040", "step-99999995", "step-100000000"]
+    assert checkpoint_path(tmp_path, 100_000_000) == tmp_path / "step-100000000"

@@ -51,3 +51,18 @@ def test_hook_for_gradients_needs_gpus(monkeypatch, accelerator):
         UserError, match=r"`ddp_comm_hook` is bf16, which is for DDP on GPUs, .* MULTI_CPU; leave it out"
     ):
         start_accelerator(ddp_comm_hook="bf16")
+
+
+@pytest.mark.parametrize(
+    ("environment", "number"),
+    [
+        ({"WORLD_SIZE": "2"}, "2"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "NO", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}, "more than 1"),
+    ],
+)
+def test_processes_that_would_train_each_alone_are_refused(monkeypatch, accelerator, environment, number):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("recipe.run.launch.Accelerator", lambda **kwargs: accelerator)
+    with pytest.raises(UserError, match=rf"`num_processes` of the launcher is {number}, and accelerate trains on 1 "):
+        start_accelerator()
