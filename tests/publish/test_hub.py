@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load, load_file
 
 from recipe.publish.hub import Publisher, list_waiting
-from testing.helpers import PATIENCE_SECONDS, PYTHONPATH, ROOT, command_line, learning
+from testing.helpers import PATIENCE_SECONDS, PYTHONPATH, ROOT, command_line, learning, wait_for
 from testing.hub_server import Fault, HubServer, Repo, serve
 
 REPO = "ann/run"
@@ -332,3 +332,26 @@ def test_folder_that_is_no_run_is_named(client, tmp_path):
     result = client.run("-m", "recipe.publish.hub", tmp_path)
     assert result.returncode == 2
     assert f"{tmp_path} holds no run" in result.stderr
+
+
+@pytest.mark.long
+def test_killed_download_goes_on_by_the_same_command_alone(hub, client, flags, tmp_path):
+    result = client.pretrain(flags | {"save_steps": 2})
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "run"
+    files = {path.name: path.read_bytes() for path in (run / "checkpoints" / "step-00000002").iterdir()}
+    hub.repos[REPO] = Repo(private=False)
+    hub.repos[REPO].commit("main", files | {"metrics.jsonl": (run / "metrics.jsonl").read_bytes()}, "pushed")
+    hub.faults = [Fault("hang", "GET .*optimizer.pt")]
+    again = flags | {"output_dir": tmp_path / "again", "resume_from_checkpoint": f"hub://{REPO}"}
+    command = [sys.executable, "pretrain.py", *command_line(again)]
+    with subprocess.Popen(command, env=client.environment, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        wait_for(lambda: any("GET" in request and "optimizer.pt" in request for request in hub.requests))
+        process.kill()
+    hub.faults = []
+    refused = client.pretrain(again | {"resume_from_checkpoint": "latest"})
+    assert refused.returncode == 2
+    assert "is a download that has not ended; give the same hub:// address again" in refused.stderr
+    result = client.pretrain(again)
+    assert result.returncode == 0, result.stderr
+    assert learning(tmp_path / "again" / "metrics.jsonl") == learning(run / "metrics.jsonl")
