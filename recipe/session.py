@@ -130,6 +130,7 @@ class Session:
             return save_checkpoint(self.run.checkpoints, step, model, weights, tensors, kept, args.save_total_limit)
 
         def after_save(path: Path) -> None:
+            self.run.check_held()
             self.run.write_status("running", step)
             self.plot()
             if step < args.max_steps:  # the last one is pushed when the run is complete

@@ -1,11 +1,20 @@
-"""Kill runs of pretrain.py at random moments until they are complete, and compare them with an undisturbed run.
+"""Disturb runs of pretrain.py at random moments until they are complete, and compare them with an undisturbed run.
 
 python -m testing.faults.storm --kills 100 --seed 0
 
-The runs train tiny models on one process and on two, in turns, and push to a hub on this machine. A rank, all ranks or
-the launcher get SIGKILL or SIGTERM: while starting, training, evaluating, saving or pushing. Afterwards no process may
-be left and every file of the run must be readable; then the run is resumed. In the end every line of metrics.jsonl,
-with the digest of all blocks and masks, and every weight must be those of the undisturbed run, bit for bit.
+The runs train tiny models on one process and on two, in turns, and push to a hub on this machine; many of them have
+lost their standard output. While they start, train, evaluate, save or push, they are
+
+- killed: a rank, all ranks, the launcher or a data worker get SIGKILL, SIGTERM or SIGHUP;
+- started a second time in the same folder;
+- stopped, with another start taking over before they go on;
+- moved away, with their folder, and back once they have noticed;
+- given a damaged token store, which they have to name.
+
+Beside their checkpoints lie copies that nobody may touch, and in the corpus folder links that lead in circles. After
+each of these no process may be left and every file of the run must be readable; then the run is resumed. In the end
+every line of metrics.jsonl, with the digest of all blocks and masks, and every weight must be those of the undisturbed
+run, bit for bit: two processes that wrote at once would leave a line twice.
 
 (They can be: without dropout, two processes with a micro-batch each add the same two gradients as one process with both
 micro-batches, and the factor of two that DDP divides by is exact. Held-out blocks make two micro-batches too.)
@@ -15,6 +24,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,6 +49,9 @@ ROOT = Path(__file__).parents[2]
 EVAL_STEPS, SAVE_STEPS = 7, 5
 MOMENTS = ("starting", "training", "evaluating", "saving", "pushing")
 UPLOADS = ("/preupload/", "PUT ", "/commit/", "/tag/")
+KINDS = {"signal": 8, "second start": 1, "takeover": 1, "moved away": 1, "damaged store": 1}  # and how often
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
+END_SECONDS = 600  # for which the end of a process is waited for
 # Values that depend on the machine.
 TIMED = {"tokens_per_second", "mfu", "peak_memory", "data_wait_share", "seconds_per_update"}
 
@@ -48,11 +61,16 @@ def build_flags(folder: Path, max_steps: int) -> dict[str, Any]:
     rng = random.Random(0)
     words = [f"{a}{b}" for a in ("ta", "ro", "mi", "lu") for b in ("n", "ber", "sti", "ka")]
     texts = [" ".join(rng.choices(words, k=rng.randint(5, 200))).capitalize() + "." for _ in range(300)]
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    (corpus / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (corpus / "empty.jsonl").touch()
+    (corpus / "again").symlink_to(corpus)
+    (corpus / "same.jsonl").symlink_to("text.jsonl")
     trained = train_byte_level_bpe([texts], 300, 2, add_prefix_space=False, max_document_characters=10_000)
     save_tokenizer(trained, folder / "tokenizer", add_prefix_space=False, model_max_length=64)
     return {
-        "corpora": json.dumps([{"name": "text", "path": str(folder / "text.jsonl")}]),
+        "corpora": json.dumps([{"name": "text", "path": str(corpus)}]),
         "tokenizer_name": folder / "tokenizer",
         "token_store_dir": folder / "stores",
         "model_config": '{"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, '
@@ -73,19 +91,27 @@ def build_flags(folder: Path, max_steps: int) -> dict[str, Any]:
     }
 
 
-def start(flags: dict[str, Any], processes: int, environment: dict[str, str], log: Path) -> subprocess.Popen:
-    """Start pretrain.py on the CPU, by torchrun if on several processes, with its output in a file."""
+def start(
+    flags: dict[str, Any], processes: int, environment: dict[str, str], log: Path, output: str = "log"
+) -> subprocess.Popen:
+    """Start pretrain.py on the CPU, by torchrun if on several processes.
+
+    Standard error goes to the log, and standard output too, to a full disk or to a closed pipe.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), "pretrain.py"]
-    with log.open("w") as out:
-        return subprocess.Popen(
+    with log.open("w") as err, open("/dev/full", "w") as full:
+        process = subprocess.Popen(
             [*command, *(f"--{name}={value}" for name, value in flags.items())],
             cwd=ROOT,
             env=environment | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-            stdout=out,
-            stderr=subprocess.STDOUT,
+            stdout={"log": err, "full": full, "closed": subprocess.PIPE}[output],
+            stderr=err,
             start_new_session=True,
         )
+    if process.stdout:
+        process.stdout.close()
+    return process
 
 
 def family(process: subprocess.Popen) -> list[psutil.Process]:
@@ -96,6 +122,25 @@ def family(process: subprocess.Popen) -> list[psutil.Process]:
     return []
 
 
+def children(member: psutil.Process) -> list[psutil.Process]:
+    """List the processes that a process has started, none if it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return member.children()
+    return []
+
+
+def is_rank(member: psutil.Process) -> bool:
+    """Tell whether a process trains, and neither launches nor reads ahead nor pushes."""
+    with suppress(psutil.NoSuchProcess):
+        line, parent = member.cmdline(), member.parent()
+        return (
+            "pretrain.py" in line
+            and "torch.distributed.run" not in line
+            and (parent is None or parent.cmdline() != line)
+        )
+    return False
+
+
 def kill(members: list[psutil.Process], number: signal.Signals = signal.SIGKILL) -> None:
     for member in members:
         with suppress(psutil.NoSuchProcess):
@@ -103,10 +148,10 @@ def kill(members: list[psutil.Process], number: signal.Signals = signal.SIGKILL)
 
 
 class Storm:
-    """Runs that are killed, one after the other, until there are enough kills.
+    """Runs that are disturbed, one after the other, until there are enough disturbances.
 
     Attributes:
-        killed: numbers of kills by (signal, target, moment).
+        done: numbers of disturbances by (kind or signal, target, moment).
         failures: descriptions of what should not have happened.
     """
 
@@ -114,7 +159,7 @@ class Storm:
         self.folder, self.hub, self.log = folder, hub, folder / "log.txt"
         self.rng = random.Random(seed)
         self.flags = build_flags(folder, max_steps)
-        self.killed: Counter[tuple[str, str, str]] = Counter()
+        self.done: Counter[tuple[str, str, str]] = Counter()
         self.runs = self.requests = 0  # requests to the hub before the last start
         self.failures: list[str] = []
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_HUB")} | {
@@ -131,50 +176,144 @@ class Storm:
             raise RuntimeError(self.log.read_text())
         return run
 
-    def strike(self, kills: int) -> None:
-        """Kill runs until there are enough kills, and let the last run end."""
+    def start(self, run: Path, log: Path, processes: int | None = None) -> subprocess.Popen:
+        """Start or resume a run, with its output in the log or lost."""
+        flags = self.flags | {"output_dir": run, "push_to_hub": "true", "hub_model_id": f"ann/{run.name}"}
+        output = self.rng.choices(("log", "full", "closed"), weights=(2, 1, 1))[0]
+        return start(flags, processes or self.rng.choice((1, 2)), self.environment, log, output)
+
+    def strike(self, disturbances: int) -> None:
+        """Disturb runs until there are enough disturbances, and let the last run end."""
         whole = self.undisturbed()
-        while self.killed.total() < kills:
+        while self.done.total() < disturbances:
             self.runs += 1
             run = self.folder / f"run-{self.runs}"
-            flags = self.flags | {"output_dir": run, "push_to_hub": "true", "hub_model_id": f"ann/run-{self.runs}"}
+            copies = 0
             while not self.is_complete(run):
-                processes, self.requests = self.rng.choice((1, 2)), len(self.hub.requests)
-                process = start(flags, processes, self.environment, self.log)
-                before = self.killed.total()
-                if before < kills:
-                    self.kill_some_time(process, processes, run)
-                failed = process.wait()
+                before = self.done.total()
+                kind = self.rng.choices(list(KINDS), weights=list(KINDS.values()))[0] if before < disturbances else ""
+                if kind == "damaged store":
+                    self.damage_store(run)
+                self.requests = len(self.hub.requests)
+                process = self.start(run, self.log)
+                if kind == "signal":
+                    self.send_signal(process, run)
+                elif kind in ("second start", "takeover"):
+                    self.start_again(process, run, takes_over=kind == "takeover")
+                elif kind == "moved away":
+                    self.move_away(process, run)
+                failed = process.wait(END_SECONDS)
                 self.check_readable(run)
-                if self.killed.total() == before and failed:
+                if self.done.total() == before and failed:
                     raise RuntimeError(self.log.read_text())
+                if self.done.total() > before:
+                    print(f"{self.done.total():4}  {', '.join(self.last)}", flush=True)
+                    copies += self.copy_checkpoint(run)
             self.compare(whole, run)
+            if len(list((run / "checkpoints").glob("*-best"))) != copies:
+                self.failures.append(f"{run.name}: a copy beside the checkpoints is gone")
 
-    def kill_some_time(self, process: subprocess.Popen, processes: int, run: Path) -> None:
+    def record(self, kind: str, target: str, moment: str) -> None:
+        """Count a disturbance."""
+        self.last = kind, target, moment
+        self.done[self.last] += 1
+
+    def copy_checkpoint(self, run: Path) -> bool:
+        """Put a copy of a checkpoint beside it, now and then; it is named as if it were a later one."""
+        found = sorted((run / "checkpoints").glob("step-????????"))
+        copy = run / "checkpoints" / "step-99999999-best"
+        if not found or copy.exists():
+            return False
+        shutil.copytree(found[0], copy)
+        return True
+
+    def send_signal(self, process: subprocess.Popen, run: Path) -> None:
+        """Kill a rank, all ranks, the launcher or a data worker at some moment."""
         chosen = self.rng.choices(MOMENTS, weights=(1, 3, 3, 3, 3))[0]
         self.wait_for(chosen, process, run)
         members = family(process)
         if not members:
             return  # the run was complete before
-        targets = {"all ranks": members[:1]}
-        if processes > 1:
-            with suppress(psutil.NoSuchProcess):
-                ranks = members[0].children()
-                targets = {"launcher": members[:1]}
-                if ranks:
-                    targets |= {"one rank": [self.rng.choice(ranks)], "all ranks": ranks}
+        ranks = [member for member in members if is_rank(member)] or members[:1]
+        targets = {"all ranks": ranks, "one rank": [self.rng.choice(ranks)]}
+        if members[0] not in ranks:
+            targets["launcher"] = members[:1]
+        if workers := [child for rank in ranks for child in children(rank)]:
+            targets["a worker"] = [self.rng.choice(workers)]
         target = self.rng.choice(list(targets))
-        number = self.rng.choice((signal.SIGKILL, signal.SIGTERM))
+        number = signal.SIGKILL if target == "a worker" else self.rng.choice(SIGNALS)
         moment = self.moment(run) if chosen != "starting" else chosen
         kill(targets[target], number)
-        _, left = psutil.wait_procs(members, timeout=600)
+        self.await_end(members, f"{number.name} to {target}")
+        self.record(number.name, target, moment)
+        if chosen != "starting":
+            if target == "a worker":
+                self.check_saved(run, "failed", "dataloader_num_workers", target)
+            elif number != signal.SIGKILL:
+                self.check_saved(run, "preempted", "", target)
+
+    def start_again(self, process: subprocess.Popen, run: Path, takes_over: bool) -> None:
+        """Start the run a second time while it trains; or while it is stopped and its lock has run out."""
+        self.wait_for("training", process, run)
+        members, log = family(process), self.folder / "second.txt"
+        if not members:
+            return
+        if takes_over:
+            kill(members, signal.SIGSTOP)
+            (run / ".lock").unlink(missing_ok=True)
+        begun = time.time()
+        second = self.start(run, log)
+        if takes_over:
+            status = run / "status.json"
+            while second.poll() is None and not (status.exists() and status.stat().st_mtime > begun):
+                time.sleep(0.01)
+            time.sleep(self.rng.uniform(0, 2))
+            kill(members, signal.SIGCONT)
+            self.await_end(members, "a takeover")
+            if "is now in use by" not in (text := self.log.read_text()) and process.wait():
+                self.failures.append(f"taken over, and ended with: {text[-1000:]}")
+        # The second start is refused, or goes on once the first has ended.
+        second.wait(END_SECONDS)
+        text = log.read_text()
+        if second.returncode and "is in use by process" not in text:
+            self.failures.append(f"a second start ended with: {text[-1000:]}")
+        self.record("takeover" if takes_over else "second start", "all ranks", "training")
+
+    def move_away(self, process: subprocess.Popen, run: Path) -> None:
+        """Move the run's folder away until its processes have ended."""
+        self.wait_for("training", process, run)
+        if not (members := family(process)):
+            return
+        away = run.rename(run.with_name(f"{run.name}-away"))
+        self.await_end(members, "a move of the folder")
+        if process.wait():
+            self.record("moved away", "folder", "training")
+        if run.exists():  # a checkpoint was being written or staged; nothing else is
+            self.failures += [f"{path} made anew" for path in run.iterdir() if path.name not in ("checkpoints", "hub")]
+            shutil.rmtree(run)
+        away.rename(run)
+
+    def damage_store(self, run: Path) -> None:
+        """Damage a file of the token store, which a start has to name, and mend it again."""
+        files = [file for file in (self.folder / "stores").rglob("*") if file.suffix in (".arrow", ".bin", ".json")]
+        file = self.rng.choice([file for file in sorted(files) if file.stat().st_size])
+        whole = file.read_bytes()
+        at = self.rng.randrange(len(whole))
+        flipped = bytes([whole[at] ^ 1 << self.rng.randrange(8)])
+        file.write_bytes(self.rng.choice([whole[:at], whole[:at] + flipped + whole[at + 1 :], bytes(len(whole))]))
+        process = self.start(run, self.log)
+        failed = process.wait(END_SECONDS)
+        file.write_bytes(whole)
+        if not failed or str(file) not in self.log.read_text():
+            self.failures.append(f"{file} was damaged at byte {at}: {self.log.read_text()[-1000:]}")
+        self.record("damaged store", file.suffix, "starting")
+
+    def await_end(self, members: list[psutil.Process], what: str) -> None:
+        """Wait for the end of processes; those that are left are a failure."""
+        _, left = psutil.wait_procs(members, timeout=END_SECONDS)
         if left:
-            self.failures.append(f"{len(left)} processes left after {number.name} to {target}")
+            self.failures.append(f"{len(left)} processes left after {what}")
             kill(left)
-        self.killed[number.name, target, moment] += 1
-        if number == signal.SIGTERM and chosen != "starting":
-            self.check_preempted(run, target)
-        print(f"{self.killed.total():4}  {number.name} to {target}, {moment}", flush=True)
 
     def wait_for(self, moment: str, process: subprocess.Popen, run: Path) -> None:
         """Wait until the run is at that moment, or has ended."""
@@ -206,16 +345,20 @@ class Storm:
                 return "evaluating"
         return "pushing" if last and any(part in last[0] for part in UPLOADS[:3]) else "training"
 
-    def check_preempted(self, run: Path, target: str) -> None:
-        """Check that a run that was asked to stop has saved, or was complete."""
-        status = json.loads((run / "status.json").read_text())
-        if status["state"] != "complete" and status["step"] < self.flags["max_steps"]:
-            if status["state"] != "preempted" or not checkpoint_path(run / "checkpoints", status["step"]).is_dir():
-                self.failures.append(f"SIGTERM to {target}: {status}")
-            elif target != "launcher" and "Traceback" in (
-                log := self.log.read_text()
-            ):  # the launcher's own is torchrun's
-                self.failures.append(f"SIGTERM to {target}: {log[log.index('Traceback') :][:1000]}")
+    def check_saved(self, run: Path, state: str, reason: str, target: str) -> None:
+        """Check that a run that was asked to stop, or whose worker is gone, has saved its last update."""
+        status, log = json.loads((run / "status.json").read_text()), self.log.read_text()
+        if status["state"] == "complete" or status["step"] == self.flags["max_steps"]:
+            return
+        is_saved = checkpoint_path(run / "checkpoints", status["step"]).is_dir()
+        if status["state"] != state or reason not in str(status["reason"]) or not is_saved:
+            self.failures.append(f"{self.last}: {status}")
+        elif (
+            target != "launcher"
+            and "Traceback (most recent call last):\n  File" in log
+            and "torch.distributed.run" not in log
+        ):
+            self.failures.append(f"{self.last}: {log[log.index('Traceback') :][:1000]}")
 
     def check_readable(self, run: Path) -> None:
         """Check that everything the run has left can be read, and that its start found nothing damaged."""
@@ -250,11 +393,10 @@ class Storm:
             self.failures.append(f"{run}: other weights")
 
     def table(self) -> Iterator[str]:
-        yield f"{'signal':9}{'to':11}" + "".join(f"{moment:>12}" for moment in MOMENTS)
-        for number in ("SIGKILL", "SIGTERM"):
-            for target in ("one rank", "all ranks", "launcher"):
-                counts = [self.killed[number, target, moment] for moment in MOMENTS]
-                yield f"{number:9}{target:11}" + "".join(f"{count:>12}" for count in counts)
+        yield f"{'':15}{'to':11}" + "".join(f"{moment:>12}" for moment in MOMENTS)
+        for kind, target in sorted({key[:2] for key in self.done}):
+            counts = [self.done[kind, target, moment] for moment in MOMENTS]
+            yield f"{kind:15}{target:11}" + "".join(f"{count:>12}" for count in counts)
 
 
 @contextmanager
@@ -271,9 +413,12 @@ def main() -> None:
     args = parser.parse_args()
     with brewing(args.seed, args.max_steps) as storm:
         storm.strike(args.kills)
-        print(f"seed {args.seed}: {storm.killed.total()} kills in {storm.runs} runs of {args.max_steps} updates")
+        print(f"seed {args.seed}: {storm.done.total()} disturbances in {storm.runs} runs of {args.max_steps} updates")
         print("\n".join(storm.table()))
-        print("\n".join(storm.failures) or "every run ended as the undisturbed one, bit for bit; nothing unreadable")
+        print(
+            "\n".join(storm.failures)
+            or "every run ended as the undisturbed one, bit for bit; nothing unreadable, no second writer"
+        )
         sys.exit(bool(storm.failures))
 
 
