@@ -1,6 +1,7 @@
-# make install: .venv with all that is needed.   make demo: from nothing to a filled mask and a fine-tuned classifier.   make test: lint and all but the long tests.   make test-long: those.   make faults: a hundred kills, 10,000 damaged files.   All make .venv first.
+# make install: .venv with all that is needed.   make demo: from nothing to a filled mask and a fine-tuned classifier.   make test: lint and all but the long tests.   make test-long: those.   make faults: a hundred disturbed runs, 10,000 damaged files; another choice of them: make faults SEED=1.   All make .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+SEED ?= 0
 # Two worker processes share the tests, with one thread each (tests/conftest.py sets it).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # Without a number accelerate gives a process on a CPU one thread.
@@ -25,8 +26,8 @@ test-long: .venv/installed
 	$(PYTEST) -m long
 
 faults: .venv/installed
-	$(BIN)/python -m testing.faults.storm --kills 100 --seed 0
-	$(BIN)/python -m testing.faults.fuzz --cases 10000 --seed 0
+	$(BIN)/python -m testing.faults.storm --disturbances 100 --seed $(SEED)
+	$(BIN)/python -m testing.faults.fuzz --cases 10000 --seed $(SEED)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

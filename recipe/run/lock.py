@@ -52,17 +52,23 @@ class RunLock:
             self.lock.acquire(timeout=0)
         except Timeout:
             print_line(f"waiting {WAIT_SECONDS} s for {self.holder()} to leave {self.folder}")
-            try:
-                self.lock.acquire(timeout=WAIT_SECONDS)
-            except Timeout:
-                raise UserError(
-                    f"`output_dir` {self.folder} is in use by {self.holder()}; stop that process first, or choose "
-                    f"another folder. If it is surely gone, with its machine perhaps, remove {self.file}"
-                ) from None
+            self.wait()
+        except OSError as error:  # such as `No locks available`, of a network file system whose locks are not served
+            print_line(f"warning: {self.folder} cannot be locked ({error}): of two starts there, the later one goes on")
         since = datetime.now(UTC).isoformat(timespec="seconds")
         owner = describe_process() | {"since": since, "id": uuid4().hex}
         write_atomically(self.owner_file, json.dumps(owner) + "\n")
         self.written = self.stamp()
+
+    def wait(self) -> None:
+        """Wait until the folder is free, or raise a `UserError` that names its holder."""
+        try:
+            self.lock.acquire(timeout=WAIT_SECONDS)
+        except Timeout:
+            raise UserError(
+                f"`output_dir` {self.folder} is in use by {self.holder()}; stop that process first, or choose another "
+                f"folder. If it is surely gone, with its machine perhaps, remove {self.file}"
+            ) from None
 
     def release(self) -> None:
         """Give the folder back, if this process holds it."""

@@ -1,6 +1,6 @@
 """Disturb runs of pretrain.py at random moments until they are complete, and compare them with an undisturbed run.
 
-python -m testing.faults.storm --kills 100 --seed 0
+python -m testing.faults.storm --disturbances 100 --seed 0
 
 The runs train tiny models on one process and on two, in turns, and push to a hub on this machine; many of them have
 lost their standard output. While they start, train, evaluate, save or push, they are
@@ -407,12 +407,12 @@ def brewing(seed: int, max_steps: int) -> Iterator[Storm]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--disturbances", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max_steps", type=int, default=400, help="updates of each run")
     args = parser.parse_args()
     with brewing(args.seed, args.max_steps) as storm:
-        storm.strike(args.kills)
+        storm.strike(args.disturbances)
         print(f"seed {args.seed}: {storm.done.total()} disturbances in {storm.runs} runs of {args.max_steps} updates")
         print("\n".join(storm.table()))
         print(

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -110,3 +112,31 @@ def test_forked_process_does_not_keep_the_folder(tmp_path: Path):
     again.release()
     os.close(writing)
     os.waitpid(child, 0)
+
+
+def test_where_nothing_can_be_locked_the_later_start_wins(tmp_path: Path, monkeypatch, capsys):
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    first, second = RunLock(tmp_path), RunLock(tmp_path)
+    first.acquire()
+    assert "cannot be locked ([Errno 37] No locks available)" in capsys.readouterr().out
+    second.acquire()
+    assert first.loss()
+    assert second.loss() is None
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_where_there_is_no_flock_a_file_stands_in_for_it(tmp_path: Path, monkeypatch):
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr(lock, "WAIT_SECONDS", 0.1)
+    first = RunLock(tmp_path)
+    first.acquire()
+    with pytest.raises(UserError, match="in use by process"):
+        RunLock(tmp_path).acquire()
+    first.release()
+    RunLock(tmp_path).acquire()
