@@ -17,7 +17,6 @@ engine and `from_pretrained` read.
       manifest.json                    size and SHA-256 of each of the above
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -42,9 +41,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.base.errors import UserError, describe_error, raising_damaged_file
 from recipe.base.files import check_free_space, replace_folder
+from recipe.base.hashing import file_checksum
 from recipe.run.directory import CHECKPOINT_PREFIX, MANIFEST, STATE_FILES, checkpoint_path, list_checkpoints
 
-FORMAT = 4
+FORMAT = 5
 REQUIRED_FILES = {"config.json", "model.safetensors", "optimizer.pt", "state.json"}
 BYTES_PER_PARAMETER = 12  # weight and two moments, in float32
 
@@ -54,12 +54,6 @@ def archive_later_checkpoints(folder: Path, step: int) -> None:
     for path in list_checkpoints(folder):
         if path.name > checkpoint_path(folder, step).name:
             path.rename(path.with_name(f"abandoned-{time.time_ns()}-{path.name}"))
-
-
-def checksum(path: Path) -> str:
-    """Compute the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_space(folder: Path, num_parameters: int, limit: int) -> str:
@@ -117,7 +111,7 @@ def save_checkpoint(
         torch.save(tensors, temporary / "optimizer.pt")
         (temporary / "state.json").write_text(json.dumps(state | {"format": FORMAT, "step": step}, indent=1))
         files = sorted(temporary.iterdir())
-        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
+        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": file_checksum(file)} for file in files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for old in list_checkpoints(folder)[:-limit]:
         shutil.rmtree(old)
@@ -194,7 +188,7 @@ def find_fault(path: Path) -> str | None:
                 return f"{MANIFEST} names {name!r}, which is no file there"
             if (path / name).stat().st_size != expected["bytes"]:
                 return f"{name} has {(path / name).stat().st_size} bytes, not {expected['bytes']}"
-            if checksum(path / name) != expected["sha256"]:
+            if file_checksum(path / name) != expected["sha256"]:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return describe_error(error)
