@@ -236,12 +236,19 @@ def reading(path: Path, name: str) -> Iterator[Path]:
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
     """Refuse a run if fields that define the experiment differ from what was saved at `path`; list them all."""
-    lines = [
-        f"  `{name}`: {saved.get(name)} before, {now} now" for name, now in current.items() if saved.get(name) != now
-    ]
-    if lines:
+    if lines := list(differences(saved, current)):
         remedy = "give these fields their values of before, or start anew in another `output_dir`"
         raise UserError("\n".join([f"{path} is of another experiment:", *lines, remedy]))
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any], of: str = "") -> Iterator[str]:
+    """Describe, a line each, the current fields that differ from the saved ones, also within fields of fields."""
+    for name, now in current.items():
+        before = saved.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from differences(before, dict.fromkeys(before) | now, f" of `{name}`")
+        elif before != now:
+            yield f"  `{name}`{of}: {before} before, {now} now"
 
 
 def describe_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
