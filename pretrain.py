@@ -37,7 +37,9 @@ def main() -> None:
         assert check.tokenizer and check.config and check.preprocessor  # noqa: PT018  a failed check ends the run
         run.log([*describe_plan(args, check.config, accelerator.num_processes), *check.lines])
 
-        data = open_data(check.args, check.preprocessor, accelerator.process_index)
+        data = open_data(
+            check.args, check.preprocessor, accelerator.process_index, verifies=accelerator.is_local_main_process
+        )
         run.log(data.describe())
         if args.prepare_only:
             return

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from recipe.arguments import CorpusArguments, PretrainArguments, identity_of
+from recipe.arguments.corpus import describe_left_out, find_files
 from recipe.base.errors import UserError
 from recipe.base.files import check_free_space
 from recipe.base.formatting import format_bytes, format_count
@@ -136,9 +137,10 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
         with tried.trying("checkpoint") as remarks:
             path = main_only(lambda: fetch_checkpoint(args))
             opened = open_checkpoint(run.checkpoints, path, check.identity, asdict(args))
-            check.checkpoint, check.saved, check.lines = opened
+            check.checkpoint, check.saved, lines = opened
+            check.lines += lines
             is_remote = wanted.startswith(HUB_SCHEME)
-            remarks += check.lines or [f"{wanted} is there" if is_remote else "there is none yet"]
+            remarks += lines or [f"{wanted} is there" if is_remote else "there is none yet"]
     if args.push_to_hub and not args.prepare_only:
         with tried.trying("hub") as remarks:
             is_fresh = check.checkpoint is None and not (wanted or "").startswith(HUB_SCHEME)
@@ -188,6 +190,9 @@ def check_corpora(check: CheckedRun) -> None:
             if args.dry_run:
                 check.tokens[corpus.name], remark = count_tokens(corpus, check.preprocessor, store)
                 remarks.append(f"{corpus.path}, {remark}")
+            if left_out := describe_left_out(find_files(corpus)[1]):
+                remarks.append(f"left out: {left_out}")
+                check.lines.append(f"corpus {corpus.name}: left out of {corpus.path}: {left_out}")
             num_readable += 1
     if check.preprocessor and num_readable == len(corpora):
         with tried.trying("data") as remarks:

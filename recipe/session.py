@@ -205,6 +205,16 @@ def prepare(
     return prepared, optimizer
 
 
+def describe_stamps(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Warn of corpora that are other files than a checkpoint's, as far as times and commits tell."""
+    return [
+        f"warning: corpus {name} has other times or another commit than when the checkpoint was written; sizes and "
+        "samples of its files are the same: if it is no copy, its text may have changed"
+        for name, stamp in current.items()
+        if saved.get(name, stamp) != stamp
+    ]
+
+
 def build_session(
     check: CheckedRun, accelerator: Accelerator, run: RunDirectory, data: TrainingData
 ) -> tuple[Session, Resume]:
@@ -219,20 +229,22 @@ def build_session(
     args, checkpoint = check.args, check.checkpoint
     assert check.model and check.tokenizer  # noqa: PT018  a failed check ends the run
     check_space(run.checkpoints, count_parameters(check.model), args.save_total_limit)  # token stores have taken some
-    identity = check.identity | {"data": data.identity()}
+    identity, stamps = check.identity | {"data": data.identity()}, data.stamps()
     state = TrainState()
+    warnings = []
     if checkpoint:
         check_identity(check.saved["identity"], identity, checkpoint)
+        warnings += describe_stamps(check.saved["identity"].get("stamps", {}), stamps)
         state = TrainState.restore(check.saved["train_state"], len(args.corpora), checkpoint)
     objective = OBJECTIVES[args.objective](check.model, args.masked_share, args.gradient_checkpointing)
-    warnings = []
     if args.torch_compile:
-        warnings = compile_in_place(objective, accelerator.device, in_one=not accelerator.is_fsdp2)
+        warnings += compile_in_place(objective, accelerator.device, in_one=not accelerator.is_fsdp2)
     betas = args.adam_beta1, args.adam_beta2
     adamw = build_optimizer(objective, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
     prepared, optimizer = prepare(accelerator, objective, adamw)
     publisher = Publisher(args, accelerator.is_main_process, check.tokenizer.save_pretrained, build_card)
     writer = CheckpointWriter(print_line, checkpoint)
+    identity["stamps"] = stamps
     session = Session(accelerator, args, run, prepared, optimizer, state, identity, writer, publisher, state.step)
     session.run.log(warnings)
     lanes = load_training_state(checkpoint, prepared, adamw, accelerator.scaler) if checkpoint else {}

@@ -5,13 +5,16 @@ after a resume. The mixing function is splitmix64's (Steele, Lea and Flood, 2014
 """
 
 import hashlib
+from collections.abc import Callable
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 STEP = np.uint64(0x9E3779B97F4A7C15)
 FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+PIECE_BYTES = 4_000_000  # of a file, read at once
 
 
 class Purpose(IntEnum):
@@ -53,3 +56,14 @@ def uniform(hashed: np.ndarray) -> np.ndarray:
 def digest(*values: Any) -> str:
     """Return the SHA-256 of values as they are printed."""
     return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
+def file_checksum(path: Path, before_piece: Callable[[], None] = lambda: None) -> str:
+    """Compute the SHA-256 of a file, without holding up other threads; `before_piece` may raise to end that early."""
+    hashed = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while True:
+            before_piece()
+            if not (piece := file.read(PIECE_BYTES)):
+                return hashed.hexdigest()
+            hashed.update(piece)

@@ -5,15 +5,22 @@ import contextlib
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
+
+from recipe.base.formatting import format_duration
+from recipe.base.progress import print_line
 
 LAST_ITEM_SECONDS = 10  # for which the end of the process waits for an item that is being made
+FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 60, 600  # of a wait for another process, until it is said and said again
+HOLDER = ".holder"  # suffix of the file beside a lock that names the process that has it
 STOP_WAITING = threading.Event()  # set in a process that is to end: it no longer waits for a source
 
 
@@ -49,28 +56,65 @@ def identity_collate(item: Any) -> Any:
     return item
 
 
-def build_together(folder: Path, num_shards: int, process_index: int, is_done: Callable, make: Callable) -> None:
+def build_together(
+    folder: Path,
+    num_shards: int,
+    process_index: int,
+    is_done: Callable[[int], bool],
+    make: Callable[[int], None],
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> None:
     """Call `make(shard)` for each shard that is not done yet, together with all other processes that do the same.
 
     Args:
         folder: where the locks lie.
-        process_index: where to begin, so that processes do not all begin with the same shard.
+        num_shards: how many shards there are.
+        process_index: where to begin, so that processes do not all begin with the same shard; 0 says what it waits for.
+        is_done: whether a shard is there.
+        make: makes a shard.
+        is_stopping: asked every second of a wait for another process, which raises an `InterruptedWaitError` then.
     """
     locks = folder / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     shards = [(number + process_index) % num_shards for number in range(num_shards)]
-    for timeout in (0, -1):  # first what nobody works on; then, once its maker is ready or dead, all the rest
+    for waits in (False, True):  # first what nobody works on; then, once its maker is ready or dead, all the rest
         busy = []
         for shard in shards:
+            path = locks / f"{shard:05d}"
             try:
-                lock = FileLock(locks / f"{shard:05d}").acquire(timeout=timeout)
+                lock = take_lock(path, process_index == 0, is_stopping) if waits else FileLock(path).acquire(timeout=0)
             except Timeout:
                 busy.append(shard)
                 continue
             with lock:
                 if not is_done(shard):
+                    path.with_suffix(HOLDER).write_text(process_name())
                     make(shard)
         shards = busy
+
+
+def take_lock(path: Path, is_main: bool, is_stopping: Callable[[], bool]) -> AcquireReturnProxy:
+    """Wait for the lock of a shard; the main process says whom it waits for, after a minute and every ten minutes."""
+    started, next_word = time.monotonic(), float(FIRST_WORD_SECONDS)
+    while True:
+        with contextlib.suppress(Timeout):
+            return FileLock(path).acquire(timeout=1)
+        if is_stopping():
+            raise InterruptedWaitError
+        if is_main and (waited := time.monotonic() - started) > next_word:
+            next_word = waited + NEXT_WORD_SECONDS
+            holder = path.with_suffix(HOLDER)
+            name = holder.read_text() if holder.exists() else "another process"
+            if name != process_name():  # another thread of this one
+                print_line(
+                    f"waiting since {format_duration(waited)} for {name}, which makes shard {int(path.name)} of "
+                    f"{path.parents[1]} and holds {path}; if it hangs, end it: what it leaves is made here"
+                )
+
+
+def process_name() -> str:
+    """Name this process for those on other machines."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Generator[Any]:

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from recipe.arguments import CorpusArguments, PretrainArguments
+from recipe.base.errors import UserError
 from recipe.base.workers import start_worker
 from recipe.data.masking import DynamicMaskingCollator
 from recipe.data.packing import Block
@@ -119,7 +120,15 @@ class MicroBatches(torch.utils.data.Dataset):
         """Micro-batches of this process in an update."""
         return self.batch_size // (self.micro_batch_size * self.rank.world_size)
 
-    def __getitem__(self, k: int) -> Batch:
+    def __getitem__(self, k: int) -> Batch | UserError:
+        """Return a micro-batch; or an error as it is, since one raised in a worker would bring its traceback along."""
+        try:
+            return self.micro_batch(k)
+        except UserError as error:
+            return error
+
+    def micro_batch(self, k: int) -> Batch:
+        """Make a micro-batch, or raise a `UserError` if what is stored of its blocks is damaged."""
         update, number = divmod(k, self.per_update)
         if update != self.update:
             positions = np.arange(update * self.batch_size, (update + 1) * self.batch_size)
@@ -150,18 +159,25 @@ class MicroBatches(torch.utils.data.Dataset):
             )
         )
         for _ in range(first_update, last_update):
-            arrays = [next(loader) for _ in range(self.per_update)]
+            arrays = [unless_error(next(loader)) for _ in range(self.per_update)]
             rows = np.concatenate([batch.pop("rows") for batch in arrays])
             yield [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in arrays], rows
 
 
-def to_numpy(batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+def unless_error(sent: Any) -> Any:
+    """Return what a worker has sent, or raise it if it is an error."""
+    if isinstance(sent, UserError):
+        raise sent
+    return sent
+
+
+def to_numpy(batch: Batch | UserError) -> dict[str, np.ndarray] | UserError:
     """Convert a batch to arrays, which a worker sends by value.
 
     A tensor would hold an open file and shared memory until it is freed, and an update of 8,192 rows on one device is
     more of them than most systems allow.
     """
-    return {name: tensor.numpy() for name, tensor in batch.items()}
+    return batch if isinstance(batch, UserError) else {name: tensor.numpy() for name, tensor in batch.items()}
 
 
 class TrainingData(ABC):
@@ -177,6 +193,10 @@ class TrainingData(ABC):
     @abstractmethod
     def identity(self) -> dict[str, list[Any]]:
         """Return, for each corpus, what a resume recognises its data by."""
+
+    def stamps(self) -> dict[str, list[Any]]:
+        """Return, for each corpus that `identity` knows in part, what changes with its text, and in a copy too."""
+        return {}
 
     @abstractmethod
     def describe(self) -> list[str]:

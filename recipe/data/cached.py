@@ -1,5 +1,6 @@
 """The cached mode of training data: blocks from token stores on disk."""
 
+import threading
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.base.errors import UserError
 from recipe.data.batches import COUNTED, Counts, MicroBatches, Rank, Resume, TrainingData, UpdateData, given_weights
 from recipe.data.hygiene import find_copies
+from recipe.data.integrity import Verification
 from recipe.data.packed_corpus import PackedCorpus
 from recipe.data.packing import Block
 from recipe.data.preprocessor import Preprocessor
@@ -18,6 +20,9 @@ from recipe.data.sampling import BlockOrder
 from recipe.data.token_store import TokenStore
 
 UNIGRAM_BLOCKS = 20_000  # blocks of training text that the unigram baseline is counted on
+TRAINED_ON_DAMAGE = (
+    "The updates since this start may have been trained on it: to be sure, resume from a checkpoint that is older"
+)
 
 
 def find_store(args: PretrainArguments, preprocessor: Preprocessor, corpus: CorpusArguments) -> TokenStore:
@@ -28,9 +33,19 @@ def find_store(args: PretrainArguments, preprocessor: Preprocessor, corpus: Corp
 
 
 class CachedData(TrainingData):
-    """Training and held-out blocks of a run, from token stores on disk; all processes make what is missing of these."""
+    """Training and held-out blocks of a run, from token stores on disk; all processes make what is missing of these.
 
-    def __init__(self, args: PretrainArguments, preprocessor: Preprocessor, process_index: int) -> None:
+    Args:
+        args: of the run.
+        preprocessor: of the run.
+        process_index: of all processes.
+        verifies: whether this process compares with their checksums the files that it has not just made: before the
+            stores are used elsewhere (`prepare_only`), or else while training runs.
+    """
+
+    def __init__(
+        self, args: PretrainArguments, preprocessor: Preprocessor, process_index: int, verifies: bool = True
+    ) -> None:
         super().__init__(args, preprocessor)
         self.stores = [find_store(args, preprocessor, corpus) for corpus in self.corpora]
         for store in self.stores:
@@ -67,6 +82,11 @@ class CachedData(TrainingData):
             corpora, blocks = BlockOrder(eval_sizes, held_out, None, args.seed).held_out()
             corpora += len(args.corpora)
         self.hold_out(corpora, blocks)
+        files = [file for packed in self.packed for file in packed.files_of_others()]
+        self.verification = Verification(files if verifies else [])
+        if args.prepare_only:
+            self.verification.run(threading.Event())
+            self.verification.report()
 
     def find_copies(self) -> dict[int, list[np.ndarray]]:
         """Find, for each corpus to train on and each of its shards, which documents are copies of earlier ones."""
@@ -82,15 +102,16 @@ class CachedData(TrainingData):
         return self.packed[corpus].block(number)
 
     def identity(self) -> dict[str, list[Any]]:
-        """Return documents, tokens and blocks of each corpus, by which a resume recognises its data."""
+        """Return documents, tokens, blocks and a digest of the texts of each corpus: a resume recognises its data."""
         return self.name_corpora(
-            [packed.counts["documents"], packed.counts["tokens"], len(packed)] for packed in self.packed
+            [packed.counts["documents"], packed.counts["tokens"], len(packed), packed.texts[:16]]
+            for packed in self.packed
         )
 
     def describe(self) -> list[str]:
         """Return a line for each corpus: its documents, tokens and blocks, and what was dropped."""
         lines = []
-        for (name, (documents, tokens, blocks)), packed in zip(self.identity().items(), self.packed, strict=True):
+        for (name, (documents, tokens, blocks, _)), packed in zip(self.identity().items(), self.packed, strict=True):
             padding = 1 - (tokens + 2 * blocks) / (blocks * self.args.max_seq_length)
             left_out = [f"{count:,} {reason}" for reason, count in packed.left_out.items() if count]
             lines.append(
@@ -113,8 +134,14 @@ class CachedData(TrainingData):
         """Yield what a process has of each update, by its number alone; data is there soon or never."""
         sizes = self.args.train_batch_size, self.args.per_device_train_batch_size
         batches = MicroBatches(self.order.locate, self.example, self.preprocessor.train_collator, *sizes, rank)
-        for micro_batches, rows in batches.iterate(resume.first_update, last_update, self.args.dataloader_num_workers):
-            yield UpdateData(micro_batches, Counts.of_rows(rows, len(self.names)))
+        updates = batches.iterate(resume.first_update, last_update, self.args.dataloader_num_workers)
+        with self.verification.running():
+            for micro_batches, rows in updates:
+                try:
+                    self.verification.report()
+                except UserError as error:
+                    raise UserError(f"{error}. {TRAINED_ON_DAMAGE}") from None
+                yield UpdateData(micro_batches, Counts.of_rows(rows, len(self.names)))
 
     def sample_blocks(self) -> Iterator[np.ndarray]:
         """Yield the ids of the first blocks in the order of training."""

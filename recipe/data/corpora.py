@@ -9,6 +9,7 @@ read and how one of them is parsed.
 """
 
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import IterableDataset, load_dataset
@@ -25,7 +27,7 @@ from huggingface_hub import HfApi
 from recipe.arguments import CorpusArguments
 from recipe.arguments.corpus import CODECS, LINES, TABLES, local_files
 from recipe.base.errors import UserError, describe_error
-from recipe.base.hashing import digest
+from recipe.base.hashing import digest, hash64
 from recipe.base.workers import STOP_WAITING
 
 # Bytes of English text for one compressed byte, measured at the tools' default levels; only default weights use it.
@@ -37,6 +39,8 @@ BYTES_TYPES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), p
 SHARD_BYTES, MAX_SHARDS = 1_000_000, 4096
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some editors write at the beginning of a file
 BATCH_ROWS = 64  # of a table, read at once; a row may be a book
+# Of the files, read to see whether they are the same: so many pieces in all, and of each.
+SAMPLED_PIECES, PIECES_PER_FILE, PIECE_BYTES = 2048, 16, 4096
 SAMPLE_BATCH_BYTES = 1_000_000  # of texts that a sample yields together
 RETRY_SECONDS = (1, 5, 30, 120, 300)  # waits before a source that failed is opened again
 
@@ -69,11 +73,16 @@ class Source(ABC):
     num_shards: int  # in a fixed order
     shard_bytes: tuple[int, ...] = ()  # on disk; empty if not known
     revision: str | None = None  # the commit of a hub data set
+    stamp: str | None = None  # what differs after most changes of the text, and in a copy of it too
     passing_errors: type[Exception] = OSError  # that may be gone at the next try
 
     @abstractmethod
     def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, Record]]:
         """Yield what `read` does, without its retries."""
+
+    def sample_contents(self) -> str:
+        """Return a digest of the sizes of files, in their order, and of pieces of them; empty for a hub data set."""
+        return ""
 
     def read(self, shard: int, first: int = 0, part: Part = WHOLE) -> Iterator[tuple[int, Record]]:
         """Read the records of a shard from number `first` on that `part` has.
@@ -113,7 +122,9 @@ class LocalSource(Source):
 
     def __init__(self, corpus: CorpusArguments, files: list[Path]) -> None:
         self.corpus = corpus
-        sizes = {str(file.absolute()): file.stat().st_size for file in files}
+        abouts = {str(file.absolute()): file.stat() for file in files}
+        sizes = {file: about.st_size for file, about in abouts.items()}
+        self.stamp = digest(*(about.st_mtime_ns for about in abouts.values()))
         limit = max(SHARD_BYTES, sum(sizes.values()) / MAX_SHARDS)
         self.shards: list[list[str]] = []
         filled = limit
@@ -147,6 +158,20 @@ class LocalSource(Source):
                 raise damaged_file(file, error) from None
             start += number + 1
 
+    def sample_contents(self) -> str:
+        """Return a digest of the sizes of files, in their order, and of pieces of them."""
+        files = [file for shard in self.shards for file in shard]
+        hashed = hashlib.sha256()
+        for number in np.unique(np.linspace(0, len(files) - 1, SAMPLED_PIECES, dtype=int)).tolist():
+            with open(files[number], "rb", buffering=0) as stream:
+                size = stream.seek(0, io.SEEK_END)
+                pieces = np.arange(max(1, min(PIECES_PER_FILE, SAMPLED_PIECES // len(files))))
+                for place in (hash64(number, pieces) % np.uint64(max(1, size - PIECE_BYTES))).tolist():
+                    stream.seek(place)
+                    hashed.update(stream.read(PIECE_BYTES))
+                hashed.update(str(size).encode())
+        return hashed.hexdigest()
+
     def reader(self, file: str) -> tuple[Callable[[str, int], Iterator[bytes]], str, Callable[[bytes, str], str]]:
         """Choose how the raw records of a file are read from a number on, what one is called, and how it is parsed."""
         column = self.corpus.text_column
@@ -165,6 +190,7 @@ class HubSource(Source):
     def __init__(self, corpus: CorpusArguments) -> None:
         self.corpus = corpus
         self.rows, self.revision = open_hub_corpus(corpus)
+        self.stamp = self.revision
         self.num_shards = self.rows.num_shards
 
     def records(self, shard: int, first: int, part: Part) -> Iterator[tuple[int, Record]]:
@@ -308,6 +334,8 @@ def parse_line(line: bytes, place: str, column: str) -> str:
 def open_source(corpus: CorpusArguments) -> Source:
     """Open a corpus, or raise a `UserError` if there is none of that path, on disk or on the hub."""
     files = local_files(corpus)
+    if files == []:
+        raise UserError(f"corpus {corpus.name!r}: {corpus.path} is a token store, and text is needed; give its folder")
     return HubSource(corpus) if files is None else LocalSource(corpus, files)
 
 

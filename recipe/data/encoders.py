@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -54,6 +55,7 @@ class Encoders:
 
     def __init__(self, encode_run: RunEncoder, num_workers: int | None) -> None:
         self.ahead = 2 * (num_workers or 1)
+        self.ending = threading.Event()  # set when a function of `run` has failed, or it was interrupted
         self.encode: Callable[[list[Record]], Encoded] = encode_run
         self.pool: Executor
         if num_workers is None:
@@ -71,6 +73,7 @@ class Encoders:
                 for future in as_completed(futures):
                     future.result()
             finally:
+                self.ending.set()
                 self.pool.shutdown(cancel_futures=True)
 
     def map(self, runs: Iterator[list[Record]]) -> Iterator[Encoded]:

@@ -16,19 +16,21 @@ from recipe.base.files import replace_folder
 from recipe.base.hashing import digest
 from recipe.base.progress import progress_bar
 from recipe.base.workers import build_together
-from recipe.data.packing import SEGMENT, Block, BlockFormat, Packed
-from recipe.data.token_store import LEFT_OUT, TokenStore, naming_disk_errors, open_arrow, read_json, write_json
+from recipe.data.integrity import StoredFile, damaged_store, note_file, raising_damaged_store, read_json, write_json
+from recipe.data.packing import CONTINUES, RANDOM, SEGMENT, SINGLE, SWAPPED, Block, BlockFormat, Packed
+from recipe.data.token_store import LEFT_OUT, TokenStore, naming_disk_errors, open_arrow
 
-BLOCKS_FORMAT = 2  # part of the folder's name: raise it when the contents come out differently
+BLOCKS_FORMAT = 3  # part of the folder's name: raise it when the contents come out differently
 # The arrays of a view, which are files without a header.
 DTYPES = {"segments": SEGMENT, "block_ends": np.dtype(np.int64), "labels": np.dtype(np.int8)}
+LABELS = {CONTINUES, RANDOM, SWAPPED, SINGLE}
 
 
-def map_array(path: Path, dtype: np.dtype) -> np.ndarray:
+def map_array(file: StoredFile, dtype: np.dtype) -> np.ndarray:
     """Map a file into memory as an array. `np.memmap` would keep the file open, and there may be thousands."""
-    if not path.stat().st_size:
+    if not file.size:
         return np.zeros(0, dtype)
-    return np.frombuffer(pa.memory_map(str(path)).read_buffer(), dtype)
+    return np.frombuffer(pa.memory_map(str(file.path)).read_buffer(), dtype)
 
 
 def unpack_list(chunk: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
@@ -65,6 +67,7 @@ class PackedCorpus:
         self.store = store
         self.format = block_format
         self.copies = copies
+        self.written: set[int] = set()  # the shards whose arrays this process has made
         made_with: list[Any] = [BLOCKS_FORMAT]
         if block_format.packing in PAIR_PACKINGS:
             made_with += [block_format.pair_special_tokens, block_format.seed]
@@ -86,7 +89,9 @@ class PackedCorpus:
             ):
 
                 def make(shard: int) -> None:
-                    self.pack_shard(shard)
+                    with raising_damaged_store(self.store.arrow(shard)):
+                        self.pack_shard(shard)
+                    self.written.add(shard)
                     bar.update()
 
                 build_together(self.path, num_shards, process_index, lambda shard: self.folder(shard).is_dir(), make)
@@ -114,18 +119,29 @@ class PackedCorpus:
         with replace_folder(self.folder(shard)) as temporary:
             for name, array in packed._asdict().items():
                 array.astype(DTYPES[name], copy=False).tofile(temporary / f"{name}.bin")
-            write_json(temporary / "counts.json", counts)
+            tables = {name: note_file(temporary / f"{name}.bin") for name in DTYPES}
+            made_of = self.store.note(shard)["sha256"]
+            write_json(temporary / "counts.json", counts | {"tables": tables, "made_of": made_of})
 
     def open(self) -> None:
-        """Map the arrays of all shards into memory."""
-        folders = [self.folder(shard) for shard in range(self.store.num_shards)]
-        self.shards = [ShardBlocks(self.store.arrow(shard), folder) for shard, folder in enumerate(folders)]
+        """Map the arrays of all shards into memory; raise a `UserError` if a file is not as long as it was."""
+        notes = self.store.notes()
+        self.texts = digest(*(note["texts"] for note in notes))  # of the whole corpus, in its order
+        self.shards = [
+            ShardBlocks(self.store.arrow(shard), note, self.folder(shard)) for shard, note in enumerate(notes)
+        ]
         self.first_blocks = [0, *itertools.accumulate(len(shard.block_ends) for shard in self.shards)]
         self.counts: Counter[str] = Counter()
-        for folder in folders:
-            self.counts.update(read_json(folder / "counts.json"))
-        stored = self.store.counts()
-        self.left_out = {name: stored[name] for name in LEFT_OUT} | {"copies": self.counts["copies"]}
+        for blocks in self.shards:
+            self.counts.update(blocks.counts)
+        left_out = {name: sum(note[name] for note in notes) for name in LEFT_OUT}
+        self.left_out = left_out | {"copies": self.counts["copies"]}
+
+    def files_of_others(self) -> list[StoredFile]:
+        """List all files that a run reads, but those that this process has just made."""
+        arrows = [shard.files[0] for n, shard in enumerate(self.shards) if n not in self.store.written]
+        tables = [file for n, shard in enumerate(self.shards) if n not in self.written for file in shard.files[1:]]
+        return arrows + tables
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process that is not forked opens the mapped files itself rather than being sent their contents.
@@ -144,25 +160,63 @@ class PackedCorpus:
         return Counter(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
 
     def block(self, number: int) -> Block:
-        """Read a block, in constant time."""
+        """Read a block, in constant time; raise a `UserError` if what is stored of it cannot be a block."""
         shard = bisect.bisect_right(self.first_blocks, number) - 1
-        return self.format.assemble(*self.shards[shard].read(number - self.first_blocks[shard]))
+        block = self.format.assemble(*self.shards[shard].read(number - self.first_blocks[shard]))
+        return self.checked(block, self.shards[shard])
+
+    def checked(self, block: Block, shard: "ShardBlocks") -> Block:
+        """Return a block; raise a `UserError` if it has ids, a label or a length that no model of the run can have."""
+        arrow, segments, _, labels = shard.files
+        ids, num_ids, length = block.input_ids, self.store.encoder.num_ids, self.format.max_seq_length
+        if ids.min() < 0 or ids.max() >= num_ids:
+            raise damaged_store(arrow.path, f"it holds ids from {ids.min()} to {ids.max()}, and there are {num_ids}")
+        if len(ids) > length:
+            raise damaged_store(segments.path, f"it makes a block of {len(ids)} tokens, not of {length} at the most")
+        if block.label not in LABELS:
+            raise damaged_store(labels.path, f"it holds the label {block.label}")
+        return block
 
 
 class ShardBlocks:
-    """The arrays of one shard, mapped into memory."""
+    """The arrays of one shard, mapped into memory, given what the store notes of it.
 
-    def __init__(self, arrow: Path, folder: Path) -> None:
+    Raises:
+        UserError: a file is not as long as it was, or the arrays were made of another shard or do not fit together.
+    """
+
+    def __init__(self, arrow: Path, note: dict[str, Any], folder: Path) -> None:
+        about = read_json(folder / "counts.json")
+        self.counts = {name: about[name] for name in ("documents", "tokens", "copies")}
+        tables = [StoredFile.of_note(folder / f"{name}.bin", about["tables"][name]) for name in DTYPES]
+        self.files = StoredFile.of_note(arrow, note), *tables
         batches = open_arrow(arrow).to_batches()
         self.units = [unpack_list(batch["input_ids"])[0] for batch in batches]
         self.unit_starts = [0, *itertools.accumulate(map(len, self.units))]
-        self.segments, self.block_ends, self.labels = (
-            map_array(folder / f"{name}.bin", dtype) for name, dtype in DTYPES.items()
-        )
+        self.segments, self.block_ends, self.labels = map(map_array, tables, DTYPES.values())
+        if about["made_of"] != note["sha256"]:
+            raise damaged_store(folder / "counts.json", f"it is of another {arrow}")
+        num_segments = int(self.block_ends[-1]) if len(self.block_ends) else 0
+        if (len(self.segments), len(self.labels)) != (num_segments, len(self.block_ends)):
+            raise damaged_store(folder / "block_ends.bin", f"it ends at {num_segments:,} of {len(self.segments):,}")
 
     def read(self, number: int) -> tuple[np.ndarray, np.ndarray, int, int]:
         """Return what `assemble` makes a block of: its unit's ids, its segments, its label, and the unit's start."""
-        first = int(self.block_ends[number - 1]) if number else 0
-        segments = self.segments[first : int(self.block_ends[number])]
+        segments = self.segments_of(number)
         unit = bisect.bisect_right(self.unit_starts, int(segments["start"][0])) - 1
         return self.units[unit], segments, int(self.labels[number]), self.unit_starts[unit]
+
+    def segments_of(self, number: int) -> np.ndarray:
+        """Return the segments of a block; raise a `UserError` if reading it would leave its files or its unit."""
+        for file in self.files:
+            file.check_size()  # to read what a file has lost since it was mapped would end the process
+        first, end = int(self.block_ends[number - 1]) if number else 0, int(self.block_ends[number])
+        if not 0 <= first < end <= len(self.segments):
+            raise damaged_store(self.files[2].path, f"block {number} has the segments from {first} to {end}")
+        segments = self.segments[first:end]
+        starts, lengths = segments["start"], segments["length"]
+        unit = max(0, bisect.bisect_right(self.unit_starts, int(starts[0])) - 1)
+        low, high = self.unit_starts[unit], self.unit_starts[min(unit + 1, len(self.units))]
+        if starts.min() < low or starts.max() > high or lengths.min() < 0 or (starts + lengths).max() > high:
+            raise damaged_store(self.files[1].path, f"block {number} reaches beyond the tokens from {low} to {high}")
+        return segments

@@ -91,14 +91,19 @@ class StreamedData(TrainingData):
         return self.held[corpus][number]
 
     def identity(self) -> dict[str, list[Any]]:
-        """Return the shards of each corpus and a digest of their sizes and of its held-out blocks."""
+        """Return the shards of each corpus, and digests of its held-out blocks and of pieces of its files."""
         return self.name_corpora(
             [
                 reader.source.num_shards,
-                digest(reader.source.shard_bytes, *(block.input_ids.tobytes() for block in held))[:16],
+                digest(*(block.input_ids.tobytes() for block in held))[:16],
+                reader.source.sample_contents()[:16],
             ]
             for reader, held in zip(self.readers, self.held, strict=True)
         )
+
+    def stamps(self) -> dict[str, list[Any]]:
+        """Return what tells that a corpus may have changed: its files' times, or its commit on the hub."""
+        return self.name_corpora([reader.source.stamp] for reader in self.readers)
 
     def describe(self) -> list[str]:
         """Return lines for the log: shards of each corpus, what sharing them costs, and how far a resume reads."""

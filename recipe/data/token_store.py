@@ -8,7 +8,8 @@
     <token_store_dir>/books-1f6c…/
       store.json                   what it was made of and with
       shard-00000.arrow            `input_ids`, `sentence_ends`, `checksum` of the text
-      shard-00000.json             counts of documents, of tokens and of what was left out; written last
+      shard-00000.json             counts of documents, of tokens and of what was left out, size and SHA-256 of the
+                                   Arrow file, and a digest of its texts; written last
       full_sentences-512-9b2e…/shard-00000/{segments,block_ends,labels}.bin, counts.json
 
 All processes on all nodes do this side by side: each takes a shard whose lock nobody holds until none is left, then
@@ -18,11 +19,11 @@ killed process leaves its lock and all finished shards behind, and the result do
 """
 
 import errno
-import json
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ import pyarrow as pa
 from filelock import FileLock
 
 from recipe.arguments import CorpusArguments
-from recipe.arguments.corpus import local_files
-from recipe.base.errors import UserError, raising_damaged_file
-from recipe.base.files import check_free_space, free_bytes, replace_file, write_atomically
+from recipe.arguments.corpus import is_token_store, local_files
+from recipe.base.errors import UserError
+from recipe.base.files import check_free_space, free_bytes, replace_file
 from recipe.base.formatting import format_bytes
 from recipe.base.hashing import digest
 from recipe.base.progress import progress_bar
@@ -42,11 +43,13 @@ from recipe.base.workers import build_together
 from recipe.data.corpora import Source, corpus_bytes, group_by_size, open_source, source_fingerprint
 from recipe.data.encoders import Encoded, EncodedDocument, Encoders, RunEncoder, runs_of
 from recipe.data.hygiene import Decontaminator, check_unreadable
+from recipe.data.integrity import StoredFile, note_file, raising_damaged_store, read_json, write_json
 from recipe.data.tokenizer import DocumentEncoder
 
-STORE_FORMAT = 1  # part of the folder's name: raise it when the contents come out differently
+STORE_FORMAT = 2  # part of the folder's name: raise it when the contents come out differently
 UNIT_TOKENS = 4_000_000  # that a unit has at least, if its shard has; one block of it is short
 LEFT_OUT = ("empty", "unreadable", "contaminated")  # why documents are left out of a store
+COUNTED = ("documents", "tokens", *LEFT_OUT)
 STORE_BYTES_PER_TEXT_BYTE = 0.4  # at the least: two bytes a token, and a token has about 5 bytes of text at the most
 
 
@@ -54,7 +57,7 @@ def write_shard(path: Path, runs: Iterator[Encoded], dtype: np.dtype) -> None:
     """Write the documents of runs, whose ids are of `dtype`, to `path`, and then their counts beside it."""
     ids_type = pa.list_(pa.from_numpy_dtype(dtype))
     schema = pa.schema({"input_ids": ids_type, "sentence_ends": pa.list_(pa.int32()), "checksum": pa.uint64()})
-    counts: Counter[str] = Counter(dict.fromkeys(("documents", "tokens", *LEFT_OUT), 0))
+    counts, texts = Counter(dict.fromkeys(COUNTED, 0)), hashlib.sha256()
 
     def documents() -> Iterator[EncodedDocument]:
         for counted, rows in runs:
@@ -70,18 +73,14 @@ def write_shard(path: Path, runs: Iterator[Encoded], dtype: np.dtype) -> None:
     ):
         for rows in group_by_size(documents(), lambda row: len(row[0]), UNIT_TOKENS):
             writer.write(to_batch(rows, schema))
-    write_json(path.with_suffix(".json"), dict(counts))
+            texts.update(np.array([checksum for _, _, checksum in rows], "<u8").tobytes())
+    write_json(path.with_suffix(".json"), dict(counts) | note_file(path) | {"texts": texts.hexdigest()})
 
 
 def to_batch(rows: list[EncodedDocument], schema: pa.Schema) -> pa.RecordBatch:
     """Turn encoded documents into a batch of an Arrow file."""
     columns = zip(schema.types, zip(*rows, strict=True), strict=True)
     return pa.record_batch([pa.array(values, kind) for kind, values in columns], schema=schema)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write values to a file that is complete or absent."""
-    write_atomically(path, json.dumps(values, indent=1))
 
 
 class TokenStore:
@@ -98,8 +97,9 @@ class TokenStore:
         self.encoder = encoder
         self.decontaminator = decontaminator
         self.made_with = digest(STORE_FORMAT, UNIT_TOKENS, *encoder.fingerprint, decontaminator.fingerprint)
+        self.written: set[int] = set()  # the shards that this process has made
         self.path = Path(corpus.path).expanduser()
-        if not (self.path / "store.json").is_file():
+        if not is_token_store(self.path):
             name = re.sub(r"[^\w.-]", "_", corpus.name)[:50]  # a file's name has 255 bytes at the most
             self.path = root / f"{name}-{digest(self.made_with, source_fingerprint(corpus))[:16]}"
             return
@@ -132,10 +132,19 @@ class TokenStore:
         """Say whether all shards are in the store."""
         return (self.path / "store.json").is_file() and all(map(self.is_done, range(self.num_shards)))
 
+    def note(self, shard: int) -> dict[str, Any]:
+        """Read what is noted of a shard; raise a `UserError` if its Arrow file has another size."""
+        note = read_json(self.arrow(shard).with_suffix(".json"))
+        StoredFile.of_note(self.arrow(shard), note)
+        return note
+
+    def notes(self) -> list[dict[str, Any]]:
+        """Read what is noted of each shard, as `note` does."""
+        return [self.note(shard) for shard in range(self.num_shards)]
+
     def counts(self) -> Counter[str]:
         """Count the documents and tokens in the store, and the documents that were left out, by reason."""
-        files = (self.arrow(shard).with_suffix(".json") for shard in range(self.num_shards))
-        return sum((Counter(read_json(file)) for file in files), Counter())
+        return sum((Counter({name: note[name] for name in COUNTED}) for note in self.notes()), Counter())
 
     def checksums(self) -> list[np.ndarray]:
         """Return the checksums of the texts of each shard, (documents,) uint64."""
@@ -175,9 +184,12 @@ class TokenStore:
                 def make(shard: int) -> None:
                     runs = encoders.map(runs_of(source.read(shard)))
                     write_shard(self.arrow(shard), self.watch(runs, max_unreadable, bar), self.encoder.dtype)
+                    self.written.add(shard)
 
                 def build_shards(number: int) -> None:
-                    build_together(self.path, source.num_shards, process_index + number, self.is_done, make)
+                    first = process_index + number
+                    is_ending = encoders.ending.is_set
+                    build_together(self.path, source.num_shards, first, self.is_done, make, is_ending)
 
                 # Two shards at once, so that nobody is idle while the last, long document of one is encoded.
                 encoders.run(2, build_shards)
@@ -226,21 +238,9 @@ def check_space(root: Path, stores: list[TokenStore]) -> None:
     check_free_space(root, needed, f"token stores of about {format_bytes(needed)}", remedy)
 
 
-def raising_damaged_store(path: Path) -> AbstractContextManager[None]:
-    """Turn what a damaged file of a store makes of the code that reads it into an error that names the file."""
-    remedy = f"copy it again, or remove the folder {path.parent} to have it made again"
-    return raising_damaged_file(f"the token store's {path}", remedy)
-
-
 def open_arrow(path: Path) -> pa.Table:
     """Map a file into memory as a table, with nothing read but its index."""
     with raising_damaged_store(path):
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         table.validate()  # a damaged one would send the reader outside the file
         return table
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that `write_json` has written."""
-    with raising_damaged_store(path):
-        return json.loads(path.read_text())

@@ -252,6 +252,7 @@ class DocumentEncoder:
     ) -> None:
         self.backend = tokenizer.backend_tokenizer
         self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.int32)
+        self.num_ids = 1 + max(tokenizer.get_vocab().values())
         self.byte_lengths = token_byte_lengths(tokenizer)
         self.sentence_splitter = sentence_splitter
         self.language = language

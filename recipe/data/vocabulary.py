@@ -13,6 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from recipe.arguments import CorpusArguments, TokenizerArguments
+from recipe.arguments.corpus import describe_left_out, find_files
 from recipe.base.progress import progress_bar
 from recipe.data.corpora import check_corpus, corpus_bytes, sample_texts
 from recipe.data.tokenizer import (
@@ -43,9 +44,11 @@ class VocabularyText:
             check_corpus(corpus)
 
     def describe(self) -> list[str]:
-        """Name the corpora, and their sizes where these decide how much of each is read."""
+        """Name the corpora, their sizes where these decide how much of each is read, and what of them is not read."""
         sizes = {name: f", about {size / 1e6:,.0f} MB" for name, size in self.sizes.items()}
-        return [f"corpus {corpus.name}: {corpus.path}{sizes.get(corpus.name, '')}" for corpus in self.corpora]
+        left_out = {corpus.name: describe_left_out(find_files(corpus)[1]) for corpus in self.corpora}
+        rest = {name: f"; left out: {text}" for name, text in left_out.items() if text}
+        return [f"corpus {c.name}: {c.path}{sizes.get(c.name, '')}{rest.get(c.name, '')}" for c in self.corpora]
 
     def batches(self) -> Iterator[list[str]]:
         """Read the corpora under a progress bar, and keep what the checks need of the beginning of each."""

@@ -17,7 +17,6 @@ engine and `from_pretrained` read.
       manifest.json                    size and SHA-256 of each of the above
 """
 
-import hashlib
 import json
 import shutil
 import time
@@ -42,9 +41,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.base.errors import UserError, describe_error, raising_damaged_file
 from recipe.base.files import check_free_space, replace_folder
+from recipe.base.hashing import file_checksum
 from recipe.run.directory import MANIFEST, STATE_FILES, checkpoint_path, checkpoint_step, list_checkpoints
 
-FORMAT = 4
+FORMAT = 5
 REQUIRED_FILES = {"config.json", "model.safetensors", "optimizer.pt", "state.json"}
 BYTES_PER_PARAMETER = 12  # weight and two moments, in float32
 
@@ -57,12 +57,6 @@ def archive_later_checkpoints(folder: Path, step: int) -> None:
     for path in reversed(list_checkpoints(folder)):
         if (checkpoint_step(path) or 0) > step:
             path.rename(path.with_name(f"abandoned-{time.time_ns()}-{path.name}"))
-
-
-def checksum(path: Path) -> str:
-    """Compute the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_space(folder: Path, num_parameters: int, limit: int) -> str:
@@ -120,7 +114,7 @@ def save_checkpoint(
         torch.save(tensors, temporary / "optimizer.pt")
         (temporary / "state.json").write_text(json.dumps(state | {"format": FORMAT, "step": step}, indent=1))
         files = sorted(temporary.iterdir())
-        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
+        manifest = {file.name: {"bytes": file.stat().st_size, "sha256": file_checksum(file)} for file in files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for old in list_checkpoints(folder)[:-limit]:
         shutil.rmtree(old)
@@ -197,7 +191,7 @@ def find_fault(path: Path) -> str | None:
                 return f"{MANIFEST} names {name!r}, which is no file there"
             if (path / name).stat().st_size != expected["bytes"]:
                 return f"{name} has {(path / name).stat().st_size} bytes, not {expected['bytes']}"
-            if checksum(path / name) != expected["sha256"]:
+            if file_checksum(path / name) != expected["sha256"]:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return describe_error(error)
@@ -245,12 +239,19 @@ def reading(path: Path, name: str) -> Iterator[Path]:
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
     """Refuse a run if fields that define the experiment differ from what was saved at `path`; list them all."""
-    lines = [
-        f"  `{name}`: {saved.get(name)} before, {now} now" for name, now in current.items() if saved.get(name) != now
-    ]
-    if lines:
+    if lines := list(differences(saved, current)):
         remedy = "give these fields their values of before, or start anew in another `output_dir`"
         raise UserError("\n".join([f"{path} is of another experiment:", *lines, remedy]))
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any], of: str = "") -> Iterator[str]:
+    """Describe, a line each, the current fields that differ from the saved ones, also within fields of fields."""
+    for name, now in current.items():
+        before = saved.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from differences(before, dict.fromkeys(before) | now, f" of `{name}`")
+        elif before != now:
+            yield f"  `{name}`{of}: {before} before, {now} now"
 
 
 def describe_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -48,6 +48,7 @@ from recipe.publish import hub
 from recipe.publish.card import write_card
 from recipe.arguments import CorpusArguments, GlueArguments, PretrainArguments, TokenizerArguments
 from recipe.base.errors import UserError
+from recipe.base.hashing import file_checksum
 from recipe.arguments.corpus import SUFFIXES, TABLES
 from recipe.data.corpora import (
     Part,
@@ -441,7 +442,7 @@ def fuzz_checkpoint(case: Case) -> None:
     is_changed, fits = contents(newest) != whole, rng.random() < 0.6
     if fits and file.is_file() and file.name != MANIFEST:
         manifest = json.loads((newest / MANIFEST).read_text())
-        manifest[file.name] = {"bytes": file.stat().st_size, "sha256": ckpt.checksum(file)}
+        manifest[file.name] = {"bytes": file.stat().st_size, "sha256": file_checksum(file)}
         (newest / MANIFEST).write_text(json.dumps(manifest))
     before = contents(folder)
     try:

@@ -13,13 +13,13 @@ import torch
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from recipe.base.errors import UserError
+from recipe.base.hashing import file_checksum
 from recipe.modeling.objectives import MaskedLMObjective
 from recipe.run.checkpoint import (
     FORMAT,
     CheckpointWriter,
     archive_later_checkpoints,
     check_identity,
-    checksum,
     describe_changes,
     find_checkpoint,
     find_fault,
@@ -47,14 +47,14 @@ def save(folder: Path, step: int, limit: int = 5) -> Path:
 def write_manifest(path: Path) -> None:
     """Have the checksums fit what is there."""
     files = [file for file in path.iterdir() if file.name != "manifest.json"]
-    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
+    manifest = {file.name: {"bytes": file.stat().st_size, "sha256": file_checksum(file)} for file in files}
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_checkpoint_comes_back(tmp_path: Path):
     path = save(tmp_path, 7)
     assert path.name == "step-00000007"
-    assert read_state(path) == {"note": 7, "format": 4, "step": 7}
+    assert read_state(path) == {"note": 7, "format": FORMAT, "step": 7}
     assert torch.equal(torch.load(path / "optimizer.pt", weights_only=True)["t"], torch.arange(7))
     RobertaForMaskedLM.from_pretrained(path)
 
