@@ -21,13 +21,13 @@ import gzip
 import importlib
 import io
 import json
-import lzma
 import os
 import random
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -52,6 +52,7 @@ from recipe.base.hashing import file_checksum
 from recipe.arguments.corpus import SUFFIXES, TABLES
 from recipe.data.corpora import (
     Part,
+    Source,
     check_corpus,
     corpus_bytes,
     open_source,
@@ -71,6 +72,7 @@ from recipe.data.packing import BlockFormat
 from recipe.run.plots import plot_runs, read_curves
 from recipe.run.directory import MANIFEST, list_checkpoints
 from recipe.run.directory import RunDirectory
+from recipe.data.integrity import Verification
 from recipe.data.packed_corpus import PackedCorpus
 from recipe.data.token_store import TokenStore
 from recipe.data.tokenizer import DocumentEncoder, load_tokenizer, save_tokenizer, train_byte_level_bpe
@@ -375,7 +377,84 @@ def compress(path: Path, data: bytes) -> None:
         with pa.CompressedOutputStream(str(path), "zstd") as stream:
             stream.write(data)
     else:
-        path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress, "": bytes}[packing](data))
+        path.write_bytes({".gz": gzip.compress, "": bytes}[packing](data))
+
+
+def open_view(case: Case, root: Path) -> PackedCorpus:
+    """Open the token store of the material's run below another folder as blocks; make what is missing of it."""
+    corpus = CorpusArguments(name="sample", path=str(case.material.corpus))
+    store = TokenStore(corpus, case.material.encoder, Decontaminator([]), root)
+    store.build(0, None, 0)
+    packed = PackedCorpus(store, BlockFormat("full_sentences", 32, 0, 2, pair_special_tokens=4, seed=42))
+    packed.build(0)
+    return packed
+
+
+def fuzz_store(case: Case) -> None:
+    """Damage a file of a token store: no block may come out otherwise without a word."""
+    stores = case.material.root / "stores"
+    whole = open_view(case, stores)
+    shutil.copytree(stores, "stores")
+    files = [file for file in sorted(Path("stores").rglob("*")) if file.suffix in (".arrow", ".bin", ".json")]
+    case.damage(case.rng.choice(files))
+    packed = open_view(case, Path("stores"))
+    blocks = [packed.block(number).input_ids.tolist() for number in range(len(packed))]
+    verification = Verification(packed.files_of_others())
+    verification.run(threading.Event())
+    verification.report()
+    assert blocks == [whole.block(number).input_ids.tolist() for number in range(len(whole))], "silently other blocks"
+
+
+def read_without_refusal(corpus: CorpusArguments) -> Source:
+    """Open a corpus that there is no reason to refuse."""
+    with contextlib.suppress(UserError):
+        return open_source(corpus)
+    raise AssertionError("refused without a reason")
+
+
+def fuzz_links(case: Case) -> None:
+    """Fill a corpus folder with links, copies of names and what is no text: each text has to be read once."""
+    rng, folders, files = case.rng, [Path("corpus")], [Path()]
+    expected, has_dangling = [], False
+    folders[0].mkdir()
+    for number in range(rng.randint(1, 12)):
+        path = rng.choice(folders) / f"{rng.choice('abc')}{number}"
+        kind = rng.choice(
+            ("file", "file", "folder", "link", "link", "hard link", "empty", "unknown", "dangling", "hidden")
+        )
+        if kind == "folder":
+            path.mkdir()
+            folders.append(path)
+        elif kind == "link":
+            target = rng.choice([*folders, *files[1:]])
+            path = path.with_suffix(".jsonl") if target in files else path
+            path.symlink_to(rng.choice([target.absolute(), os.path.relpath(target, path.parent)]))
+        elif kind == "hard link" and len(files) > 1:
+            path.with_suffix(".jsonl").hardlink_to(rng.choice(files[1:]))
+        elif kind == "empty":
+            path.with_suffix(rng.choice((".jsonl", ".txt.gz", ".parquet"))).touch()
+        elif kind == "unknown":
+            path.with_suffix(rng.choice((".bz2", ".tmp", ".md"))).write_text("text")
+        elif kind == "dangling" and rng.random() < 0.3:
+            path.with_suffix(".jsonl").symlink_to("nowhere")
+            has_dangling = True
+        elif kind == "hidden":
+            (path.parent / f".{path.name}.jsonl").write_text('{"text": "hidden"}\n')
+        elif kind == "file":
+            expected.append(f"text {number}")
+            path = path.with_suffix(".jsonl")
+            path.write_text(json.dumps({"text": expected[-1]}) + "\n")
+            files.append(path)
+    entrance = Path("entrance")
+    entrance.symlink_to("corpus")
+    corpus = CorpusArguments(
+        name="c", path=rng.choice(["corpus", "entrance", "corpus/**", str(Path("corpus").absolute())])
+    )
+    may_be_refused = has_dangling or not expected or "**" in corpus.path  # a pattern names files of unknown kind
+    source = open_source(corpus) if may_be_refused else read_without_refusal(corpus)
+    texts = [text for shard in range(source.num_shards) for _, text in source.read(shard)]
+    assert sorted(texts) == sorted(expected), f"{sorted(texts)} in place of {sorted(expected)}"
+    assert not has_dangling, "a link that leads nowhere is passed over"
 
 
 def fuzz_glue(case: Case) -> None:
@@ -518,6 +597,8 @@ def fuzz_run(case: Case) -> None:
 TARGETS: dict[str, Callable[[Case], None]] = {
     "config": fuzz_config,
     "corpus": fuzz_corpus,
+    "links": fuzz_links,
+    "store": fuzz_store,
     "glue": fuzz_glue,
     "checkpoint": fuzz_checkpoint,
     "run": fuzz_run,
