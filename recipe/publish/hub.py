@@ -231,7 +231,8 @@ def stage_card(run: Path) -> list[str]:
     folder = checkpoint.with_name(checkpoint.name + CARD_SUFFIX)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("README.md", GLUE_FILE):
-        shutil.copyfile(run / "model" / name, folder / name)
+        if (run / "model" / name).is_file():
+            shutil.copyfile(run / "model" / name, folder / name)
     return describe_waiting(run)
 
 
