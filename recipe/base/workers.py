@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import errno
 import os
 import queue
 import signal
@@ -13,12 +14,38 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from recipe.base.errors import UserError
+
 LAST_ITEM_SECONDS = 10  # for which the end of the process waits for an item that is being made
 STOP_WAITING = threading.Event()  # set in a process that is to end: it no longer waits for a source
 
 
 class InterruptedWaitError(Exception):
     """The process was asked to stop while it waited for data."""
+
+
+@contextlib.contextmanager
+def starting_workers(option: str) -> Iterator[None]:
+    """Start worker processes, as many as an option says, inside the context; SIGCHLD keeps its handler.
+
+    PyTorch's handler would raise wherever the main thread is when a worker is killed, in the middle of an update too.
+
+    Raises:
+        UserError: shared memory has no room for their locks.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(
+            f"/dev/shm is full, through which worker processes talk to their parent; free some of it, give the "
+            f"container more (docker: --shm-size), or do without `{option}`"
+        ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():  # no other one may, nor does PyTorch there
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def start_worker(_: int = 0) -> None:
