@@ -15,7 +15,7 @@ from recipe.base.errors import UserError
 from recipe.base.hashing import hash64
 from recipe.base.progress import print_line, progress_bar
 from recipe.base.workers import InterruptedWaitError
-from recipe.data.batches import Batch, Counts, Resume, TrainingData, UpdateData
+from recipe.data.batches import Batch, Counts, Resume, TrainingData, UpdateData, noticing_dead_workers
 from recipe.modeling.memory import largest_micro_batch
 from recipe.modeling.model import count_parameters
 from recipe.monitoring import SpikeGuard, TrainingLog, Update, to_device
@@ -48,7 +48,7 @@ def train(session: Session, data: TrainingData, resume: Resume) -> bool:
     lanes: dict[Any, Any] = {}  # in streaming mode, after the last update that was trained on
 
     def updates_from(resume: Resume) -> Generator[UpdateData]:
-        return data.train_updates(session.rank, resume, args.max_steps + state.updates_left_out, request.is_set)
+        yield from data.train_updates(session.rank, resume, args.max_steps + state.updates_left_out, request.is_set)
 
     def stop() -> bool:
         session.run.write_status("preempted", state.step, request.reason or "another process was asked to stop")
@@ -138,7 +138,8 @@ def next_update(
     watchdog.at("reading its data")
     try:
         session.run.check_held()
-        local = next(updates)
+        with noticing_dead_workers():
+            local = next(updates)
         counts = local.counts
     except InterruptedWaitError:
         counts = Counts.without_data(num_corpora, "stopping")

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -169,7 +170,9 @@ def test_killed_run_goes_on_to_the_same_end(flags, run_pretrain, tmp_path: Path,
     assert_same_run(tmp_path / "run", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGUSR1, signal.SIGHUP))]
+)
 def test_signal_saves_and_ends_the_run_as_preempted(flags, run_pretrain, tmp_path: Path, number: signal.Signals):
     flags |= {"max_steps": 100_000, "save_steps": 100_000, "resume_from_checkpoint": "latest", "logging_steps": 1}
     process = start(flags)
@@ -188,16 +191,40 @@ def test_signal_saves_and_ends_the_run_as_preempted(flags, run_pretrain, tmp_pat
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("mode", [{}, STREAMED], ids=["cached", "streaming"])
-def test_signal_to_the_whole_group_of_processes_saves_too(flags, tmp_path: Path, mode):
+def test_signal_to_the_whole_group_of_processes_saves_too(flags, tmp_path: Path, mode, number: signal.Signals):
     flags |= {"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1, "dataloader_num_workers": 2} | mode
     process = start(flags, start_new_session=True)
     wait_for((tmp_path / "run" / "metrics.jsonl").exists)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     assert process.wait(timeout=PATIENCE_SECONDS) == 0
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "preempted"
     assert (tmp_path / "run" / "checkpoints" / f"step-{status['step']:08d}").is_dir()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("mode", [{}, STREAMED], ids=["cached", "streaming"])
+def test_worker_that_is_killed_costs_no_update(flags, tmp_path: Path, mode, processes: int):
+    flags |= {"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1, "dataloader_num_workers": 2} | mode
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "pretrain.py", *command_line(flags)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    wait_for((run / "metrics.jsonl").exists)
+    worker = psutil.Process(json.loads((run / "status.json").read_text())["pids"][-1]).children()[0]
+    worker.kill()
+    _, printed = process.communicate(timeout=PATIENCE_SECONDS)
+    status = json.loads((run / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert (run / "checkpoints" / f"step-{status['step']:08d}").is_dir()
+    assert status["step"] == read_lines(run / "metrics.jsonl")[-1]["step"]
+    assert f"error: DataLoader worker (pid {worker.pid}) is killed by signal: Killed." in printed
+    assert "lower `dataloader_num_workers`" in printed
 
 
 WAITS_FOR_ITS_SOURCE = """

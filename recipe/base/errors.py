@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pickle import UnpicklingError
 from typing import Any
 
+from recipe.base.output import keep_output_from_failing
+
 
 class UserError(ValueError):
     """An error that the user can correct; its message names the field or file, the value and the way out."""
@@ -14,7 +16,11 @@ class UserError(ValueError):
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Turn a `UserError` into its message on stderr and exit status 2, without a traceback."""
+    """Turn a `UserError` into its message on stderr and exit status 2, without a traceback.
+
+    All scripts and commands run in this context, so from here on nothing that is printed can fail.
+    """
+    keep_output_from_failing()
     try:
         yield
     except UserError as error:

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import errno
 import os
 import queue
 import signal
@@ -18,6 +19,8 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 from recipe.base.formatting import format_duration
 from recipe.base.progress import print_line
 
+from recipe.base.errors import UserError
+
 LAST_ITEM_SECONDS = 10  # for which the end of the process waits for an item that is being made
 FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 60, 600  # of a wait for another process, until it is said and said again
 HOLDER = ".holder"  # suffix of the file beside a lock that names the process that has it
@@ -26,6 +29,30 @@ STOP_WAITING = threading.Event()  # set in a process that is to end: it no longe
 
 class InterruptedWaitError(Exception):
     """The process was asked to stop while it waited for data."""
+
+
+@contextlib.contextmanager
+def starting_workers(option: str) -> Iterator[None]:
+    """Start worker processes, as many as an option says, inside the context; SIGCHLD keeps its handler.
+
+    PyTorch's handler would raise wherever the main thread is when a worker is killed, in the middle of an update too.
+
+    Raises:
+        UserError: shared memory has no room for their locks.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise UserError(
+            f"/dev/shm is full, through which worker processes talk to their parent; free some of it, give the "
+            f"container more (docker: --shm-size), or do without `{option}`"
+        ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():  # no other one may, nor does PyTorch there
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def start_worker(_: int = 0) -> None:

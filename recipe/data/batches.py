@@ -7,18 +7,21 @@
 3. `TrainingData.train_updates` yields what one process has of each update, from any update on, with its counts.
 """
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.base.errors import UserError
-from recipe.base.workers import start_worker
+from recipe.base.workers import start_worker, starting_workers
 from recipe.data.masking import DynamicMaskingCollator
 from recipe.data.packing import Block
 from recipe.data.preprocessor import Preprocessor
@@ -145,23 +148,56 @@ class MicroBatches(torch.utils.data.Dataset):
 
         Workers stay one update ahead.
         """
-        loader = iter(
-            DataLoader(
-                self,
-                sampler=range(first_update * self.per_update, last_update * self.per_update),
-                batch_size=None,
-                collate_fn=to_numpy,  # type: ignore[arg-type]  # given one item where there is no batch size
-                num_workers=num_workers,
-                worker_init_fn=start_worker,
-                prefetch_factor=max(2, -(-self.per_update // num_workers)) if num_workers else None,
-                # DataLoader draws a seed for its workers; not from the generator that dropout uses.
-                generator=torch.Generator(),
-            )
+        loader = DataLoader(
+            self,
+            sampler=range(first_update * self.per_update, last_update * self.per_update),
+            batch_size=None,
+            collate_fn=to_numpy,  # type: ignore[arg-type]  # given one item where there is no batch size
+            num_workers=num_workers,
+            worker_init_fn=start_worker,
+            prefetch_factor=max(2, -(-self.per_update // num_workers)) if num_workers else None,
+            # DataLoader draws a seed for its workers; not from the generator that dropout uses.
+            generator=torch.Generator(),
         )
+        with starting_workers("dataloader_num_workers"):
+            items = iter(loader)
         for _ in range(first_update, last_update):
-            arrays = [unless_error(next(loader)) for _ in range(self.per_update)]
+            arrays = [unless_error(next(items)) for _ in range(self.per_update)]
             rows = np.concatenate([batch.pop("rows") for batch in arrays])
             yield [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in arrays], rows
+
+
+@contextmanager
+def noticing_dead_workers() -> Iterator[None]:
+    """Have the end of a worker process interrupt the main thread inside the context, where it waits for its data.
+
+    Without that, a worker that is killed while it sends something leaves its reader waiting for the rest.
+
+    Raises:
+        UserError: a worker was killed, now or since the last time.
+    """
+
+    def check(*_: object) -> None:
+        _error_if_any_worker_fails()
+
+    handler = signal.signal(signal.SIGCHLD, check)
+    try:
+        check()
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        cause = "memory ran out: lower `dataloader_num_workers` or give the job more"
+        if "Bus error" in str(error):
+            cause = (
+                "/dev/shm is full (lower `dataloader_num_workers`, or give the container more, docker: --shm-size), or "
+                "a file of the token store was cut short while it was read (restore or remove the store)"
+            )
+        raise UserError(
+            f"{str(error).strip(' .')}. Probably {cause}. Go on with --resume_from_checkpoint latest"
+        ) from error
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def unless_error(sent: Any) -> Any:

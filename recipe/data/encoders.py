@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from recipe.base.errors import UserError
-from recipe.base.workers import start_worker
+from recipe.base.workers import start_worker, starting_workers
 from recipe.data.corpora import Record, group_by_size
 from recipe.data.hygiene import Decontaminator, DocumentFilter, text_checksum
 from recipe.data.tokenizer import DocumentEncoder
@@ -62,8 +62,9 @@ class Encoders:
             self.pool = ThreadPoolExecutor(2)
         else:
             self.encode = encode_in_worker
-            self.pool = ProcessPoolExecutor(num_workers, initializer=start_encoder, initargs=(encode_run,))
-            self.pool.submit(os.getpid).result()  # has them forked now, before there are threads
+            with starting_workers("preprocessing_num_workers"):
+                self.pool = ProcessPoolExecutor(num_workers, initializer=start_encoder, initargs=(encode_run,))
+                self.pool.submit(os.getpid).result()  # has them forked now, before there are threads
 
     def run(self, times: int, function: Callable[[int], None]) -> None:
         """Call `function(0)`, `function(1)` and so on, all at once; an error in one of them ends the others too."""

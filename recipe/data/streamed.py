@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.base.errors import UserError
 from recipe.base.hashing import Purpose, digest
-from recipe.base.workers import identity_collate, one_ahead, start_worker
+from recipe.base.workers import identity_collate, one_ahead, start_worker, starting_workers
 from recipe.data.batches import COUNTED, Counts, Rank, Resume, TrainingData, UpdateData, given_weights
 from recipe.data.corpora import corpus_bytes, open_source
 from recipe.data.packing import Block
@@ -145,16 +145,16 @@ class StreamedData(TrainingData):
         own = list(range(rank.index, self.args.num_lanes, rank.world_size))
         lanes = LaneBuffers(self.readers, self.schedule, own, from_tensors(resume.lanes, own))
         updates = range(resume.first_update - resume.skipped_updates, last_update)
-        packets = iter(
-            DataLoader(
-                lanes.pump(updates),
-                batch_size=None,
-                num_workers=self.args.dataloader_num_workers,
-                collate_fn=identity_collate,
-                worker_init_fn=start_worker,
-                generator=torch.Generator(),
-            )
+        loader = DataLoader(
+            lanes.pump(updates),
+            batch_size=None,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=identity_collate,
+            worker_init_fn=start_worker,
+            generator=torch.Generator(),
         )
+        with starting_workers("dataloader_num_workers"):
+            packets = iter(loader)
         made = self.collate(lanes, packets, updates)
         return one_ahead(itertools.islice(made, resume.skipped_updates, None), is_stopping)
 

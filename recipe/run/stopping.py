@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which is how `nohup` starts a process
+    STOP_SIGNALS.append(signal.SIGHUP)
 LAUNCHED_BY_ACCELERATE = "ACCELERATE_DYNAMO_BACKEND"  # set by its launcher
 LAUNCHER_VARIABLES = {LAUNCHED_BY_ACCELERATE, "TORCHELASTIC_RUN_ID"}  # the other is torchrun's
 # Scripts import this module first: a launcher may be gone by the time that all else is imported.

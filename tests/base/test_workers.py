@@ -1,5 +1,6 @@
 """How workers wait, and how they share work."""
 
+import errno
 import subprocess
 import sys
 import threading
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock, Timeout
 
-from recipe.base.workers import InterruptedWaitError, build_together, one_ahead
+from recipe.base.errors import UserError
+from recipe.base.workers import InterruptedWaitError, build_together, one_ahead, starting_workers
 from testing.helpers import PATIENCE_SECONDS, ROOT, never
 
 
@@ -95,3 +97,14 @@ def test_waiting_for_data_ends_when_the_process_is_to_stop():
     with pytest.raises(InterruptedWaitError):
         next(ahead)
     assert time.monotonic() - started < PATIENCE_SECONDS / 2
+
+
+def test_full_shared_memory_is_named():
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        pytest.raises(UserError, match=r"/dev/shm is full.*do without `some_workers`"),
+        starting_workers("some_workers"),
+    ):
+        raise full
+    with pytest.raises(PermissionError), starting_workers("some_workers"):
+        raise PermissionError(errno.EACCES, "no")

@@ -1,5 +1,7 @@
 import json
+import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.base.errors import UserError
-from recipe.data.batches import Counts, Rank, Resume, TrainingData
+from recipe.data.batches import Counts, Rank, Resume, TrainingData, noticing_dead_workers
 from recipe.data.modes import open_data
 from recipe.data.preprocessor import Preprocessor
 from testing.helpers import never, write_jsonl
@@ -154,6 +156,28 @@ def test_test_sentences_are_left_out_and_counted(make_data, tmp_path: Path, text
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files by /proc")
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+def test_worker_that_is_killed_while_it_sends_is_noticed_when_data_is_asked_for(make_data, streaming, number):
+    mode = {"streaming": True, "num_lanes": 4, "shuffle_buffer_size": 4096} if streaming else {}
+    sizes = {"train_batch_size": 4096, "per_device_train_batch_size": 4096}  # more than fits into a pipe
+    updates = make_data(dataloader_num_workers=2, **mode, **sizes).train_updates(Rank(), Resume(), 1000, never)
+    with noticing_dead_workers():
+        next(updates)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, number)
+    for worker in workers:
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # and nothing is raised here
+    dead = r"DataLoader worker \(pid \d+\) is killed by signal.*`dataloader_num_workers`"
+    with pytest.raises(UserError, match=dead) as error, noticing_dead_workers():
+        next(updates)
+    assert ("token store" in str(error.value)) == (number == signal.SIGBUS)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+    updates.close()
+
+
 def test_update_of_many_micro_batches_keeps_no_file_open(make_data):
     data = make_data(train_batch_size=512, per_device_train_batch_size=1)
     before = len(os.listdir("/proc/self/fd"))

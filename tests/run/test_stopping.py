@@ -33,6 +33,13 @@ def test_second_interrupt_ends_at_once():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_hangup_is_a_request_unless_nohup_has_it_ignored():
+    code = "import signal, recipe.run.stopping as s; print(signal.SIGHUP in s.STOP_SIGNALS)"
+    for command, is_request in (([], True), (["nohup"], False)):
+        result = subprocess.run([*command, sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert result.stdout == f"{is_request}\n"
+
+
 def test_limit_leaves_time_for_an_update_and_a_checkpoint(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

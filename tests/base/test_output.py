@@ -1,0 +1,68 @@
+"""What is printed can fail, and nothing else does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from testing.helpers import ROOT
+from tests.test_pretrain import start
+
+PRINTS = """
+import sys
+from recipe.base.errors import UserError, report_user_errors
+from recipe.base.progress import print_line, progress_bar
+
+with report_user_errors():
+    with progress_bar("phase", 9, "steps") as bar:
+        for number in range(2000):
+            print_line(f"{number} → \\udcff 漢")
+            print("warning", file=sys.stderr, flush=True)
+    file = open(sys.argv[1], "w")
+    assert file.fileno() > 2
+    file.write("reached")
+    file.close()
+    if len(sys.argv) > 2:
+        raise UserError("wrong")
+"""
+
+
+def prints(out: Path, *words: str, shell: str, **variables: str) -> int:
+    command = ["bash", "-c", f"set -o pipefail; {shell}", "bash", sys.executable, "-c", PRINTS, out, *words]
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | variables, stdin=subprocess.DEVNULL, check=False
+    ).returncode
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        '"$@" > /dev/full 2> /dev/null',
+        '"$@" > /dev/full 2> /dev/full',
+        '"$@" 2> /dev/null | head -1 > /dev/null',
+        '"$@" 2>&1 | head -1 > /dev/null',
+        '"$@" >&- 2> /dev/null',
+        '"$@" <&- >&- 2>&-',
+    ],
+)
+def test_output_that_cannot_be_written_changes_neither_work_nor_exit_status(tmp_path: Path, shell: str):
+    out = tmp_path / "out"
+    assert prints(out, shell=shell) == 0
+    assert out.read_text() == "reached"
+    assert prints(out, "wrong", shell=shell) == 2
+
+
+def test_characters_that_a_locale_lacks_are_escaped(tmp_path: Path):
+    for encoding, expected in (("ascii", b"7 \\u2192 \\udcff \\u6f22\n"), ("utf-8", "7 → \\udcff 漢\n".encode())):
+        log = tmp_path / "log"
+        assert prints(tmp_path / "out", shell=f'"$@" > {log} 2> /dev/null', PYTHONIOENCODING=encoding) == 0
+        assert log.read_bytes().splitlines(keepends=True)[7] == expected
+
+
+def test_run_whose_output_goes_to_a_full_disk_is_complete(flags, tmp_path: Path):
+    with open("/dev/full", "w") as full:
+        assert start(flags, stdout=full, stderr=full).wait() == 0
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
