@@ -27,7 +27,7 @@ from recipe.data.streamed import StreamedData
 from recipe.data.token_store import TokenStore
 from recipe.data.token_store import check_space as check_store_space
 from recipe.data.tokenizer import load_tokenizer, tokenizer_checksum
-from recipe.modeling.model import build_config, build_model, count_parameters
+from recipe.modeling.model import build_config, build_model, check_host_memory, count_parameters
 from recipe.publish.hub import check_push, fetch_checkpoint
 from recipe.run.checkpoint import check_space, open_checkpoint
 from recipe.run.directory import HUB_SCHEME, RunDirectory
@@ -163,6 +163,9 @@ def check_model(check: CheckedRun) -> str:
     args, source = check.args, check.args.model_name_or_path
     check.config = build_config(args.model_config, source, check.tokenizer, args.max_seq_length, args.model_type)
     if source or not args.dry_run:
+        with torch.device("meta"):
+            contentless = build_model(check.config, None, args.predicts_pairs)
+        check_host_memory(contentless, "model_name_or_path" if source else "model_config")
         torch.manual_seed(args.seed)
         check.model = build_model(check.config, source, args.predicts_pairs)
     return "fits the tokenizer" if check.tokenizer else f"{check.config.vocab_size:,} entries, without a tokenizer"

@@ -34,7 +34,7 @@ def main() -> None:
         f"{last['unigram_loss']:.3f} on the same tokens, {gain:.3f} more"
     )
     transformers.utils.logging.disable_progress_bar()
-    fill_mask = pipeline("fill-mask", model=str(run / "model"))
+    fill_mask = pipeline("fill-mask", model=str(run / "model"), trust_remote_code=False)
     for sentence in SENTENCES:
         answers = [f"{answer['token_str'].strip() or '⏎'} {answer['score']:.0%}" for answer in fill_mask(sentence)]
         print(f"  {sentence}\n    -> {', '.join(answers)}")

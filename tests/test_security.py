@@ -4,7 +4,9 @@ could do is in tests/test_checkpoint.py; that no token is left anywhere, in test
 import ast
 import json
 import os
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,11 @@ from recipe.arguments.checks import check_repo_id
 from recipe.base.errors import UserError
 from recipe.data.hygiene import Decontaminator
 from recipe.data.token_store import TokenStore
-from recipe.data.tokenizer import DocumentEncoder
-from recipe.finetune.finetuning import load_classifier
+from recipe.data.tokenizer import DocumentEncoder, load_tokenizer
+from recipe.finetune.finetuning import load_classifier, load_glue_tokenizer
 from recipe.finetune.tasks.glue import TASKS, check_tasks
-from recipe.modeling.model import build_config, build_model
-from testing.helpers import ROOT, SMALL_MODEL, Evil, write_jsonl
+from recipe.modeling.model import LOADING, build_config, build_model
+from testing.helpers import ROOT, Evil, write_jsonl
 from testing.hub_server import Repo, serve
 from tests.publish.test_hub import IMPORT, REPO, Client
 
@@ -28,6 +30,8 @@ SOURCES = [*ROOT.glob("*.py"), *(ROOT / "recipe").rglob("*.py"), *(ROOT / "bench
 RUNNING = {"eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
 RUNNING |= {"pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "marshal.load", "joblib.load"}
 RUNNING |= {"pd.read_pickle", "pandas.read_pickle", "torch.jit.load", "torch.hub.load", "shelve.open"}
+# Of transformers and datasets: each asks whether it may run a repository's code, or does so, unless told.
+LOADERS = {"from_pretrained", "from_config", "pipeline", "load_dataset", "load_dataset_builder"}
 NAMES = [
     "../../evil",
     "..",
@@ -50,13 +54,12 @@ def calls(file: Path) -> Iterator[tuple[str, dict[str, ast.expr]]]:
     """(dotted name, keywords) of each call in a file."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
+            yield ast.unparse(node.func), {k.arg or f"**{ast.unparse(k.value)}": k.value for k in node.keywords}
 
 
 def test_nothing_that_is_read_is_run():
     assert len(SOURCES) > 30
     for file in SOURCES:
-        assert "trust_remote_code" not in file.read_text(), file
         for name, keywords in calls(file):
             assert name not in RUNNING, f"{file}: {name}"
             keywords = {key: ast.unparse(value) for key, value in keywords.items()}
@@ -64,6 +67,12 @@ def test_nothing_that_is_read_is_run():
             assert keywords.get("shell", "False") == "False", f"{file}: {name}"
             if name.endswith("torch.load"):
                 assert keywords.get("weights_only") == "True", f"{file}: {name}"
+            if name.split(".")[-1] in LOADERS:
+                assert keywords.get("trust_remote_code") == "False" or "**LOADING" in keywords, f"{file}: {name}"
+            if name.endswith("from_pretrained") and "model" in name.lower():
+                assert "**LOADING" in keywords, f"{file}: {name}"
+    assert LOADING["trust_remote_code"] is False
+    assert LOADING["weights_only"] is True
 
 
 def test_weights_of_a_stranger_do_not_run(small_model: Path, tokenizer, tmp_path: Path):
@@ -138,11 +147,84 @@ def test_repository_cannot_write_outside_the_run(flags, tmp_path: Path):
     assert not any("evil" in name for _, _, names in os.walk(tmp_path / "run") for name in names)
 
 
-def test_architecture_with_code_of_its_own_is_refused(tokenizer, tmp_path: Path):
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "odd", "auto_map": {"AutoConfig": "odd.Odd"}, "architectures": ["Odd"]} | SMALL_MODEL)
-    )
-    (tmp_path / "odd.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Odd: pass\n")
-    with pytest.raises(UserError, match="model_"):
-        build_config({}, str(tmp_path), tokenizer, 64)
-    assert not (tmp_path / "ran").exists()
+LOADED_BY: dict[str, Callable[[str], object]] = {
+    "model": lambda folder: build_config({}, folder, None, 64),
+    "tokenizer": load_tokenizer,
+    "classifier": lambda folder: load_glue_tokenizer(folder, 64),
+}
+
+
+@pytest.fixture
+def change(small_model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A function that makes a copy of the small model with other values in a JSON file of its own."""
+
+    def make(name: str, **values: object) -> Path:
+        folder = Path(shutil.copytree(small_model, tmp_path / "model", dirs_exist_ok=True))
+        before = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        (folder / name).write_text(json.dumps(before | values))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("load", LOADED_BY.values(), ids=LOADED_BY)
+@pytest.mark.parametrize(
+    ("file", "values", "expected"),
+    [
+        ("config.json", {"model_type": "odd", "auto_map": {"AutoConfig": "odd.Odd"}}, "`auto_map`"),
+        ("config.json", {"auto_map": {"AutoModelForMaskedLM": "odd.Odd"}}, "`auto_map`"),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["odd.Odd", None]}}, "`auto_map`"),
+        ("tokenizer_config.json", {"tokenizer_class": "Odd", "auto_map": ["odd.Odd", None]}, "`auto_map`"),
+        ("config.json", {"attn_implementation": "somebody/kernel"}, "`attn_implementation: 'somebody/kernel'`"),
+        ("config.json", {"sub": {"_attn_implementation": "flash_attention_2"}}, "`_attn_implementation: 'flash_"),
+        ("config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, "`quantization_config`"),
+        ("adapter_config.json", {"base_model_name_or_path": "somebody/base"}, "an adapter, which is not loaded"),
+    ],
+)
+def test_what_would_run_code_or_load_another_repository_is_refused(change, monkeypatch, load, file, values, expected):
+    folder = change(file, **values)
+    (folder / "odd.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Odd: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # a yes to whoever asks
+    with pytest.raises(UserError, match=rf"_name(_or_path)?`: .*/{file}.*{re.escape(expected)}"):
+        load(str(folder))
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("load", LOADED_BY.values(), ids=LOADED_BY)
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"num_hidden_layers": 10**8}, "`num_hidden_layers` is 100000000; give 1 to 256"),
+        ({"num_hidden_layers": 0}, "`num_hidden_layers` is 0; give 1 to 256"),
+        ({"model_type": "qwen3", "num_hidden_layers": 10**8}, "`num_hidden_layers` is 100000000; give 1 to 256"),
+        ({"num_labels": 10**9}, "`num_labels` is 1000000000; give 0 to 4,096"),
+        ({"vocab_size": 10**9}, "`vocab_size` is 1000000000; give 1 to 16,777,216"),
+        ({"max_position_embeddings": 10**18}, "`max_position_embeddings` is 1000000000000000000; give 0 to"),
+        ({"part": [{"hidden_size": -1}]}, "`hidden_size` is -1; give 1 to"),
+        ({"hidden_dropout_prob": float("nan")}, "`hidden_dropout_prob` is nan; give a finite number"),
+    ],
+)
+def test_sizes_of_a_stranger_are_bounded_before_anything_is_built(change, load, values, expected):
+    with pytest.raises(UserError, match=rf"config\.json: {re.escape(expected)}"):
+        load(str(change("config.json", **values)))
+
+
+@pytest.mark.parametrize("load", LOADED_BY.values(), ids=LOADED_BY)
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_files_of_a_stranger_that_are_deep_or_large_are_named(change, load, file):
+    folder = change(file)
+    os.truncate(folder / file, 2**40)
+    with pytest.raises(UserError, match=rf"/{file} has 1.1 TB, and no more than"):
+        load(str(folder))
+    (folder / file).write_text("[" * 50_000)
+    if file != "tokenizer.json" or load is not LOADED_BY["model"]:  # of which a model has no need
+        with pytest.raises(UserError, match="RecursionError"):
+            load(str(folder))
+
+
+def test_model_that_no_machine_holds_is_refused_before_it_is_built(change, run_pretrain, flags):
+    sizes = {"hidden_size": 2**22, "intermediate_size": 2**22, "num_hidden_layers": 256, "num_attention_heads": 2}
+    with pytest.raises(UserError, match=r"`model_name_or_path`: the weights take .* TB, and this machine has"):
+        load_glue_tokenizer(str(change("config.json", **sizes)), 64)
+    with pytest.raises(UserError, match=r"`model_config`: the weights take .* TB, and this machine has"):
+        run_pretrain(flags | {"model_config": json.dumps(sizes)})

@@ -4,6 +4,7 @@ import argparse
 import logging
 import re
 import typing
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_parsing_
 
 from recipe.arguments.corpus import CorpusArguments
 from recipe.base.errors import UserError, describe_error, did_you_mean
+from recipe.base.files import check_yaml, is_path, read_yaml_text
 
 Arguments = TypeVar("Arguments", bound=Any)
 
@@ -30,12 +32,12 @@ def read_configs(cls: type, files: list[str]) -> tuple[dict[str, Any], dict[str,
     values: dict[str, Any] = {}
     owners: dict[str, int] = {}  # by field or `model_config.key` the number of the file: a file may be given twice
     for number, file in enumerate(files):
-        if not Path(file).is_file():
-            raise UserError(f"--config {file}: there is no such file")
+        if not is_path(file) or not Path(file).is_file():
+            raise UserError(f"--config {file:.300}: there is no such file")
         try:
-            given = get_loader("yaml")(Path(file).read_text("utf-8"))
-        except Exception as error:  # of the parser, and of Python for text, numbers and nesting beyond its limits
-            raise UserError(f"--config {file}: not valid YAML in UTF-8 ({describe_error(error)})") from None
+            given = get_loader("yaml")(read_yaml_text(Path(file)))
+        except Exception as error:  # of the parser, and of Python for text and numbers beyond its limits
+            raise UserError(f"--config {file} cannot be read as YAML in UTF-8 ({describe_error(error)})") from None
         if not given or not isinstance(given, dict):
             content = "nothing" if not given else "a list" if isinstance(given, list) else "a single value"
             raise UserError(f"--config {file} holds {content}; write fields with their values, as in `seed: 42`")
@@ -57,6 +59,17 @@ def read_configs(cls: type, files: list[str]) -> tuple[dict[str, Any], dict[str,
                 "complete file first and its overlays after it, each once"
             )
     return values, {name: files[number] for name, number in owners.items()}
+
+
+def check_flags(flags: list[str]) -> None:
+    """Refuse values that would crash the parser, or fill the memory: it reads each as YAML, whatever its type."""
+    for number, flag in enumerate(flags):
+        name, _, value = flag.partition("=") if flag.startswith("--") else (flags[number - 1], "", flag)
+        try:
+            with suppress(yaml.YAMLError, UnicodeError):  # which the parser takes as text, or words better
+                check_yaml(value)
+        except ValueError as error:
+            raise UserError(f"{name:.300}: {value[:50]!r}… has {error}") from None
 
 
 def explain(error: Exception, cls: type, flags: list[str], sources: dict[str, str]) -> str:
@@ -115,6 +128,7 @@ def parse_config(cls: type[Arguments], description: str, arguments: list[str] | 
             if flag in switches and (flags[i + 1 : i + 2] or ["--"])[0].startswith("--"):
                 flags[i] = f"{flag}=true"
         values, sources = read_configs(cls, found.config)
+        check_flags(flags)
         # The parser would replace a `model_config` as a whole. With quotes and types, what is read stays what it is.
         merged = [f"--config={yaml.safe_dump(values, default_style=chr(34), sort_keys=False)}"] if values else []
         namespace = parser.parse_args(merged + flags)

@@ -16,14 +16,15 @@ class UserError(ValueError):
 
 @contextmanager
 def report_user_errors() -> Iterator[None]:
-    """Turn a `UserError` into its message on stderr and exit status 2, without a traceback.
+    """Turn errors that say what to do into their message on stderr and exit status 2, without a traceback.
 
-    All scripts and commands run in this context, so from here on nothing that is printed can fail.
+    They are `UserError`s, and the `FloatingPointError` of a training whose numbers are no longer finite. All scripts and
+    commands run in this context, so from here on nothing that is printed can fail.
     """
     keep_output_from_failing()
     try:
         yield
-    except UserError as error:
+    except (UserError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

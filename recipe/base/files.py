@@ -1,7 +1,9 @@
-"""Files and folders that are complete or absent, YAML, and free disk space. All text is UTF-8, whatever the locale."""
+"""Files and folders that are complete or absent, YAML, JSON and free disk space. All text is UTF-8."""
 
+import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,19 +14,65 @@ import yaml
 from recipe.base.errors import UserError, raising_damaged_file
 from recipe.base.formatting import format_bytes
 
+YAML_BYTES, YAML_DEPTH = 2**20, 50  # of a file, and of lists and mappings in each other
+JSON_BYTES = 2**24  # of a file that is no vocabulary
+
+
+def read_text(file: Path, limit: int) -> str:
+    """Read a file; raise a ValueError, without reading it, if it has more bytes than the limit."""
+    if (size := file.stat().st_size) > limit:
+        raise ValueError(f"{format_bytes(size)}, and no more than {format_bytes(limit)} is read")
+    return file.read_text("utf-8")
+
+
+def read_json(file: Path) -> Any:
+    """Read a JSON file, of at most 16 MB; raise a ValueError, OSError or RecursionError if that fails."""
+    return json.loads(read_text(file, JSON_BYTES))
+
+
+def check_yaml(text: str) -> str:
+    """Return a YAML text that takes no more memory than itself and no deep stack to load.
+
+    Raises:
+        ValueError: it nests more than 50 lists and mappings in each other, which crashes the loader, or repeats a part
+            by an alias, which is how a small text stands for a huge one. What is no YAML at all is a `YAMLError`.
+    """
+    depth = 0
+    # Events come one at a time, from a parser that keeps its depth in a list.
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > YAML_DEPTH:
+            raise ValueError(f"more than {YAML_DEPTH} lists and mappings in each other; write it flatter")
+        if depth and isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"the alias *{event.anchor}; write out what it stands for, or put it in quotes")
+    return text
+
+
+def read_yaml_text(file: Path) -> str:
+    """Read a YAML file, of at most 1 MB, that `check_yaml` lets pass; raise a ValueError, OSError or YAMLError."""
+    return check_yaml(read_text(file, YAML_BYTES))
+
 
 def read_yaml(file: Path) -> dict[str, Any]:
     """Read a YAML file of names and values; raise a `UserError` if it is missing or holds something else."""
     with raising_damaged_file(file, "correct it, or name another folder"):
-        values = yaml.safe_load(file.read_text("utf-8"))
+        values = yaml.safe_load(read_yaml_text(file))
         if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
             raise ValueError("not names with values")
     return values
 
 
+class PlainDumper(yaml.SafeDumper):
+    """A dumper that writes a value as often as it occurs, since aliases are not read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Say that no value gets an alias."""
+        return True
+
+
 def to_yaml(values: dict[str, Any]) -> str:
     """Write names and values as YAML, in their order."""
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(values, Dumper=PlainDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def is_path(name: str) -> bool:
@@ -42,11 +90,25 @@ def nearest_existing_parent(path: Path) -> Path:
 
 
 def check_output_dir(path: Path) -> None:
-    """Raise a `UserError` unless the output folder exists or can be created, and this user may write there."""
-    folder = nearest_existing_parent(path)
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        problem = "cannot be written" if folder.is_dir() else "is a file"
-        raise UserError(f"`output_dir` {path}: {folder} {problem}; name another folder")
+    """Raise a `UserError` unless the output folder exists or can be created, and this user may write there.
+
+    It is tried in a hidden folder, which is removed again. Several processes may try at the same time.
+    """
+    try:
+        for link in [path.absolute(), *path.absolute().parents]:
+            if link.is_symlink() and not link.exists():
+                problem = f"{link} is a link to {os.readlink(link)}, which does not exist; create that, mount its disk"
+                raise UserError(f"`output_dir` {path}: {problem} or name another folder")
+        folder = nearest_existing_parent(path)
+        if not folder.is_dir():
+            raise UserError(f"`output_dir` {path}: {folder} is a file; name another folder")
+        with tempfile.TemporaryDirectory(prefix=".trying-", dir=folder) as trial:
+            (Path(trial) / "file").write_bytes(bytes(4096))
+            sync(Path(trial) / "file")  # some disks tell only now that they are full
+    except OSError as error:
+        raise UserError(
+            f"`output_dir` {path} cannot be written: {error}; put that right or name another folder"
+        ) from None
 
 
 def free_bytes(path: Path) -> int:

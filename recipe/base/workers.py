@@ -16,10 +16,9 @@ from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
+from recipe.base.errors import UserError
 from recipe.base.formatting import format_duration
 from recipe.base.progress import print_line
-
-from recipe.base.errors import UserError
 
 LAST_ITEM_SECONDS = 10  # for which the end of the process waits for an item that is being made
 FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 60, 600  # of a wait for another process, until it is said and said again

@@ -343,7 +343,14 @@ def open_hub_corpus(corpus: CorpusArguments) -> tuple[IterableDataset, str | Non
     """Open a hub data set as a stream of rows with the one column `text`, and return the commit that it is of too."""
     try:
         commit = HfApi().dataset_info(corpus.path, revision=corpus.revision).sha
-        rows = load_dataset(corpus.path, corpus.config_name, split=corpus.split, revision=commit, streaming=True)
+        rows = load_dataset(
+            corpus.path,
+            corpus.config_name,
+            split=corpus.split,
+            revision=commit,
+            streaming=True,
+            trust_remote_code=False,
+        )
     except Exception as error:
         # Whatever `datasets` raises, from a misspelt id to no network, the user needs to know which corpus it was.
         raise UserError(

@@ -20,7 +20,8 @@ import sentencex
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AlbertTokenizer, AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
-from recipe.base.errors import UserError
+from recipe.base.errors import UserError, describe_error
+from recipe.base.model_files import check_model_files
 from recipe.data.corpora import group_by_size
 
 ROBERTA_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # `<mask>` comes after the merges
@@ -154,7 +155,7 @@ def check_saved_tokenizer(tokenizer: Tokenizer, output_dir: Path, texts: list[st
     loaders: tuple[Any, ...] = (AutoTokenizer, fast_class)
     for loader in loaders:
         source = f"{loader.__name__}.from_pretrained({output_dir})"
-        loaded = loader.from_pretrained(output_dir)
+        loaded = loader.from_pretrained(output_dir, trust_remote_code=False)
         if [loaded(text, verbose=False)["input_ids"] for text in texts] != expected:
             raise RuntimeError(f"{source} does not give the trained ids")
         found = {name: getattr(loaded, name) for name in special}
@@ -169,7 +170,7 @@ def check_saved_tokenizer(tokenizer: Tokenizer, output_dir: Path, texts: list[st
 
 
 def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
-    """Raise a `RuntimeError` if common words of the text, occurring 100 times at least, are not single tokens.
+    """Raise a `UserError` if common words of the text, occurring 100 times at least, are not single tokens.
 
     A count that overflows in the trainer loses them silently (tokenizers#2058: "the" was missing). Only as many words
     are checked as the vocabulary surely has room for: one for each 100 entries beyond bytes and special tokens.
@@ -178,7 +179,7 @@ def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
     common = [word for word, count in commonest if count >= COMMON_WORD_COUNT]
     lost = [word for word in common if len(tokenizer.encode(" " + word, add_special_tokens=False).ids) != 1]
     if lost:
-        raise RuntimeError(
+        raise UserError(
             f"the common words {lost} did not become single tokens, as when the trainer's counts overflow; lower "
             "`max_train_bytes`"
         )
@@ -190,12 +191,12 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     Text that spells a special token stays text: a document's `<mask>` never becomes the mask.
     """
     field = f"`tokenizer_name` is {name_or_path}"
+    check_model_files("tokenizer_name", name_or_path, "tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{field}, and no tokenizer is there, as a folder or on the hub; make one by train_tokenizer.py ({error})"
-        ) from None
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as error:  # of one library or another
+        problem = f"no tokenizer can be loaded from there; make one by train_tokenizer.py ({describe_error(error)})"
+        raise UserError(f"{field}, and {problem}") from None
     if len(tokenizer) == len(tokenizer.all_special_ids):
         # What transformers makes of a folder with a config and no vocabulary.
         raise UserError(f"{field}, and no vocabulary is there, only {len(tokenizer)} special tokens")

@@ -6,6 +6,7 @@ train_tokenizer.py need of it, so that nothing is read twice.
 
 import re
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 
 from recipe.arguments import CorpusArguments, TokenizerArguments
 from recipe.arguments.corpus import describe_left_out, find_files
+from recipe.base.errors import UserError, describe_error
 from recipe.base.progress import progress_bar
 from recipe.data.corpora import check_corpus, corpus_bytes, sample_texts
 from recipe.data.tokenizer import (
@@ -80,11 +82,30 @@ def train_vocabulary(args: TokenizerArguments, texts: Iterator[list[str]]) -> To
 
 
 def save_checked(args: TokenizerArguments, tokenizer: Tokenizer, text: VocabularyText) -> None:
-    """Save a tokenizer that passes the checks; else raise a `RuntimeError` and leave it as `.NAME.unchecked`."""
-    output_dir = Path(args.output_dir).resolve()
-    unchecked = output_dir.with_name(f".{output_dir.name}.unchecked")
-    save_tokenizer(tokenizer, unchecked, args.add_prefix_space, args.model_max_length, args.do_lower_case)
+    """Save a tokenizer, and give its files their names once it has passed the checks.
+
+    Raises:
+        UserError: common words are missing from it, or `output_dir` can no longer be written; then the tokenizer is in
+            a temporary folder.
+        RuntimeError: another check has failed. The tokenizer is left in `output_dir/.unchecked`.
+    """
+    output_dir, failure = Path(args.output_dir), None
+    folder = output_dir / ".unchecked"
+    settings = args.add_prefix_space, args.model_max_length, args.do_lower_case
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        save_tokenizer(tokenizer, folder, *settings)
+    except Exception as error:  # of the disk, or of one library or another that writes to it
+        failure = describe_error(error)
+        folder = Path(tempfile.mkdtemp(prefix="tokenizer-"))
+        save_tokenizer(tokenizer, folder, *settings)
     check_common_words(tokenizer, text.word_counts)
-    check_saved_tokenizer(tokenizer, unchecked, text.sample, args.add_prefix_space)
-    shutil.copytree(unchecked, output_dir, dirs_exist_ok=True)
-    shutil.rmtree(unchecked)
+    check_saved_tokenizer(tokenizer, folder, text.sample, args.add_prefix_space)
+    if failure:
+        raise UserError(
+            f"`output_dir` {output_dir} cannot be written ({failure}); the tokenizer is in {folder}: move it"
+        )
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == "tokenizer.json"):  # by which it is recognised
+        file.replace(output_dir / file.name)
+    folder.rmdir()

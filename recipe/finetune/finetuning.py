@@ -26,9 +26,11 @@ from transformers import (
 
 from recipe.arguments import GlueArguments
 from recipe.base.errors import UserError, describe_error
+from recipe.base.model_files import check_model_files
 from recipe.finetune.jobs import Job
 from recipe.finetune.tasks.glue import TASKS, Task
 from recipe.finetune.tasks.scoring import score
+from recipe.modeling.model import LOADING, check_host_memory
 from recipe.modeling.optimizer import build_optimizer, build_scheduler
 
 POOL_BATCHES = 100  # batches whose rows are sorted by length together
@@ -57,15 +59,20 @@ def load_glue_tokenizer(name_or_path: str, max_seq_length: int) -> PreTrainedTok
     """Load the model's own tokenizer.
 
     Raises:
-        UserError: there is no model or no tokenizer, they do not match, or the model reads fewer tokens.
+        UserError: there is no model or no tokenizer, they do not match, the model reads fewer tokens, or is larger than
+            this machine.
     """
-    lacking = "no model there, as a folder or on the hub"
+    check_model_files("model_name_or_path", name_or_path, "model")
+    lacking = "no model there, or none that can be built"
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
         lacking = "no tokenizer beside the model"
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"`model_name_or_path` {name_or_path}: {lacking}: {error}") from None
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as error:  # of one library or another
+        raise UserError(f"`model_name_or_path` {name_or_path}: {lacking}: {describe_error(error)}") from None
+    check_host_memory(model, "model_name_or_path")
     if len(tokenizer) > config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
         raise UserError(
             f"`model_name_or_path` {name_or_path}: its tokenizer is another model's: {len(tokenizer)} entries, pad "
@@ -109,6 +116,7 @@ def load_classifier(name_or_path: str, task: Task) -> PreTrainedModel:
     labels = task.labels or (f"similarity / {task.scale:g}",)
     config = AutoConfig.from_pretrained(
         name_or_path,
+        trust_remote_code=False,
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
@@ -118,9 +126,9 @@ def load_classifier(name_or_path: str, task: Task) -> PreTrainedModel:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             name_or_path,
             config=config,
-            dtype="float32",
             ignore_mismatched_sizes=True,  # of a head that is replaced below
             output_loading_info=True,
+            **LOADING,
         )
     except Exception as error:  # of one library or another
         raise UserError(f"`model_name_or_path` {name_or_path} cannot be loaded: {describe_error(error)}") from error
@@ -134,7 +142,7 @@ def load_classifier(name_or_path: str, task: Task) -> PreTrainedModel:
             f"config says: {', '.join(lacking[:3])}"
         )
     if any(not name.startswith(prefix) for name in model.state_dict().keys() - loading["missing_keys"]):
-        new = AutoModelForSequenceClassification.from_config(config)
+        new = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
         for name, module in model.named_children():
             if module is not model.base_model:
                 module.load_state_dict(new.get_submodule(name).state_dict())

@@ -1,6 +1,6 @@
 """The model: built from a config or from a checkpoint, with its parameters and FLOPs counted."""
 
-import math
+import os
 from typing import Any
 
 import torch
@@ -16,17 +16,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from recipe.arguments.checks import NUMBER_LIMIT
 from recipe.arguments.pretraining import first_position
 from recipe.base.errors import UserError, describe_error, did_you_mean
+from recipe.base.formatting import format_bytes
+from recipe.base.model_files import check_model_files, check_numbers
 
 DECODER_FIELDS = {"is_decoder", "add_cross_attention", "use_cache"}  # of the config classes, and of no use here
-MAX_LAYERS = 256  # since the model is built, without contents, before anything else is done
 
 # The released base models' values where the config class has others: BERT's in `RobertaConfig`, those of the largest
 # ALBERT in `AlbertConfig`.
 ROBERTA_DEFAULTS = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 ALBERT_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+# Nothing in a file of weights may run: it is safetensors, or tensors and plain values alone.
+LOADING: dict[str, Any] = {"dtype": "float32", "trust_remote_code": False, "weights_only": True}
 DEFAULTS: dict[str, dict[str, Any]] = {"roberta": ROBERTA_DEFAULTS, "bert": {}, "albert": ALBERT_DEFAULTS}
 
 
@@ -60,26 +62,27 @@ def build_config(
 
 
 def check_fields(model_config: dict[str, Any], config_class: type[PreTrainedConfig]) -> None:
-    """Refuse fields of `model_config` that the config class does not have, and numbers that are not finite."""
+    """Refuse fields of `model_config` that the config class does not have, and numbers beyond all bounds."""
     if chosen := model_config.get("attn_implementation"):
         remedy = "leave it out: torch's scaled_dot_product_attention chooses the fastest kernel, flash attention too"
         raise UserError(f"`model_config` has `attn_implementation: {chosen}`; {remedy}")
     known = config_class().to_dict().keys() - DECODER_FIELDS
-    for name, value in model_config.items():
+    for name in model_config:
         if name not in known:
             problem = f"a field `{name}` that {config_class.__name__} does not know"
             raise UserError(f"`model_config` has {problem}{did_you_mean(str(name), known)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"`model_config`: `{name}` is {value}; give a finite number")
+    check_numbers("`model_config`", model_config)
 
 
 def load_config(
     model_config: dict[str, Any], source: str | None, tokenizer: PreTrainedTokenizerFast | None, model_type: str
 ) -> PreTrainedConfig:
     """Read the config of the checkpoint `source`, or make one of the released defaults, under the user's fields."""
+    if source is not None:
+        check_model_files("model_name_or_path", source, "model")
     try:
         if source is not None:
-            return AutoConfig.from_pretrained(source, **model_config)
+            return AutoConfig.from_pretrained(source, trust_remote_code=False, **model_config)
         fitting: dict[str, Any] = {}
         if tokenizer is not None:
             fitting = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "pad", "eos")}
@@ -105,17 +108,13 @@ def check_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast
 
 def check_sizes(config: PreTrainedConfig, max_seq_length: int) -> None:
     """Refuse sizes of which no model can be made, and a sequence length for which it lacks positions."""
-    sizes = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "type_vocab_size"]
     if isinstance(config, AlbertConfig):
-        sizes += ["embedding_size", "num_hidden_groups", "inner_group_num"]
         groups, layers = config.num_hidden_groups, config.num_hidden_layers
         if groups > layers:
             problem = f"`num_hidden_groups` ({groups}) is more than `num_hidden_layers` ({layers})"
             raise UserError(f"`model_config`: {problem}; some groups would never be used")
-    for name in sizes:
-        largest = MAX_LAYERS if name.endswith(("_layers", "_groups", "_num")) else NUMBER_LIMIT
-        if not 1 <= getattr(config, name) <= largest:
-            raise UserError(f"`model_config`: `{name}` is {getattr(config, name)}; give 1 to {largest}")
+    if config.type_vocab_size < 1:
+        raise UserError(f"`model_config`: `type_vocab_size` is {config.type_vocab_size}; give 1 or more")
     width, heads, positions = config.hidden_size, config.num_attention_heads, config.max_position_embeddings
     if width % heads:
         raise UserError(f"`model_config`: `hidden_size` ({width}) is not a multiple of `num_attention_heads` ({heads})")
@@ -139,13 +138,24 @@ def build_model(
     if source is None:
         return model_class(config)
     try:
-        model, loading = model_class.from_pretrained(source, config=config, dtype="float32", output_loading_info=True)
+        model, loading = model_class.from_pretrained(source, config=config, output_loading_info=True, **LOADING)
     except Exception as error:  # of one library or another
         raise UserError(f"`model_name_or_path` {source} cannot be loaded: {describe_error(error)}") from error
     if missing := sorted(loading["missing_keys"]):
         problem = f"lacks weights of a {model_class.__name__}: {missing[:3]}"
         raise UserError(f"`model_name_or_path` {source} {problem}")
     return model
+
+
+def check_host_memory(model: nn.Module, name: str) -> None:
+    """Refuse a model, built without contents, whose float32 weights this machine could not hold; `name` is the option.
+
+    It says nothing of what training takes; it keeps a config from filling the memory before anything can be computed.
+    """
+    needed, memory = 4 * count_parameters(model), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        problem = f"the weights take {format_bytes(needed)}, and this machine has {format_bytes(memory)} of memory"
+        raise UserError(f"`{name}`: {problem}; take a smaller model or a larger machine")
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -25,6 +25,8 @@ from recipe.finetune.tasks.glue import TASKS
 from recipe.publish.hub import GLUE_FILE
 from recipe.run.directory import read_config, read_records, read_step
 
+# Markdown's characters, those of mathematics, and those without which no address becomes a link.
+MARKUP = re.compile(r"[\\`*_~\[\]<>|&$#:@]|(?<=www)\.", re.IGNORECASE)
 RECIPE_TAG = "roberta-pretraining-recipe"  # of all cards
 MODEL_TITLES = {"roberta": "RoBERTa", "bert": "BERT", "albert": "ALBERT"}
 OBJECTIVE_TITLES = {
@@ -43,9 +45,20 @@ def count_weights(model: Path) -> int:
     return total
 
 
+def as_text(text: str) -> str:
+    """Write a text of the user's as Markdown that shows it as it is: no tags, links, emphasis or line breaks in it."""
+    return MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def code_block(code: str, language: str) -> str:
+    """Format code, whatever is in it, as Markdown."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
 def table(rows: list[list[Any]]) -> str:
     """Format rows as Markdown; the first is the head."""
-    head, *body = [" | ".join(str(cell).replace("|", "\\|") for cell in row) for row in rows]
+    head, *body = [" | ".join(map(str, row)) for row in rows]
     return "\n".join(f"| {line} |" for line in [head, " | ".join(["---"] * len(rows[0])), *body])
 
 
@@ -65,9 +78,9 @@ def is_on_hub(corpus: dict[str, Any]) -> bool:
 def source(corpus: dict[str, Any]) -> str:
     """Say where a corpus is from; of local files only the name is given, since their folders tell of the machine."""
     if not is_on_hub(corpus):
-        return f"local: {Path(corpus['path']).name}"
-    details = [corpus[name] for name in ("config_name", "revision") if corpus[name]]
-    link = f"[{corpus['path']}](https://huggingface.co/datasets/{corpus['path']})"
+        return f"local: {as_text(Path(corpus['path']).name)}"
+    details = [as_text(corpus[name]) for name in ("config_name", "revision") if corpus[name]]
+    link = f"[{as_text(corpus['path'])}](https://huggingface.co/datasets/{corpus['path']})"
     return link + (f" ({', '.join(details)})" if details else "")
 
 
@@ -144,9 +157,9 @@ def glue_result(row: dict[str, Any], metric: str, value: float) -> EvalResult:
 def introduction(run: Run) -> list[str]:
     """Say what the model is, and how far its training is."""
     config, shape = run.config, run.architecture
-    origin = f"from {config['model_name_or_path']}" if config["model_name_or_path"] else "from scratch"
+    origin = f"from {as_text(config['model_name_or_path'])}" if config["model_name_or_path"] else "from scratch"
     lines = [
-        f"# {run.title}",
+        f"# {as_text(run.title)}",
         f"{MODEL_TITLES[config['model_type']]} with {shape['num_hidden_layers']} layers of width "
         f"{shape['hidden_size']}, {shape['vocab_size']:,} vocabulary entries and {format_count(run.parameters)} "
         f"parameters, pretrained {origin} by {OBJECTIVE_TITLES[config['objective']]} after the recipe of "
@@ -160,9 +173,10 @@ def introduction(run: Run) -> list[str]:
 def usage(run: Run) -> list[str]:
     """Show how to load the model."""
     space = "" if run.config["model_type"] == "roberta" else " "
-    code = f'from transformers import pipeline\n\nfill_mask = pipeline("fill-mask", model="{run.name}")\n'
+    name = json.dumps(run.name, ensure_ascii=False)
+    code = f'from transformers import pipeline\n\nfill_mask = pipeline("fill-mask", model={name})\n'
     code += f'fill_mask(f"The capital of France is{space}{{fill_mask.tokenizer.mask_token}}.")'
-    lines = ["## How to use it", f"```python\n{code}\n```"]
+    lines = ["## How to use it", code_block(code, "python")]
     if run.config["push_to_hub"] and run.config["hub_strategy"] != "end":
         lines.append(
             f'Every checkpoint is a tag: `AutoModelForMaskedLM.from_pretrained("{run.name}", '
@@ -177,9 +191,9 @@ def evaluation(run: Run) -> list[str]:
     lines = []
     if last := run.evaluation:
         perplexity = "" if last["eval_perplexity"] is None else f", perplexity {last['eval_perplexity']:,.2f}"
-        held_out = f"blocks of {run.held_out} that are not trained on"
+        held_out = f"blocks of {as_text(run.held_out)} that are not trained on"
         if run.config["eval_corpora"]:
-            held_out = f"{run.held_out}: text that is in none of the corpora's files"
+            held_out = f"{as_text(run.held_out)}: text that is in none of the corpora's files"
         lines.append(
             f"Held-out loss {last['eval_loss']:.3f} nats a masked token{perplexity}, after {last['step']:,} updates; a "
             f"unigram model has {last['unigram_loss']:.3f}. Held out are {held_out}; "
@@ -208,7 +222,7 @@ def data(run: Run) -> list[str]:
         counts = seen.get(corpus["name"])
         weight = "its size" if corpus["weight"] is None else f"{corpus['weight']:g}"
         seen_columns = [f"{counts['tokens']:,}", f"{counts['passes']:.2f}"] if counts else ["–", "–"]
-        rows.append([corpus["name"], source(corpus), weight, *seen_columns])
+        rows.append([as_text(corpus["name"]), source(corpus), weight, *seen_columns])
     dropped = {
         name: sum(counts.get(name, 0) for counts in seen.values())  # the streaming mode does not count copies
         for name in ("empty", "unreadable", "contaminated", "copies")
@@ -280,7 +294,7 @@ def limits(run: Run) -> list[str]:
     """Say what the model is not for."""
     config = run.config
     lines = [
-        f"- It has read text in one language ({config['language']}) and was trained on at most "
+        f"- It has read text in one language ({as_text(config['language'])}) and was trained on at most "
         f"{config['max_seq_length']} tokens at a time.",
         "- It fills masks and is meant to be fine-tuned; it is no model for writing text or answering questions.",
         "- It repeats what its corpora say, prejudice about people and groups included, and knows nothing that is "
@@ -307,10 +321,10 @@ def reproduction(run: Run) -> list[str]:
     commit = machine["git_commit"] or "not known: the code was in no git checkout"
     return [
         "## How to reproduce it",
-        f"```bash\n{command}\n```",
+        code_block(command, "bash"),
         "Corpora and tokenizer are named as on the machine that it ran on; the tokenizer lies beside these weights.",
         f"Commit of the recipe: {commit}. Python {machine['python']}, {versions}.",
-        f"<details><summary>config.yaml</summary>\n\n```yaml\n{config_text}\n```\n\n</details>",
+        f"<details><summary>config.yaml</summary>\n\n{code_block(config_text, 'yaml')}\n\n</details>",
     ]
 
 

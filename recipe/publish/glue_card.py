@@ -13,7 +13,17 @@ from recipe.base.files import read_yaml, write_atomically
 from recipe.finetune.jobs import Job, Results
 from recipe.finetune.report import percent, points
 from recipe.finetune.tasks.glue import TASKS
-from recipe.publish.card import RECIPE_TAG, Run, as_card, glue_result, table, two_columns, write_card
+from recipe.publish.card import (
+    RECIPE_TAG,
+    Run,
+    as_card,
+    as_text,
+    code_block,
+    glue_result,
+    table,
+    two_columns,
+    write_card,
+)
 from recipe.publish.hub import GLUE_FILE, stage_card
 
 
@@ -58,7 +68,8 @@ def build_classifier_card(
         model_name=title,
         eval_results=results if row["official"] else None,
     )
-    code = f'from transformers import pipeline\n\nclassify = pipeline("text-classification", model="{folder}")'
+    name = json.dumps(str(folder), ensure_ascii=False)
+    code = f'from transformers import pipeline\n\nclassify = pipeline("text-classification", model={name})'
     answers = f"labels {', '.join(task.labels)}" if task.labels else f"a similarity, divided by {task.scale:g}"
     versions = ", ".join(f"{library} {version}" for library, version in machine["versions"].items())
     remarks = "This model was chosen by its dev result, which flatters it: the median is the fairer figure."
@@ -66,7 +77,7 @@ def build_classifier_card(
         remarks += " The data is not the official one: not to be compared with published results."
     betas = f"{config['adam_beta1']:g} and {config['adam_beta2']:g}"
     settings = {
-        "started from": base + (", by way of its best MNLI model" if job.init == "mnli" else ""),
+        "started from": as_text(base) + (", by way of its best MNLI model" if job.init == "mnli" else ""),
         "learning rate": f"{job.learning_rate:g} after {config['warmup_ratio']:.0%} of warmup, then linearly to zero",
         "batch": f"{job.batch_size} examples of at most {config['max_seq_length']} tokens",
         "epochs": f"{config['num_train_epochs']}, of which number {result['best_epoch']} was the best",
@@ -75,11 +86,11 @@ def build_classifier_card(
         "time": f"{result['seconds']:,.0f} s on {result['processes']} × {machine['device']}",
     }
     sections = [
-        f"# {title}",
-        f"A classifier for {task.title} of [GLUE](https://gluebenchmark.com), fine-tuned from {base} by the protocol "
-        "of [RoBERTa](https://arxiv.org/abs/1907.11692).",
+        f"# {as_text(title)}",
+        f"A classifier for {task.title} of [GLUE](https://gluebenchmark.com), fine-tuned from {as_text(base)} by the "
+        "protocol of [RoBERTa](https://arxiv.org/abs/1907.11692).",
         "## How to use it",
-        f"```python\n{code}\n```",
+        code_block(code, "python"),
         f"It answers with {answers}.",
         "## Results on the dev set",
         table(result_rows(row, result, config["compare_with"])),

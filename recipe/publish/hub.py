@@ -339,6 +339,8 @@ def fetch_checkpoint(args: PretrainArguments) -> str | None:
         return uri
     repo_id, _, revision = uri.removeprefix(HUB_SCHEME).partition("@")
     check_repo_id("resume_from_checkpoint", repo_id)
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"`resume_from_checkpoint` is {uri} and HF_HUB_OFFLINE is set; unset it, or give `latest`")
     limit_requests()
     api, revision = HfApi(), revision or "main"
     temporary = run / "checkpoints" / DOWNLOAD_FOLDER

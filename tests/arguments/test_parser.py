@@ -30,7 +30,7 @@ BASE = {
 def config_file(tmp_path: Path):
     def write(**changes: object) -> Path:
         path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(BASE | changes))
+        path.write_text(to_yaml(BASE | changes))
         return path
 
     return write
@@ -95,8 +95,8 @@ def test_flag_wins_over_every_file_wherever_it_stands(config_file, overlay):
         ("# seed: 1", "--config {overlay} holds nothing"),
         ("- seed: 1", "--config {overlay} holds a list"),
         ("seed", "--config {overlay} holds a single value"),
-        ("seed: [", "--config {overlay}: not valid YAML"),
-        ("seed: " + "9" * 5000, "--config {overlay}: not valid YAML"),
+        ("seed: [", "--config {overlay} cannot be read as YAML"),
+        ("seed: " + "9" * 5000, "--config {overlay} cannot be read as YAML"),
     ],
 )
 def test_error_names_the_file_that_holds_it(config_file, overlay, text, expected):
@@ -209,6 +209,17 @@ def test_yaml_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"output_dir: caf\xe9\n")
     with pytest.raises(UserError, match=r"latin\.yaml.*UTF-8"):
         parse("--config", tmp_path / "latin.yaml")
+
+
+@pytest.mark.parametrize("place", ["config", "model_config", "output_dir", "model_config.id2label"])
+def test_values_that_would_crash_the_parser_are_named(config_file, tmp_path, place):
+    bomb = "{a: &a [x, x], b: [*a, *a]}"
+    for value, expected in {"[" * 50_000: "more than 50 lists", "{a: " * 50_000: "more than 50", bomb: "alias"}.items():
+        (tmp_path / "deep.yaml").write_text(value)
+        flag = ("--config", tmp_path / "deep.yaml") if place == "config" else (f"--{place}", value)
+        for flags in (flag, ("=".join(map(str, flag)),)):
+            with pytest.raises(UserError, match=rf"--{place}.* {expected}"):
+                parse("--config", config_file(), *flags)
 
 
 def test_yaml_of_a_run_is_names_and_values(tmp_path):

@@ -10,8 +10,10 @@ from recipe.base.errors import UserError
 from recipe.base.files import (
     check_free_space,
     check_output_dir,
+    check_yaml,
     free_bytes,
     is_path,
+    read_json,
     read_yaml,
     replace_file,
     replace_folder,
@@ -38,6 +40,47 @@ def test_text_is_utf8_whatever_the_locale(tmp_path: Path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     assert contents(tmp_path) == {"a.yaml": to_yaml(NAMES)}
     assert read_yaml(tmp_path / "a.yaml") == NAMES
+
+
+BOMB = "a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[" * 50_000, "more than 50 lists and mappings in each other"),
+        ("- " * 50_000, "more than 50"),
+        ("{a: " * 50_000, "more than 50"),
+        (BOMB, r"the alias \*a"),
+        ("a: " + "x" * 2**20, "1.05 MB, and no more than 1.05 MB is read"),
+    ],
+)
+def test_yaml_that_would_crash_or_fill_the_memory_is_named(tmp_path: Path, text: str, expected: str):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"a\.yaml is damaged or missing \(ValueError: {expected}"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_yaml_that_is_written_can_be_read(tmp_path: Path):
+    values = {"one": (shared := [{"a": 1}]), "two": shared}
+    write_atomically(tmp_path / "a.yaml", to_yaml(values))
+    assert read_yaml(tmp_path / "a.yaml") == values
+
+
+def test_yaml_of_every_day_is_not_refused():
+    for text in ("[" * 50 + "]" * 50, "{path: data/*.txt, name: '*a', other: R&D}", "3", "null", "-"):
+        assert check_yaml(text) == text
+
+
+def test_json_that_is_large_or_deep_is_not_read(tmp_path: Path):
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    (tmp_path / "a.json").write_text("[" * 50_000)
+    with pytest.raises(RecursionError):
+        read_json(tmp_path / "a.json")
+    os.truncate(tmp_path / "a.json", 2**40)
+    with pytest.raises(ValueError, match=r"and no more than 16\.8 MB is read"):
+        read_json(tmp_path / "a.json")
 
 
 def test_readers_see_the_old_file_until_the_new_one_is_complete(tmp_path: Path):
@@ -125,9 +168,19 @@ def test_output_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeyp
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"`output_dir` .*run: .*file is a file; name another"):
         check_output_dir(tmp_path / "file" / "run")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(UserError, match="cannot be written"):
+    (tmp_path / "link").symlink_to("unmounted/disk")
+    for name in ("link", "link/run"):
+        with pytest.raises(
+            UserError, match=r"link is a link to unmounted/disk, which does not exist; create that, mount"
+        ):
+            check_output_dir(tmp_path / name)
+    for path in (tmp_path / ("x" * 300), Path("/proc/run")):
+        with pytest.raises(UserError, match=r"`output_dir` .* cannot be written: \[Errno"):
+            check_output_dir(path)
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(UserError, match="No space left"):
         check_output_dir(tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
 @pytest.mark.parametrize(

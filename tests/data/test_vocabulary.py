@@ -1,9 +1,11 @@
+import tempfile
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from recipe.arguments import CorpusArguments, TokenizerArguments
+from recipe.base.errors import UserError
 from recipe.data import vocabulary
 from recipe.data.vocabulary import VocabularyText, save_checked, train_vocabulary
 from testing.helpers import write_jsonl
@@ -43,10 +45,28 @@ def test_tokenizer_has_its_name_once_it_has_passed_the_checks(args, tmp_path: Pa
         patch.setattr(vocabulary, "check_saved_tokenizer", fail)
         with pytest.raises(RuntimeError, match="lost"):
             save_checked(args, trained, text)
-    assert not (tmp_path / "tokenizer").exists()
-    assert (tmp_path / ".tokenizer.unchecked" / "tokenizer.json").exists()
+    assert [path.name for path in (tmp_path / "tokenizer").iterdir()] == [".unchecked"]
+    assert (tmp_path / "tokenizer" / ".unchecked" / "tokenizer.json").exists()
+    (tmp_path / "tokenizer" / ".unchecked" / "vocab.txt").write_text("of another kind")
     save_checked(args, trained, text)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+    files = {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
+    assert {path.name for path in (tmp_path / "tokenizer").iterdir()} == files
     assert len(AutoTokenizer.from_pretrained(tmp_path / "tokenizer")) == 400
     encoded = trained.encode_batch(text.sample, add_special_tokens=False)
     assert text.bytes_per_token(trained) == len("".join(text.sample).encode()) / sum(map(len, encoded))
+
+
+def test_tokenizer_is_not_lost_where_its_folder_cannot_be_written(args, tmp_path: Path, monkeypatch):
+    text = VocabularyText(args.corpora, args.max_train_bytes)
+    trained = train_vocabulary(args, text.batches())
+    (tmp_path / "tokenizer").write_text("a file that has come in the meantime")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    with pytest.raises(
+        UserError, match=r"`output_dir` .*tokenizer cannot be written \(.*; the tokenizer is in "
+    ) as caught:
+        save_checked(args, trained, text)
+    [folder] = (tmp_path / "elsewhere").iterdir()
+    assert str(folder) in str(caught.value)
+    assert len(AutoTokenizer.from_pretrained(folder)) == 400

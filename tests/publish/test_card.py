@@ -1,15 +1,20 @@
+import ast
 import json
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from recipe.arguments import GlueArguments
 from recipe.base.errors import UserError
+from recipe.finetune.jobs import Job
 from recipe.modeling.model import build_config, build_model, count_parameters
-from recipe.publish.card import build_card, count_weights, write_card
+from recipe.publish.card import as_text, build_card, code_block, count_weights, write_card
+from recipe.publish.glue_card import build_classifier_card
 from testing.helpers import SMALL_MODEL, read_lines
 
 ROW = {
@@ -141,6 +146,65 @@ def test_corpora_of_the_hub_are_linked_and_named_in_the_metadata(run):
     text = build_card(run, run / "model")
     assert ModelCard(text).data.datasets == ["wikimedia/wikipedia"]
     assert "[wikimedia/wikipedia](https://huggingface.co/datasets/wikimedia/wikipedia) (20231101.en) | 2 |" in text
+
+
+HOSTILE = (
+    "| a |\n\n<b>x</b><script>y</script> `c` ``` [l](https://evil.example) ![i](x.png) _e_ **b** ~~s~~ $m$ &lt; "
+    "<https://evil.example> www.evil.example WWW.evil.example a@evil.example \\| \\ # \u2028--- #"
+)
+
+
+def shown(markdown: str) -> list[tuple[list[str], str]]:
+    """What a reader sees of each heading, paragraph or cell: kinds of markup in it, and its text."""
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table")
+    blocks = [token for token in parser.parse(markdown) if token.type in ("inline", "html_block", "fence")]
+    parts = [[block] if block.children is None else block.children for block in blocks]
+    return [([one.type for one in own if one.type != "text"], "".join(one.content for one in own)) for own in parts]
+
+
+def test_what_users_have_named_shows_as_text(run):
+    plain = " ".join(HOSTILE.split())
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    corpora = [corpus | {"name": HOSTILE} for corpus in config["corpora"]]
+    path = shutil.copytree(run, run.with_name(plain.replace("/", "")[:200]))
+    change(path, corpora=corpora, language=HOSTILE, license=HOSTILE, model_name_or_path=HOSTILE)
+    text = build_card(path, path / "model")
+    data = ModelCard(text).data
+    assert (data.license, data.language, data.model_name) == (HOSTILE, HOSTILE, path.name)
+    parts = shown(text.split("\n---\n", 1)[1])
+    assert ([], path.name) in parts  # the title
+    assert ([], plain) in parts  # the cell of the corpus
+    assert sum(plain in part and kinds in ([], ["link_open", "link_close"]) for kinds, part in parts) == 4
+    links = [kinds for kinds, _ in parts if "link_open" in kinds]
+    assert len(links) == 1  # to the paper
+    markup = {kind for kinds, _ in parts for kind in kinds}
+    assert markup <= {"link_open", "link_close", "image", "fence", "html_block", "code_inline", "softbreak"}
+    assert sum(kinds == ["html_block"] for kinds, _ in parts) == 2  # around the config
+    code, _, yaml_text = (part for kinds, part in parts if kinds == ["fence"])
+    assert yaml.safe_load(yaml_text)["language"] == HOSTILE
+    assert str(path / "model") in ast.literal_eval(code.split("model=")[1].split(")\n")[0])
+
+
+def test_addresses_become_no_links():
+    """By the rules of GitHub's Markdown, which the hub follows: it looks for `://`, `www.` and `@`."""
+    text = as_text("http://a.b https://a.b www.a.b WWW.a.b a@b.c :smile: @user #1")
+    assert not re.search(r"(?<!\\)[:@#]|www\.", text, re.IGNORECASE)
+    assert as_text("books-2.0 (a/b), 5 % of 'x'") == "books-2.0 (a/b), 5 % of 'x'"
+
+
+def test_code_with_fences_in_it_stays_one_block():
+    code = "a\n```\n````yaml\n<b>"
+    assert shown(code_block(code, "yaml")) == [(["fence"], code + "\n")]
+
+
+def test_card_of_a_classifier_shows_names_as_text(tmp_path: Path):
+    config = asdict(GlueArguments(output_dir="out", model_name_or_path="models/<b>a_*b*"))
+    config["environment"] = {"versions": {}, "device": "cpu", "python": "3", "git_commit": None}
+    result = {"metrics": {"matthews_correlation": 0.5}, "best_epoch": 1, "seconds": 1.0, "processes": 1}
+    text = build_classifier_card(tmp_path, config, ROW, Job("cola", "pretrained", 1e-5, 16, 1), result, None)
+    parts = shown(text.split("\n---\n", 1)[1])
+    assert ([], "<b>a_*b*-cola") in parts
+    assert ([], "models/<b>a_*b*") in parts
 
 
 def test_energy_is_an_estimate_from_the_boards_limit(run):

@@ -89,7 +89,7 @@ def from_hub(task: Task, split: str) -> Dataset:
     config, hub_split = task.splits[split].hub
     place = f"{task.hub_id} ({config}, {hub_split})"
     try:
-        dataset = load_dataset(task.hub_id, config, split=hub_split)
+        dataset = load_dataset(task.hub_id, config, split=hub_split, trust_remote_code=False)
     except Exception as error:  # of the network, the hub, the cache, …: `datasets` names no common one
         raise UserError(
             f"{place} cannot be loaded ({describe_error(error)}); run this where there is a network, or give the TSVs "
