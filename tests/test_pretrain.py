@@ -424,9 +424,21 @@ def test_resume_with_changed_data_is_refused(flags, run_pretrain, tmp_path: Path
     path = write_jsonl(tmp_path / "mine.jsonl", texts)
     flags |= {"corpora": json.dumps([{"name": "mine", "path": str(path)}])}
     run_pretrain(flags)
-    write_jsonl(path, texts[:-1])
-    with pytest.raises(UserError, match="`data`"):
+    write_jsonl(path, [texts[1], texts[0], *texts[2:]])
+    with pytest.raises(UserError, match=r"`mine` of `data`: \[120, "):
         run_pretrain(flags | {"resume_from_checkpoint": "latest"})
+
+
+def test_resume_of_a_stream_whose_files_have_other_times_is_told(flags, run_pretrain, tmp_path: Path, texts, capsys):
+    path = write_jsonl(tmp_path / "mine.jsonl", texts)
+    flags |= {"corpora": json.dumps([{"name": "mine", "path": str(path)}]), "streaming": "true", "num_lanes": 4}
+    flags |= {"resume_from_checkpoint": "latest", "shuffle_buffer_size": 8}
+    run_pretrain(flags | {"max_steps": 3})
+    run_pretrain(flags | {"max_steps": 4})
+    assert "other times" not in capsys.readouterr().out
+    os.utime(path, (0, 0))
+    run_pretrain(flags | {"max_steps": 5})
+    assert "warning: corpus mine has other times or another commit" in capsys.readouterr().out
 
 
 def test_what_may_change_on_resume_changes(flags, finished_run, run_pretrain, tmp_path: Path, capsys):

@@ -133,7 +133,7 @@ def walk(root: Path, pattern: list[str], left_out: LeftOut) -> Iterator[Path]:
         part, is_last = pattern[place], place == len(pattern) - 1
         if part == "**":
             folders.append((folder, place + 1))
-        for entry in os.scandir(folder):
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             is_hidden = entry.name.startswith(".") and not part.startswith(".")
             if is_hidden or not fnmatchcase(entry.name, "*" if part == "**" else part):
                 continue

@@ -18,8 +18,8 @@ class UserError(ValueError):
 def report_user_errors() -> Iterator[None]:
     """Turn errors that say what to do into their message on stderr and exit status 2, without a traceback.
 
-    They are `UserError`s, and the `FloatingPointError` of a training whose numbers are no longer finite. All scripts and
-    commands run in this context, so from here on nothing that is printed can fail.
+    They are `UserError`s, and the `FloatingPointError` of a training whose numbers are no longer finite. All scripts
+    and commands run in this context, so from here on nothing that is printed can fail.
     """
     keep_output_from_failing()
     try:

@@ -125,8 +125,6 @@ def take_lock(path: Path, is_main: bool, is_stopping: Callable[[], bool]) -> Acq
     while True:
         with contextlib.suppress(Timeout):
             return FileLock(path).acquire(timeout=1)
-        if is_stopping():
-            raise InterruptedWaitError
         if is_main and (waited := time.monotonic() - started) > next_word:
             next_word = waited + NEXT_WORD_SECONDS
             holder = path.with_suffix(HOLDER)
@@ -136,6 +134,8 @@ def take_lock(path: Path, is_main: bool, is_stopping: Callable[[], bool]) -> Acq
                     f"waiting since {format_duration(waited)} for {name}, which makes shard {int(path.name)} of "
                     f"{path.parents[1]} and holds {path}; if it hangs, end it: what it leaves is made here"
                 )
+        if is_stopping():
+            raise InterruptedWaitError
 
 
 def process_name() -> str:

@@ -27,6 +27,7 @@ from huggingface_hub import HfApi
 from recipe.arguments import CorpusArguments
 from recipe.arguments.corpus import CODECS, LINES, TABLES, local_files
 from recipe.base.errors import UserError, describe_error
+from recipe.base.formatting import format_bytes
 from recipe.base.hashing import digest, hash64
 from recipe.base.workers import STOP_WAITING
 
@@ -38,6 +39,7 @@ BYTES_TYPES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), p
 # make at most about MAX_SHARDS shards, since each shard keeps some files mapped into memory.
 SHARD_BYTES, MAX_SHARDS = 1_000_000, 4096
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some editors write at the beginning of a file
+MAX_RECORD_BYTES = 1_000_000_000  # of a line, row, paragraph or whole `.txt`: more is no document, or a bomb
 BATCH_ROWS = 64  # of a table, read at once; a row may be a book
 # Of the files, read to see whether they are the same: so many pieces in all, and of each.
 SAMPLED_PIECES, PIECES_PER_FILE, PIECE_BYTES = 2048, 16, 4096
@@ -147,11 +149,15 @@ class LocalSource(Source):
             number = skip - 1
             try:
                 for number, raw in enumerate(read(file, skip), start=skip):
+                    if len(raw) > MAX_RECORD_BYTES:
+                        raise too_large(f"{file}, {unit} {number + 1}")
                     if start + number >= first and part.has(start + number):
                         try:
                             yield start + number, parse(raw, f"{file}, {unit} {number + 1}")
                         except UserError as error:
                             yield start + number, error
+            except MemoryError:
+                raise too_large(f"{file}, {unit} {number + 1} or {number + 2}") from None
             except (EOFError, pa.ArrowException, OSError, ValueError) as error:
                 if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno is not None):
                     raise  # the disk's error; a decompressor's has no number
@@ -223,6 +229,12 @@ def damaged_file(file: str, error: Exception) -> UserError:
     return UserError(f"{file} is damaged or incomplete ({error}); replace it or leave it out")
 
 
+def too_large(place: str) -> UserError:
+    """Word the error about a record that is too large to be a document."""
+    limit = f"has more than {format_bytes(MAX_RECORD_BYTES)}, or than fits into memory"
+    return UserError(f"{place} {limit}; part it into documents, of a .txt by `sample_by: paragraph`, or remove it")
+
+
 def packing_of(file: str) -> str:
     """Return the suffix that says how a file is compressed, or ""."""
     return next((suffix for suffix in CODECS if file.endswith(suffix)), "")
@@ -235,25 +247,40 @@ def open_bytes(file: str) -> IO[bytes]:
     return open(file, "rb")
 
 
+def lines_of(stream: IO[bytes]) -> Iterator[bytes]:
+    """Return the lines of a stream; what is longer than a record may be comes in parts, each of them too long."""
+    return iter(functools.partial(stream.readline, MAX_RECORD_BYTES + 1), b"")
+
+
+def join(pieces: Iterable[bytes]) -> bytes:
+    """Join the pieces of a record, and no more of them than are too long for one."""
+    joined, size = [], 0
+    for piece in pieces:
+        joined.append(piece)
+        size += len(piece)
+        if size > MAX_RECORD_BYTES:
+            break
+    return b"".join(joined).removeprefix(BYTE_ORDER_MARK)
+
+
 def read_lines(file: str, skip: int) -> Iterator[bytes]:
     """Yield the lines of a file but the first `skip`."""
     with open_bytes(file) as stream:
-        yield from itertools.islice(stream, skip, None)
+        yield from itertools.islice(lines_of(stream), skip, None)
 
 
 def read_whole(file: str, skip: int) -> Iterator[bytes]:
     """Yield a whole file as its only record, unless that is skipped."""
     if not skip:
         with open_bytes(file) as stream:
-            yield stream.read().removeprefix(BYTE_ORDER_MARK)
+            yield join(iter(functools.partial(stream.read, 2**20), b""))
 
 
 def read_paragraphs(file: str, skip: int) -> Iterator[bytes]:
     """Yield what stands between blank lines, but the first `skip` of these paragraphs."""
     with open_bytes(file) as stream:
-        groups = itertools.groupby(stream, key=lambda line: not line.strip())
-        paragraphs = (b"".join(lines).removeprefix(BYTE_ORDER_MARK) for is_blank, lines in groups if not is_blank)
-        yield from itertools.islice(paragraphs, skip, None)
+        groups = itertools.groupby(lines_of(stream), key=lambda line: not line.strip())
+        yield from itertools.islice((join(lines) for is_blank, lines in groups if not is_blank), skip, None)
 
 
 def read_table(file: str, skip: int, column: str) -> Iterator[bytes]:
@@ -262,9 +289,13 @@ def read_table(file: str, skip: int, column: str) -> Iterator[bytes]:
     if file.endswith(".parquet"):
         table = pq.ParquetFile(file)
         check_column(table.schema_arrow, file, column)
+        abouts = [table.metadata.row_group(n) for n in range(table.num_row_groups)]
+        for n, about in enumerate(abouts):  # of all columns: pyarrow crashes where the size of one is damaged
+            if about.total_byte_size > max(1, about.num_rows) * MAX_RECORD_BYTES:
+                raise too_large(f"{file}, a row of row group {n + 1}")
         groups = [
-            (table.metadata.row_group(n).num_rows, functools.partial(table.iter_batches, BATCH_ROWS, [n], [column]))
-            for n in range(table.num_row_groups)
+            (about.num_rows, functools.partial(table.iter_batches, BATCH_ROWS, [n], [column]))
+            for n, about in enumerate(abouts)
         ]
     else:
         source = pa.memory_map(file)

@@ -10,6 +10,7 @@ So the lock keeps a second start out and, where it cannot, the later start wins.
 import json
 import os
 import platform
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
@@ -39,6 +40,7 @@ class RunLock:
         self.file = folder / ".lock"
         self.owner_file = folder / ".owner.json"
         self.lock = FileLock(self.file)
+        self.is_new = False
         self.written: tuple[int, ...] | None = None  # which file `.owner.json` is, while this process holds the folder
 
     def acquire(self) -> None:
@@ -47,6 +49,7 @@ class RunLock:
         Raises:
             UserError: another process holds it, and still does after `WAIT_SECONDS`.
         """
+        self.is_new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self.lock.acquire(timeout=0)
@@ -71,8 +74,11 @@ class RunLock:
             ) from None
 
     def release(self) -> None:
-        """Give the folder back, if this process holds it."""
+        """Give the folder back, and remove it if this process has made it and nothing was written to it."""
         self.written = None
+        own = {self.file.name, self.owner_file.name}
+        if self.is_new and self.folder.is_dir() and {path.name for path in self.folder.iterdir()} <= own:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.lock.release()
 
     def stamp(self) -> tuple[int, ...]:

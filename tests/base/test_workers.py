@@ -1,6 +1,7 @@
 """How workers wait, and how they share work."""
 
 import errno
+import re
 import subprocess
 import sys
 import threading
@@ -34,6 +35,20 @@ def test_what_others_work_on_is_left_to_them_unless_they_die(tmp_path: Path):
     held.wait(PATIENCE_SECONDS)
     build_together(tmp_path, 4, 1, done.__contains__, make)
     assert done == [2, 3, 0, 1]
+
+
+def test_wait_for_another_process_is_told_and_ends_when_asked(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr("recipe.base.workers.FIRST_WORD_SECONDS", 0)
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks" / "00001.holder").write_text("process 7 on node3")
+    with FileLock(tmp_path / "locks" / "00001"):
+        for index, expected in ((0, 1), (1, 0)):  # the main process alone says it
+            with pytest.raises(InterruptedWaitError):
+                build_together(tmp_path, 2, index, lambda shard: False, lambda shard: None, lambda: True)
+            told = (
+                rf"waiting since 0:00:\d\d for process 7 on node3, which makes shard 1 of {tmp_path} and holds .*00001;"
+            )
+            assert len(re.findall(told, capsys.readouterr().out)) == expected
 
 
 def test_error_of_a_shard_is_not_taken_for_a_lock(tmp_path: Path):

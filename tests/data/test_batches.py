@@ -259,6 +259,18 @@ def test_weights_of_the_config_are_kept(make_data, tmp_path: Path, texts):
     assert (corpora_of == 0).mean() == pytest.approx(0.75, abs=0.001)
 
 
+def test_identity_notices_another_text_with_the_same_counts(make_data, tmp_path: Path, texts):
+    path = write_jsonl(tmp_path / "mine.jsonl", texts)
+    corpora = [CorpusArguments(name="mine", path=str(path))]
+    *counts, digest = make_data(corpora=corpora).identity()["mine"]
+    write_jsonl(path, [texts[1], texts[0], *texts[2:]])
+    *reordered, other = make_data(corpora=corpora).identity()["mine"]
+    assert reordered == counts
+    assert other != digest
+    write_jsonl(path, texts)
+    assert make_data(corpora=corpora).identity()["mine"] == [*counts, digest]
+
+
 def test_description_counts_documents_and_tokens(make_data, texts):
     line = make_data().describe()[0]
     assert f"{len(texts):,} documents" in line

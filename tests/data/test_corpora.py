@@ -1,6 +1,7 @@
 import gzip
 import json
 import random
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -224,6 +225,60 @@ def test_damaged_file_is_named(tmp_path: Path, name: str, harm: str):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if harm == "truncated" else b"garbage" * 20)
     with pytest.raises(UserError, match=f"{name} is damaged or incomplete"):
         read(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("harm", ["header", "cut", "garbage", "zeros", "last byte"])
+def test_damaged_later_member_is_named(tmp_path: Path, name: str, harm: str):
+    """A file of several streams is never taken for the first of them."""
+    members = [f'{{"text": "document {n}"}}\n'.encode() * 100 for n in range(3)]
+    first, second, third = (compress(tmp_path / f"{n}{name[1:]}", data).read_bytes() for n, data in enumerate(members))
+    harmed = {
+        "header": first + b"\0" + second[1:] + third,
+        "cut": first + second + third[: len(third) // 2],
+        "garbage": first + second + third + b"and so on" * 9,
+        "zeros": first + second + third + bytes(512),
+        "last byte": first + second + third[:-1],
+    }
+    path = tmp_path / name
+    path.write_bytes(first + second + third)
+    assert len(read(path)) == 300
+    path.write_bytes(harmed[harm])
+    with pytest.raises(UserError, match=f"{name} is damaged or incomplete"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.txt.gz", "a.parquet", "a.arrow"])
+def test_giant_record_is_named_and_not_unpacked(tmp_path: Path, name: str, monkeypatch):
+    monkeypatch.setattr("recipe.data.corpora.MAX_RECORD_BYTES", 100_000)
+    path, giant = tmp_path / name, "x" * 90_000_000
+    if name.endswith((".parquet", ".arrow")):
+        write_table(path, ["small", giant], rows=1)
+    elif ".txt" in name:
+        data = f"small\n\n{giant}".encode()
+        compress(path, data) if name.endswith(".gz") else path.write_bytes(data)
+    else:
+        data = f'{{"text": "small"}}\n{{"text": "{giant}"}}\n'.encode()
+        path.write_bytes(data) if name == "a.jsonl" else compress(path, data)
+    place = {"jsonl": "line 2", "txt": "document 1", "parquet": "a row of row group 2", "arrow": "row 2"}
+    expected = f"{name}, {place[name.split('.')[1]]} has more than 100 KB, or than fits into memory; part it"
+    tracemalloc.start()
+    with pytest.raises(UserError, match=expected):
+        read(path)
+    assert tracemalloc.get_traced_memory()[1] < 5e6 or name == "a.arrow", "memory that Python has taken"
+    tracemalloc.stop()
+    if ".txt" in name:
+        with pytest.raises(UserError, match=f"{name}, document 2 has more than 100 KB"):
+            read(path, sample_by="paragraph")
+
+
+def test_lack_of_memory_is_told_with_the_file(tmp_path: Path, monkeypatch):
+    def fail(*_: object, **__: object) -> str:
+        raise MemoryError
+
+    monkeypatch.setattr("recipe.data.corpora.parse_line", fail)
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1 or 2 has more than 1 GB, or than fits into memory"):
+        read(write_jsonl(tmp_path / "a.jsonl", ["one"]))
 
 
 def test_column_of_another_type_is_named(tmp_path: Path):

@@ -1,3 +1,4 @@
+import os
 import random
 from collections import Counter
 from dataclasses import replace
@@ -269,6 +270,24 @@ def test_passes_are_of_what_was_drawn(make_data, tmp_path: Path):
             seen = data.corpora_record([[1, 1, 1]], share.counts.streams)["even"]
             assert seen["passes"] == pytest.approx(documents / 200, abs=0.12)
     assert documents > 400
+
+
+def test_identity_notices_another_text_of_the_same_size_and_stamps_tell_a_copy(make_data, corpora):
+    before = make_data()
+    identity = before.identity()
+    file = Path(corpora[0].path) / "3.jsonl"
+    text = file.read_bytes()
+    file.write_bytes(text.replace(b" the ", b" teh "))
+    os.utime(file, ns=(0, 0))
+    changed = make_data()
+    assert changed.identity()["many"] != identity["many"]
+    file.write_bytes(text)
+    copied = make_data()
+    assert copied.identity() == identity
+    assert copied.stamps()["many"] != before.stamps()["many"]
+    assert copied.stamps()["few"] == before.stamps()["few"]
+    file.rename(file.with_name("a.jsonl"))
+    assert make_data().identity()["many"] != identity["many"]
 
 
 def test_identity_notices_other_sizes(make_data, corpora):

@@ -348,6 +348,11 @@ def test_identity_error_lists_every_difference(tmp_path: Path):
     assert "`seed`: 1 before, 2 now" in message
     assert "`language`: en before, de now" in message
     assert "`x`" not in message
+    data = {"books": [1, 2], "news": [3]}
+    with pytest.raises(UserError, match=r"experiment:\n  `news` of `data`: \[3\] before, \[4\] now\ngive these"):
+        check_identity({"data": data}, {"data": data | {"news": [4]}}, tmp_path)
+    with pytest.raises(UserError, match="`news` of `data`: \\[3\\] before, None now"):
+        check_identity({"data": data}, {"data": {"books": [1, 2]}}, tmp_path)
 
 
 def test_changes_that_may_be_are_described():

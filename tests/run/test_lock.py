@@ -51,10 +51,10 @@ def test_second_process_is_refused_and_told_of_the_first(tmp_path: Path, monkeyp
 
 
 def test_folder_of_a_killed_process_is_free(tmp_path: Path):
-    with holder(tmp_path) as process:
+    with holder(tmp_path / "run") as process:
         process.kill()
         process.wait()
-        held = RunLock(tmp_path)
+        held = RunLock(tmp_path / "run")
         held.acquire()
         assert json.loads(held.owner_file.read_text())["pid"] == os.getpid()
         held.release()
@@ -95,6 +95,16 @@ def test_process_whose_folder_was_removed_does_not_make_it_again(tmp_path: Path)
     run.write_status("failed", 4)
     run.lock.release()
     assert not run.path.exists()
+
+
+def test_folder_to_which_nothing_was_written_is_gone_again(tmp_path: Path):
+    for name, is_kept in (("refused", False), ("begun", True)):
+        run = RunDirectory(tmp_path / name, True, [])
+        run.lock.acquire()
+        if is_kept:
+            run.write_status("running", 0)
+        run.lock.release()
+        assert run.path.exists() == is_kept
 
 
 def test_forked_process_does_not_keep_the_folder(tmp_path: Path):
