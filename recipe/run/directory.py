@@ -4,11 +4,15 @@ This loads no torch, since the seconds of a process that pushes checkpoints are 
 """
 
 import json
+import platform
 import re
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +20,13 @@ from recipe.arguments import PretrainArguments
 from recipe.base.errors import UserError, raising_damaged_file
 from recipe.base.files import check_output_dir, read_yaml, to_yaml, write_atomically
 from recipe.base.progress import print_line
-from recipe.run.lock import RunLock
+from recipe.run.lock import RunLock, job_name
 
 HUB_SCHEME = "hub://"  # of a checkpoint on the hub
 MANIFEST = "manifest.json"
 STATE_FILES = ("optimizer.pt", "state.json", MANIFEST)  # of a checkpoint, beside the model
 DOWNLOAD_FOLDER = ".from-hub"  # among the checkpoints, of a download that has not ended
+HEARTBEAT_SECONDS = 60  # between two writings of status.json while a run makes progress
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -55,9 +60,10 @@ def read_records(file: Path) -> list[dict[str, Any]]:
 
 
 def read_step(run: Path) -> int:
-    """Read from status.json how many updates are done; it is a `UserError` if it does not say so."""
+    """Read from status.json the update of the newest checkpoint, or else how many are done; without, a `UserError`."""
     with raising_damaged_file(run / "status.json", 'write {"step": N} into it, with the number of updates done'):
-        step = json.loads((run / "status.json").read_text())["step"]
+        status = json.loads((run / "status.json").read_text())
+        step = status["step"] if status.get("saved_step") is None else status["saved_step"]
         if type(step) is not int or step < 0:
             raise ValueError(f"`step` is {step!r}")
     return step
@@ -74,14 +80,25 @@ class LostFolderError(UserError):
 
 
 class RunDirectory:
-    """The folder of one run, to which only the main process writes; `pids` are those of all training processes.
+    """The folder of one run, to which only the main process writes.
 
     Once the process has lost the folder, see `RunLock`, nothing more is written to it.
+
+    Attributes:
+        pids: of all training processes.
+        step: updates that are done; None before the run has begun.
+        saved_step: update of the newest complete checkpoint.
+        loss: of the last line of metrics.jsonl that has one.
     """
 
     def __init__(self, path: str | Path, is_main: bool, pids: list[int]) -> None:
         self.path = Path(path)
         self.lock = RunLock(self.path)
+        self.step: int | None = None
+        self.saved_step: int | None = None
+        self.loss: float | None = None
+        self.status_written = 0.0
+        self.status_lock = threading.Lock()  # training and the thread that writes checkpoints share the file
         self.is_main = is_main
         self.pids = pids
         self.checkpoints = self.path / "checkpoints"
@@ -168,25 +185,44 @@ class RunDirectory:
 
     def write_status(self, state: str, step: int, reason: str | None = None) -> None:
         """Write status.json; `state` is running, complete, preempted or failed."""
-        if self.is_main and not self.lock.loss():
-            self.path.mkdir(parents=True, exist_ok=True)
-            status = {"state": state, "step": step, "reason": reason, "pids": self.pids}
+        self.step = step
+        if not self.is_main or self.lock.loss():
+            return
+        status = {"state": state, "step": step, "saved_step": self.saved_step, "loss": self.loss, "reason": reason}
+        status |= {"time": datetime.now(UTC).isoformat(timespec="seconds"), "host": platform.node(), "job": job_name()}
+        text = json.dumps(status | {"pids": self.pids}) + "\n"
+        with self.status_lock:
+            self.status_written = time.monotonic()
             try:
-                write_atomically(self.status_file, json.dumps(status) + "\n")
+                self.path.mkdir(parents=True, exist_ok=True)
+                try:
+                    write_atomically(self.status_file, text)
+                except OSError:  # a full disk has no room for a new file, and often for the contents of an old one
+                    with self.status_file.open("r+") as file:
+                        file.write(text)
+                        file.truncate()
             except OSError as error:
                 print(f"warning: status.json could not be set to {state} ({step:,} updates): {error}", file=sys.stderr)
 
+    def heartbeat(self, step: int) -> None:
+        """Record how many updates are done; status.json says so at least every `HEARTBEAT_SECONDS`."""
+        self.step = step
+        if time.monotonic() - self.status_written > HEARTBEAT_SECONDS:
+            self.write_status("running", step)
+
     @contextmanager
-    def noting_failure(self, step: Callable[[], int]) -> Iterator[None]:
-        """Record in status.json what ended the run, and after which update, if an exception did."""
+    def noting_failure(self) -> Iterator[None]:
+        """Record in status.json what ended a run that had begun, and after which update, if an exception did."""
         try:
             yield
         except BaseException as error:
-            self.write_status("failed", step(), f"{type(error).__name__}: {error}")
+            if self.step is not None:
+                self.write_status("failed", self.step, f"{type(error).__name__}: {error}")
             raise
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl; one that a full disk does not take is written with the next one."""
+        self.loss = record.get("loss", self.loss)
         if self.is_main and not self.lock.loss():
             self.unwritten_metrics += (json.dumps(record) + "\n").encode()
             try:

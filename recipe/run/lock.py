@@ -22,14 +22,14 @@ from recipe.base.files import write_atomically
 from recipe.base.progress import print_line
 
 WAIT_SECONDS = 30  # for a holder that is about to end: one that saves after a signal, say
-# What queues call a job, by the variable in which they say it.
-JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID", "POD_NAME")
+JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")  # of Slurm, PBS, LSF and Grid Engine
 
 
-def describe_process() -> dict[str, str | int | None]:
-    """Name this process: its host, its number there, and its job in a queue, if it has one."""
-    jobs = (os.environ[name] for name in JOB_VARIABLES if os.environ.get(name))
-    return {"host": platform.node(), "pid": os.getpid(), "job": next(jobs, None)}
+def job_name() -> str | None:
+    """Return the id that a batch system has given this process's job, the pod's name under Kubernetes, or None."""
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        return platform.node()
+    return next(filter(None, map(os.environ.get, JOB_VARIABLES)), None)
 
 
 class RunLock:
@@ -59,7 +59,7 @@ class RunLock:
         except OSError as error:  # such as `No locks available`, of a network file system whose locks are not served
             print_line(f"warning: {self.folder} cannot be locked ({error}): of two starts there, the later one goes on")
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        owner = describe_process() | {"since": since, "id": uuid4().hex}
+        owner = {"host": platform.node(), "pid": os.getpid(), "job": job_name(), "since": since, "id": uuid4().hex}
         write_atomically(self.owner_file, json.dumps(owner) + "\n")
         self.written = self.stamp()
 
