@@ -115,7 +115,8 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
             run.check(args.resume_from_checkpoint)
         remarks.append(f"{run.path} can be written")
     with tried.trying("tokenizer") as remarks:
-        check.tokenizer = load_tokenizer(args.tokenizer_name or str(args.model_name_or_path))
+        named_by = "tokenizer_name" if args.tokenizer_name else "model_name_or_path"
+        check.tokenizer = load_tokenizer(args.tokenizer_name or str(args.model_name_or_path), named_by)
         check.identity = identity_of(args) | {"tokenizer": tokenizer_checksum(check.tokenizer)}
         remarks.append(f"{len(check.tokenizer):,} entries")
     with tried.trying("model") as remarks:

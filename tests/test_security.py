@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipe.arguments import CorpusArguments
+from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.arguments.checks import check_repo_id
 from recipe.base.errors import UserError
+from recipe.base.model_files import check_model_files
 from recipe.data.hygiene import Decontaminator
 from recipe.data.token_store import TokenStore
 from recipe.data.tokenizer import DocumentEncoder, load_tokenizer
 from recipe.finetune.finetuning import load_classifier, load_glue_tokenizer
 from recipe.finetune.tasks.glue import TASKS, check_tasks
 from recipe.modeling.model import LOADING, build_config, build_model
+from recipe.publish.hub import fetch_checkpoint
 from testing.helpers import ROOT, Evil, write_jsonl
 from testing.hub_server import Repo, serve
 from tests.publish.test_hub import IMPORT, REPO, Client
@@ -188,6 +190,40 @@ def test_what_would_run_code_or_load_another_repository_is_refused(change, monke
     with pytest.raises(UserError, match=rf"_name(_or_path)?`: .*/{file}.*{re.escape(expected)}"):
         load(str(folder))
     assert not (folder / "ran").exists()
+
+
+def test_repository_on_the_hub_is_checked_before_more_of_it_is_fetched(tmp_path: Path):
+    config = json.dumps({"auto_map": {"AutoConfig": "odd.Odd"}}).encode()
+    code = "from recipe.base.model_files import *\nfrom recipe.base.errors import *\n"
+    code += f"with report_user_errors(): check_model_files('tokenizer_name', '{REPO}', 'tokenizer')"
+    with serve(tmp_path / "datasets") as server:
+        client = Client(server.url, tmp_path / "home")
+        absent = client.run("-c", code)
+        server.repos[REPO] = Repo(private=False)
+        files = {"odd.py": b"", "model.safetensors": b"", "tokenizer.json": b"{}"}
+        server.repos[REPO].commit("main", files, "good")
+        good = client.run("-c", code)
+        server.repos[REPO].commit("main", files | {"config.json": config}, "bad")
+        bad = client.run("-c", code)
+    assert [result.returncode for result in (absent, good, bad)] == [2, 0, 2]
+    assert f"`tokenizer_name` {REPO}: no tokenizer there, as a folder or on the hub" in absent.stderr
+    assert "config.json names (`auto_map`) code of its repository, which is never run" in bad.stderr
+    fetched = {path.name for path in (tmp_path / "home").rglob("*") if path.is_symlink()}
+    assert fetched == {"config.json", "tokenizer.json"}
+
+
+def test_offline_hub_is_named(tmp_path: Path):
+    for option, name in (("tokenizer_name", "ann/tokenizer"), ("model_name_or_path", "ann/model")):
+        with pytest.raises(UserError, match=rf"`{option}` {name}: no \w+ there.*; HF_HUB_OFFLINE is set: unset it"):
+            check_model_files(option, name, name.removeprefix("ann/"))
+    args = PretrainArguments(
+        output_dir=str(tmp_path / "run"),
+        corpora=[CorpusArguments(name="a", path="a.jsonl")],
+        tokenizer_name="x",
+        resume_from_checkpoint="hub://ann/run",
+    )
+    with pytest.raises(UserError, match=r"`resume_from_checkpoint` is hub://ann/run and HF_HUB_OFFLINE is set; unset"):
+        fetch_checkpoint(args)
 
 
 @pytest.mark.parametrize("load", LOADED_BY.values(), ids=LOADED_BY)

@@ -185,13 +185,13 @@ def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
         )
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(name_or_path: str, option: str = "tokenizer_name") -> PreTrainedTokenizerFast:
     """Load a fast tokenizer from a folder or the hub; raise a `UserError` if it cannot serve masked language modelling.
 
-    Text that spells a special token stays text: a document's `<mask>` never becomes the mask.
+    Text that spells a special token stays text: a document's `<mask>` never becomes the mask. `option` named it.
     """
-    field = f"`tokenizer_name` is {name_or_path}"
-    check_model_files("tokenizer_name", name_or_path, "tokenizer")
+    field = f"`{option}` is {name_or_path}"
+    check_model_files(option, name_or_path, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     except Exception as error:  # of one library or another
@@ -202,6 +202,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         raise UserError(f"{field}, and no vocabulary is there, only {len(tokenizer)} special tokens")
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{field}, which is not a fast tokenizer; save it with a tokenizer.json")
+    if (largest := max(tokenizer.get_vocab().values())) >= len(tokenizer):
+        raise UserError(f"{field}, whose ids go up to {largest} with {len(tokenizer)} entries; number them from 0 on")
     for name in ("cls_token", "sep_token", "pad_token", "mask_token"):
         if getattr(tokenizer, name) is None:
             raise UserError(f"{field}, and it has no `{name}`, which the blocks need; add it or take another tokenizer")

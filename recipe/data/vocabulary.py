@@ -98,6 +98,7 @@ def save_checked(args: TokenizerArguments, tokenizer: Tokenizer, text: Vocabular
         save_tokenizer(tokenizer, folder, *settings)
     except Exception as error:  # of the disk, or of one library or another that writes to it
         failure = describe_error(error)
+        shutil.rmtree(folder, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix="tokenizer-"))
         save_tokenizer(tokenizer, folder, *settings)
     check_common_words(tokenizer, text.word_counts)

@@ -73,9 +73,10 @@ def load_glue_tokenizer(name_or_path: str, max_seq_length: int) -> PreTrainedTok
     except Exception as error:  # of one library or another
         raise UserError(f"`model_name_or_path` {name_or_path}: {lacking}: {describe_error(error)}") from None
     check_host_memory(model, "model_name_or_path")
-    if len(tokenizer) > config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
+    num_ids = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    if num_ids > config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
         raise UserError(
-            f"`model_name_or_path` {name_or_path}: its tokenizer is another model's: {len(tokenizer)} entries, pad "
+            f"`model_name_or_path` {name_or_path}: its tokenizer is another model's: {num_ids} entries, pad "
             f"token {tokenizer.pad_token_id}; the model has {config.vocab_size} and {config.pad_token_id}"
         )
     longest = config.max_position_embeddings

@@ -4,8 +4,23 @@ import sys
 
 import pytest
 
-from recipe.base.errors import UserError, describe_error, did_you_mean, raising_damaged_file, require
+from recipe.base.errors import (
+    UserError,
+    describe_error,
+    did_you_mean,
+    raising_damaged_file,
+    report_user_errors,
+    require,
+)
 from testing.helpers import ROOT
+
+
+@pytest.mark.parametrize("error", [UserError, FloatingPointError])
+def test_error_that_says_what_to_do_is_its_message_and_status_2(error, capsys):
+    with pytest.raises(SystemExit) as ended, report_user_errors():
+        raise error("lower --learning_rate")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: lower --learning_rate\n"
 
 
 def chained() -> Exception:

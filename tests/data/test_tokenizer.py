@@ -257,6 +257,15 @@ def test_missing_tokenizer_is_named(tmp_path: Path, tokenizer_dir: Path):
         load_tokenizer(str(tmp_path / "nothing"))
 
 
+def test_ids_with_a_gap_are_refused(tmp_path: Path, tokenizer_dir: Path):
+    shutil.copy(tokenizer_dir / "tokenizer_config.json", tmp_path)
+    backend = json.loads((tokenizer_dir / "tokenizer.json").read_text())
+    backend["model"]["vocab"]["e"] = 10**9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
+    with pytest.raises(UserError, match=r"whose ids go up to 1000000000 with 400 entries"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_documents_are_whole_whatever_the_tokenizer_was_used_for_before(tokenizer_dir: Path, texts: list[str]):
     """Found by the fuzz, seed 0, corpus:305 after glue:305."""
     tokenizer = load_tokenizer(str(tokenizer_dir))

@@ -67,6 +67,7 @@ def test_tokenizer_is_not_lost_where_its_folder_cannot_be_written(args, tmp_path
         UserError, match=r"`output_dir` .*tokenizer cannot be written \(.*; the tokenizer is in "
     ) as caught:
         save_checked(args, trained, text)
+    assert (tmp_path / "tokenizer").is_file()
     [folder] = (tmp_path / "elsewhere").iterdir()
     assert str(folder) in str(caught.value)
     assert len(AutoTokenizer.from_pretrained(folder)) == 400
