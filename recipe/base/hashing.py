@@ -24,6 +24,8 @@ class Purpose(IntEnum):
     ROTATION = 4
     DRAW = 5
     HELD_OUT_HEAD = 6
+    PARTNER = 7
+    SWAP = 8
 
 
 def hash64(*keys: np.ndarray | int) -> np.ndarray:

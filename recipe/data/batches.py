@@ -8,6 +8,7 @@
 """
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -173,6 +174,7 @@ class TrainingData(ABC):
         # Those to train on, then those to evaluate on; a block's masks depend on its corpus's place here.
         self.corpora = [*args.corpora, *args.eval_corpora]
         self.names = [corpus.name for corpus in args.corpora]  # of those to train on
+        self.pair_labels: list[Counter[int]] = []  # of some blocks of each corpus, where blocks are pairs
 
     @abstractmethod
     def identity(self) -> dict[str, list[Any]]:
@@ -183,8 +185,8 @@ class TrainingData(ABC):
         """Return lines for the log: what there is of each corpus."""
 
     @abstractmethod
-    def block(self, corpus: int, number: int) -> Block:
-        """Return a block by the numbers of its corpus and of itself."""
+    def block(self, corpus: int, visit: int, number: int) -> Block:
+        """Return a block, as it is in a visit, by the numbers of its corpus and of itself."""
 
     @abstractmethod
     def train_updates(
@@ -234,8 +236,8 @@ class TrainingData(ABC):
 
     def example(self, corpus: int, visit: int, number: int) -> dict[str, Any]:
         """Return a block as the collator takes it; `EMPTY_BLOCK` gives one with nothing to predict."""
-        block = self.preprocessor.empty_block if number == EMPTY_BLOCK else self.block(corpus, number)
-        return block._asdict() | {"corpus": corpus, "block": number, "visit": visit}
+        block = self.preprocessor.empty_block if number == EMPTY_BLOCK else self.block(corpus, visit, number)
+        return self.preprocessor.example(block, corpus, visit, number)
 
     def locate_eval(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return corpus, visit and block of held-out blocks; empty ones follow the last."""

@@ -8,7 +8,9 @@ import datasets
 import numpy as np
 
 from recipe.arguments import CorpusArguments, PretrainArguments
+from recipe.arguments.pretraining import PAIR_PACKINGS
 from recipe.base.errors import UserError
+from recipe.base.hashing import Purpose, hash64
 from recipe.data.batches import COUNTED, Counts, MicroBatches, Rank, Resume, TrainingData, UpdateData, given_weights
 from recipe.data.hygiene import find_copies
 from recipe.data.packed_corpus import PackedCorpus
@@ -17,6 +19,8 @@ from recipe.data.preprocessor import Preprocessor
 from recipe.data.sampling import BlockOrder
 from recipe.data.token_store import TokenStore
 
+LABELLED_BLOCKS = 2_000  # of each corpus, on which the labels of pairs are counted
+STATIC_VISITS = 10  # that differ (paper, section 4.1: BERT's data was duplicated ten times)
 UNIGRAM_BLOCKS = 20_000  # blocks of training text that the unigram baseline is counted on
 
 
@@ -46,8 +50,10 @@ class CachedData(TrainingData):
                     f"corpus {packed.store.corpus.name!r} has {packed.counts['tokens']} tokens, too few for a single "
                     f"block of `max_seq_length` ({args.max_seq_length}); give more text or shorter blocks"
                 )
-            if args.predicts_pairs:
-                preprocessor.check_pairs(packed.store.corpus, packed.count_labels(), packed.counts["documents"])
+            if args.packing in PAIR_PACKINGS:
+                sample = map(packed.block, np.linspace(0, len(packed) - 1, LABELLED_BLOCKS, dtype=int).tolist())
+                self.pair_labels.append(preprocessor.count_labels(sample))
+                preprocessor.check_pairs(packed.store.corpus, self.pair_labels[-1], packed.counts["documents"])
 
         sizes = [len(packed) for packed in self.packed]
         train_sizes, eval_sizes = sizes[: len(args.corpora)], sizes[len(args.corpora) :]
@@ -67,6 +73,8 @@ class CachedData(TrainingData):
             corpora, blocks = BlockOrder(eval_sizes, held_out, None, args.seed).held_out()
             corpora += len(args.corpora)
         self.hold_out(corpora, blocks)
+        for number, packed in enumerate(self.packed):
+            packed.hold_out(blocks[corpora == number])
 
     def find_copies(self) -> dict[int, list[np.ndarray]]:
         """Find, for each corpus to train on and each of its shards, which documents are copies of earlier ones."""
@@ -77,9 +85,14 @@ class CachedData(TrainingData):
         shards = iter(np.split(is_copy, np.cumsum([len(shard) for corpus in checksums for shard in corpus])[:-1]))
         return {number: [next(shards) for _ in corpus] for number, corpus in enumerate(checksums)}
 
-    def block(self, corpus: int, number: int) -> Block:
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return corpus, visit and block of the run's positions; with static masks, visits repeat."""
+        corpora, visits, blocks = self.order.locate(positions)
+        return corpora, visits % STATIC_VISITS if self.args.masking == "static" else visits, blocks
+
+    def block(self, corpus: int, visit: int, number: int) -> Block:
         """Read a block from its corpus's packed store."""
-        return self.packed[corpus].block(number)
+        return self.packed[corpus].block(number, hash64(Purpose.PARTNER, self.args.seed, corpus, visit))
 
     def identity(self) -> dict[str, list[Any]]:
         """Return documents, tokens and blocks of each corpus, by which a resume recognises its data."""
@@ -112,12 +125,12 @@ class CachedData(TrainingData):
     ) -> Generator[UpdateData]:
         """Yield what a process has of each update, by its number alone; data is there soon or never."""
         sizes = self.args.train_batch_size, self.args.per_device_train_batch_size
-        batches = MicroBatches(self.order.locate, self.example, self.preprocessor.train_collator, *sizes, rank)
+        batches = MicroBatches(self.locate, self.example, self.preprocessor.train_collator, *sizes, rank)
         for micro_batches, rows in batches.iterate(resume.first_update, last_update, self.args.dataloader_num_workers):
             yield UpdateData(micro_batches, Counts.of_rows(rows, len(self.names)))
 
     def sample_blocks(self) -> Iterator[np.ndarray]:
         """Yield the ids of the first blocks in the order of training."""
         positions = np.arange(min(UNIGRAM_BLOCKS, int(self.num_train.sum())))
-        for corpus, _, block in zip(*self.order.locate(positions), strict=True):
-            yield self.block(corpus, block).input_ids
+        for where in zip(*self.locate(positions), strict=True):
+            yield self.block(*where).input_ids

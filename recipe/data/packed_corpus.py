@@ -13,13 +13,23 @@ import pyarrow as pa
 
 from recipe.arguments.pretraining import PAIR_PACKINGS
 from recipe.base.files import replace_folder
-from recipe.base.hashing import digest
+from recipe.base.hashing import digest, hash64
 from recipe.base.progress import progress_bar
 from recipe.base.workers import build_together
-from recipe.data.packing import SEGMENT, Block, BlockFormat, Packed
+from recipe.data.packing import (
+    RANDOM,
+    SEGMENT,
+    WINDOW_BLOCKS,
+    Block,
+    BlockFormat,
+    Packed,
+    Pairs,
+    cut_out,
+    draw_partners,
+)
 from recipe.data.token_store import LEFT_OUT, TokenStore, naming_disk_errors, open_arrow, read_json, write_json
 
-BLOCKS_FORMAT = 2  # part of the folder's name: raise it when the contents come out differently
+BLOCKS_FORMAT = 3  # part of the folder's name: raise it when the contents come out differently
 # The arrays of a view, which are files without a header.
 DTYPES = {"segments": SEGMENT, "block_ends": np.dtype(np.int64), "labels": np.dtype(np.int8)}
 
@@ -65,6 +75,7 @@ class PackedCorpus:
         self.store = store
         self.format = block_format
         self.copies = copies
+        self.held_places: dict[int, int] = {}  # of each held-out block, its place among these
         made_with: list[Any] = [BLOCKS_FORMAT]
         if block_format.packing in PAIR_PACKINGS:
             made_with += [block_format.pair_special_tokens, block_format.seed]
@@ -138,31 +149,88 @@ class PackedCorpus:
     def __len__(self) -> int:
         return self.first_blocks[-1]
 
-    def count_labels(self) -> Counter[int]:
-        """Count the blocks of each label."""
-        labels, counts = np.unique(np.concatenate([shard.labels for shard in self.shards]), return_counts=True)
-        return Counter(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
+    def hold_out(self, numbers: np.ndarray) -> None:
+        """Hold blocks out: in formats whose pairs exchange parts, these do so among themselves alone."""
+        if not self.format.exchanges or not len(numbers):
+            return
+        found = []
+        for shard, own in map(self.find, numbers.tolist()):
+            pairs = self.shards[shard].pairs(own, own + 1)
+            found.append(pairs._replace(documents=pairs.documents + (shard << 40)))  # which number those of the shard
+        pairs = Pairs(*map(np.concatenate, zip(*found, strict=True)))
+        order = np.lexsort((numbers, pairs.sizes[:, 1]))
+        self.held_numbers, self.held_pairs = numbers[order], Pairs(*(array[order] for array in pairs))
+        self.held_places = {number: place for place, number in enumerate(self.held_numbers.tolist())}
 
-    def block(self, number: int) -> Block:
-        """Read a block, in constant time."""
+    def find(self, number: int) -> tuple[int, int]:
+        """Return the shard of a block, and its number there."""
         shard = bisect.bisect_right(self.first_blocks, number) - 1
-        return self.format.assemble(*self.shards[shard].read(number - self.first_blocks[shard]))
+        return shard, number - self.first_blocks[shard]
+
+    def block(self, number: int, key: np.ndarray | int = 0) -> Block:
+        """Read a block, in constant time.
+
+        Args:
+            key: of the pass, from which pairs that exchange their second parts draw with whom.
+        """
+        shard, own = self.find(number)
+        parts, documents, label = self.shards[shard].read(own)
+        if self.format.exchanges and (partner := self.partner(number, key)) != number:
+            shard, other = self.find(partner)
+            seconds, documents_of_partner, _ = self.shards[shard].read(other)
+            parts, documents, label = [parts[0], seconds[1]], [documents[0], documents_of_partner[1]], RANDOM
+        return self.format.assemble(parts, label, sum(documents))
+
+    def partner(self, number: int, key: np.ndarray | int) -> int:
+        """Return the block whose second part a block has: its own, or that of one in its window."""
+        if number in self.held_places:
+            place = self.held_places[number]
+            window = slice(place - place % WINDOW_BLOCKS, place - place % WINDOW_BLOCKS + WINDOW_BLOCKS)
+            numbers, pairs = self.held_numbers[window], Pairs(*(array[window] for array in self.held_pairs))
+        else:
+            shard, place = self.find(number)
+            first = place - place % WINDOW_BLOCKS
+            pairs = self.shards[shard].pairs(first, first + WINDOW_BLOCKS)
+            numbers = np.arange(len(pairs.sizes)) + (number - place + first)
+            is_held_out = np.array([one in self.held_places for one in numbers.tolist()])
+            pairs = pairs._replace(can_exchange=pairs.can_exchange & ~is_held_out)
+        partners = draw_partners(pairs, self.format.pair_room, hash64(key, numbers))
+        return int(numbers[partners[place % WINDOW_BLOCKS]])
 
 
 class ShardBlocks:
     """The arrays of one shard, mapped into memory."""
 
     def __init__(self, arrow: Path, folder: Path) -> None:
-        batches = open_arrow(arrow).to_batches()
-        self.units = [unpack_list(batch["input_ids"])[0] for batch in batches]
+        columns = [batch["input_ids"] for batch in open_arrow(arrow).to_batches()]
+        self.units = [unpack_list(column)[0] for column in columns]
         self.unit_starts = [0, *itertools.accumulate(map(len, self.units))]
+        self.offsets = [column.offsets.to_numpy() for column in columns]  # of the documents of each unit, not copied
+        self.first_documents = [0, *itertools.accumulate(map(len, columns))]
         self.segments, self.block_ends, self.labels = (
             map_array(folder / f"{name}.bin", dtype) for name, dtype in DTYPES.items()
         )
 
-    def read(self, number: int) -> tuple[np.ndarray, np.ndarray, int, int]:
-        """Return what `assemble` makes a block of: its unit's ids, its segments, its label, and the unit's start."""
+    def read(self, number: int) -> tuple[list[np.ndarray], list[bool], int]:
+        """Return the parts of a block, (tokens,) ids each, whether a document ends in each, and the block's label."""
         first = int(self.block_ends[number - 1]) if number else 0
         segments = self.segments[first : int(self.block_ends[number])]
         unit = bisect.bisect_right(self.unit_starts, int(segments["start"][0])) - 1
-        return self.units[unit], segments, int(self.labels[number]), self.unit_starts[unit]
+        parts = cut_out(self.units[unit], segments, self.unit_starts[unit])
+        return parts, segments["ends_document"].tolist(), int(self.labels[number])
+
+    def pairs(self, first: int, last: int) -> Pairs:
+        """Describe the blocks from `first` to before `last`, or to the end of the shard."""
+        begin = int(self.block_ends[first - 1]) if first else 0
+        ends = self.block_ends[first:last]
+        return Pairs.of(self.segments[begin : int(ends[-1])], ends - begin, self.number_documents)
+
+    def number_documents(self, positions: np.ndarray) -> np.ndarray:
+        """Return the numbers of the shard's documents that positions are in, in their shape."""
+        units = np.searchsorted(self.unit_starts, positions, side="right") - 1
+        numbers = np.empty_like(positions)
+        for unit in set(units.flat):
+            offsets, own = self.offsets[unit], units == unit
+            within = positions[own] - self.unit_starts[unit] + offsets[0]
+            numbers[own] = np.searchsorted(offsets, within, side="right") - 1 + self.first_documents[unit]
+        return numbers

@@ -86,7 +86,7 @@ class StreamedData(TrainingData):
             )
         return held
 
-    def block(self, corpus: int, number: int) -> Block:
+    def block(self, corpus: int, visit: int, number: int) -> Block:
         """Return a held-out block; those that are trained on have no number here."""
         return self.held[corpus][number]
 
@@ -167,7 +167,7 @@ class StreamedData(TrainingData):
                 arrived |= sent
             examples = [
                 # Numbers go on from pass to pass, and with them the masks.
-                block._asdict() | {"corpus": corpus, "block": number, "visit": 0}
+                preprocessor.example(block, corpus, 0, number)
                 for corpus, number, block in lanes.draw(update, arrived)
             ]
             collator = preprocessor.train_collator(update)

@@ -73,7 +73,7 @@ def read(data: StreamedData, num_processes: int, first: int, last: int, saved: d
     return updates, {key: value for share in shares for key, value in to_tensors(to_arrays(share.lanes)).items()}
 
 
-@pytest.mark.parametrize("packing", ["full_sentences", "contiguous", "doc_sentences"])
+@pytest.mark.parametrize("packing", ["full_sentences", "contiguous", "doc_sentences", "segment_pair", "sentence_order"])
 def test_update_is_the_same_for_any_processes_workers_and_micro_batch(make_data, packing):
     reference, _ = read(make_data(packing=packing), 1, 0, 60)
     for processes, workers, micro_batch in [(2, 0, 2), (4, 0, 1), (1, 2, 8), (2, 2, 4)]:
@@ -81,7 +81,7 @@ def test_update_is_the_same_for_any_processes_workers_and_micro_batch(make_data,
         assert read(data, processes, 0, 60)[0] == reference
 
 
-@pytest.mark.parametrize("packing", ["full_sentences", "doc_sentences"])
+@pytest.mark.parametrize("packing", ["full_sentences", "doc_sentences", "segment_pair", "sentence_order"])
 def test_checkpoint_goes_on_with_any_number_of_processes(make_data, packing, tmp_path: Path):
     reference, end = read(make_data(packing=packing), 1, 0, 90)
     updates, saved = [], None
