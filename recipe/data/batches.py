@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.base.workers import start_worker
 from recipe.data.masking import DynamicMaskingCollator
-from recipe.data.packing import Block
+from recipe.data.packing import CONTINUES, RANDOM, Block
 from recipe.data.preprocessor import Preprocessor
 from recipe.data.sampling import apportion
 from recipe.data.streaming import Buffer
@@ -227,6 +227,17 @@ class TrainingData(ABC):
         """Share `eval_blocks` among corpora by their weights, or by their sizes where they have none."""
         weights = given_weights(corpora)
         return apportion(self.args.eval_blocks, list(sizes) if weights is None else weights)
+
+    def pair_record(self, corpus: int) -> dict[str, float]:
+        """Return which share of the pairs of a corpus is random or swapped; nothing where blocks are no pairs."""
+        labels = self.pair_labels[corpus] if self.pair_labels else Counter()
+        pairs = labels[CONTINUES] + labels[RANDOM]
+        return {"negative_pairs": round(labels[RANDOM] / pairs, 3)} if pairs else {}
+
+    def describe_pairs(self, corpus: int) -> str:
+        """Say for the log what `pair_record` returns."""
+        kind = "are swapped" if self.args.packing == "sentence_order" else "have parts of two documents"
+        return "".join(f"; {share:.0%} of the pairs {kind}" for share in self.pair_record(corpus).values())
 
     def hold_out(self, corpora: np.ndarray, blocks: np.ndarray) -> None:
         """Note the (corpus, block) of every held-out block, (n,) integers each."""

@@ -103,12 +103,14 @@ class CachedData(TrainingData):
     def describe(self) -> list[str]:
         """Return a line for each corpus: its documents, tokens and blocks, and what was dropped."""
         lines = []
-        for (name, (documents, tokens, blocks)), packed in zip(self.identity().items(), self.packed, strict=True):
+        described = zip(self.identity().items(), self.packed, strict=True)
+        for number, ((name, (documents, tokens, blocks)), packed) in enumerate(described):
             padding = 1 - (tokens + 2 * blocks) / (blocks * self.args.max_seq_length)
             left_out = [f"{count:,} {reason}" for reason, count in packed.left_out.items() if count]
             lines.append(
                 f"corpus {name}: {documents:,} documents, {tokens:,} tokens, {blocks:,} blocks "
                 f"({padding:.1%} of the positions are padding or between documents)"
+                + self.describe_pairs(number)
                 + (f"; left out: {', '.join(left_out)}" if left_out else "")
             )
         return lines
@@ -116,8 +118,11 @@ class CachedData(TrainingData):
     def corpora_record(self, counts: list[list[int]], streams: np.ndarray) -> dict[str, dict[str, float]]:
         """Return per-corpus totals so far; passes follow from the blocks, and `streams` is empty in this mode."""
         return {
-            name: dict(zip(COUNTED, seen, strict=True)) | {"passes": round(seen[0] / int(size), 4)} | packed.left_out
-            for name, seen, size, packed in zip(self.names, counts, self.num_train, self.packed, strict=False)
+            name: dict(zip(COUNTED, seen, strict=True))
+            | {"passes": round(seen[0] / int(self.num_train[number]), 4)}
+            | self.packed[number].left_out
+            | self.pair_record(number)
+            for number, (name, seen) in enumerate(zip(self.names, counts, strict=True))
         }
 
     def train_updates(

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.arguments.pretraining import PAIR_PACKINGS, first_position
 from recipe.base.errors import UserError
 from recipe.base.hashing import Purpose, hash64
-from recipe.data.corpora import check_corpus, group_by_size, open_source
+from recipe.data.corpora import check_corpus, open_source
 from recipe.data.hygiene import Decontaminator, DocumentFilter
 from recipe.data.masking import DynamicMaskingCollator
 from recipe.data.packing import CONTINUES, Block, BlockFormat
@@ -73,12 +74,10 @@ class Preprocessor:
         check_corpus(corpus, self.args.max_unreadable_documents)
         if not self.args.predicts_pairs:
             return
-        documents = self.document_filter(corpus)
-        reader = CorpusReader(open_source(corpus), {}, self.encoder, lambda: documents, self.format)
-        records = (text for shard in range(reader.source.num_shards) for _, text in reader.source.read(shard))
-        texts = (text[:DOCUMENT_CHARACTERS] for text in records if documents.accepts(text))
-        blocks, _ = reader.pack_texts(next(group_by_size(texts, len, HEAD_CHARACTERS), []), reader.nothing)
-        self.check_pairs(corpus, self.count_labels(blocks), documents.counts["documents"])
+        filters = partial(self.document_filter, corpus)
+        reader = CorpusReader(open_source(corpus), {}, self.encoder, filters, self.format)
+        blocks, texts = reader.pack_sample(HEAD_CHARACTERS, DOCUMENT_CHARACTERS)
+        self.check_pairs(corpus, self.count_labels(blocks), len(texts))
 
     def count_labels(self, blocks: Iterable[Block]) -> Counter[int]:
         """Count the labels of the pairs of some blocks in a first visit; blocks of one part have -100."""

@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, default_convert, get_worker_info
 from recipe.arguments.pretraining import ONE_PART_PACKINGS
 from recipe.base.errors import UserError
 from recipe.base.hashing import Purpose, hash64
-from recipe.data.corpora import Part, Record, Source
+from recipe.data.corpora import Part, Record, Source, group_by_size
 from recipe.data.hygiene import DocumentFilter
 from recipe.data.packing import Block, BlockFormat, cut_out, exchange
 from recipe.data.sampling import LaneOrder
@@ -149,6 +149,18 @@ class CorpusReader(NamedTuple):
         ]
         order = sorted(range(len(made)), key=lambda number: made[number]["start"][0])
         return [blocks[number] for number in order], rest
+
+    def pack_sample(self, max_characters: int, max_document_characters: int) -> tuple[list[Block], list[str]]:
+        """Pack the first documents of the corpus, each cut at its limit, up to `max_characters`; return those too."""
+        shards = ((self.documents(), self.source.read(shard)) for shard in range(self.source.num_shards))
+        texts = (
+            text[:max_document_characters]
+            for documents, records in shards
+            for _, text in records
+            if documents.accepts(text)
+        )
+        sample = next(group_by_size(texts, len, max_characters), [])
+        return self.pack_texts(sample, self.nothing, is_last=True)[0], sample
 
     def read_head(self, shard: int, num_blocks: int) -> tuple[list[Block], int, bool]:
         """Pack the documents at the head of what is not held out of a shard.
