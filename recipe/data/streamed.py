@@ -24,7 +24,9 @@ from recipe.data.sampling import LaneOrder, apportion, permute
 from recipe.data.streaming import REFILL_CHARACTERS, CorpusReader, LaneBuffers, Packets, Schedule, from_tensors
 from recipe.data.token_store import LEFT_OUT
 
-UNIGRAM_BLOCKS = 2_000  # blocks of training text that the unigram baseline is counted on; they are tokenised for it
+# Of training text, that the unigram baseline is counted on, and that are tokenised for it: 0.03 nats more than on 23M,
+# with 50,265 entries.
+UNIGRAM_TOKENS = 1_000_000
 # Of a pass over a corpus, that the buffers hold at the most: with larger ones, blocks of the next pass come before many
 # of this one have been seen.
 MAX_BUFFER_SHARE = 1 / 8
@@ -203,7 +205,7 @@ class StreamedData(TrainingData):
 
     def sample_blocks(self) -> Iterator[np.ndarray]:
         """Yield the ids of blocks at the heads of what is trained on of each corpus."""
-        shares = apportion(UNIGRAM_BLOCKS, self.quotas)
+        shares = apportion(UNIGRAM_TOKENS // self.args.max_seq_length, self.quotas)
         for reader, wanted in zip(self.readers, shares, strict=False):
             for shard in range(reader.source.num_shards if wanted else 0):
                 blocks, _, _ = reader.read_head(shard, wanted)

@@ -279,6 +279,16 @@ def test_description_counts_documents_and_tokens(make_data, texts):
     assert json.dumps(make_data().identity())
 
 
+@pytest.mark.parametrize(
+    ("masking", "passes", "is_warned"), [("static", 8, True), ("static", 12, False), ("dynamic", 8, False)]
+)
+def test_static_data_that_never_repeats_is_told(make_data, masking, passes, is_warned):
+    blocks = int(make_data(train_batch_size=1, per_device_train_batch_size=1).num_train[0])
+    changes = {"train_batch_size": 1, "per_device_train_batch_size": 1, "max_steps": passes * blocks}
+    line = make_data(masking=masking, warmup_steps=1, **changes).describe()[0]
+    assert ("static, which repeats after 10 passes, and `max_steps` makes 8: " in line) == is_warned
+
+
 def test_evaluation_masks_as_ever_whatever_the_training_masks(make_data):
     data, plain = make_data(mlm_probability=0.4, dataloader_num_workers=0), make_data(dataloader_num_workers=0)
     held_out, expected = (next(d.eval_batches(Rank()).iterate(0, 1, num_workers=0))[0] for d in (data, plain))
