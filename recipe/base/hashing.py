@@ -6,6 +6,7 @@ after a resume. The mixing function is splitmix64's (Steele, Lea and Flood, 2014
 
 import hashlib
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,10 @@ def hash64(*keys: np.ndarray | int) -> np.ndarray:
             state = (state ^ (state >> np.uint64(27))) * FACTORS[1]
             state = state ^ (state >> np.uint64(31))
     return state
+
+
+# The hash of what the blocks of a pass have in common, which is the same for many of them.
+pass_key = lru_cache(hash64)
 
 
 def uniform(hashed: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.arguments.pretraining import PAIR_PACKINGS
 from recipe.base.errors import UserError
-from recipe.base.hashing import Purpose, hash64
+from recipe.base.hashing import Purpose, pass_key
 from recipe.data.batches import COUNTED, Counts, MicroBatches, Rank, Resume, TrainingData, UpdateData, given_weights
 from recipe.data.hygiene import find_copies
 from recipe.data.packed_corpus import PackedCorpus
@@ -93,7 +93,7 @@ class CachedData(TrainingData):
 
     def block(self, corpus: int, visit: int, number: int) -> Block:
         """Read a block from its corpus's packed store."""
-        return self.packed[corpus].block(number, hash64(Purpose.PARTNER, self.args.seed, corpus, visit))
+        return self.packed[corpus].block(number, pass_key(Purpose.PARTNER, self.args.seed, corpus, visit))
 
     def identity(self) -> dict[str, list[Any]]:
         """Return documents, tokens and blocks of each corpus, by which a resume recognises its data."""

@@ -26,6 +26,7 @@ from recipe.data.packing import (
     Pairs,
     cut_out,
     draw_partners,
+    is_drawn,
 )
 from recipe.data.token_store import LEFT_OUT, TokenStore, naming_disk_errors, open_arrow, read_json, write_json
 
@@ -183,19 +184,22 @@ class PackedCorpus:
 
     def partner(self, number: int, key: np.ndarray | int) -> int:
         """Return the block whose second part a block has: its own, or that of one in its window."""
-        if number in self.held_places:
-            place = self.held_places[number]
-            window = slice(place - place % WINDOW_BLOCKS, place - place % WINDOW_BLOCKS + WINDOW_BLOCKS)
+        if not is_drawn(hash64(key, number)):
+            return number
+        shard, place = self.find(number)
+        is_held_out = number in self.held_places
+        place = self.held_places.get(number, place)
+        first = place - place % WINDOW_BLOCKS
+        window = slice(first, first + WINDOW_BLOCKS)
+        if is_held_out:
             numbers, pairs = self.held_numbers[window], Pairs(*(array[window] for array in self.held_pairs))
         else:
-            shard, place = self.find(number)
-            first = place - place % WINDOW_BLOCKS
             pairs = self.shards[shard].pairs(first, first + WINDOW_BLOCKS)
             numbers = np.arange(len(pairs.sizes)) + (number - place + first)
-            is_held_out = np.array([one in self.held_places for one in numbers.tolist()])
-            pairs = pairs._replace(can_exchange=pairs.can_exchange & ~is_held_out)
+            are_held_out = np.array([one in self.held_places for one in numbers.tolist()])
+            pairs = pairs._replace(can_exchange=pairs.can_exchange & ~are_held_out)
         partners = draw_partners(pairs, self.format.pair_room, hash64(key, numbers))
-        return int(numbers[partners[place % WINDOW_BLOCKS]])
+        return int(numbers[partners[place - first]])
 
 
 class ShardBlocks:
@@ -204,7 +208,7 @@ class ShardBlocks:
     def __init__(self, arrow: Path, folder: Path) -> None:
         columns = [batch["input_ids"] for batch in open_arrow(arrow).to_batches()]
         self.units = [unpack_list(column)[0] for column in columns]
-        self.unit_starts = [0, *itertools.accumulate(map(len, self.units))]
+        self.unit_starts = np.cumsum([0, *map(len, self.units)])
         self.offsets = [column.offsets.to_numpy() for column in columns]  # of the documents of each unit, not copied
         self.first_documents = [0, *itertools.accumulate(map(len, columns))]
         self.segments, self.block_ends, self.labels = (
@@ -231,6 +235,6 @@ class ShardBlocks:
         numbers = np.empty_like(positions)
         for unit in set(units.flat):
             offsets, own = self.offsets[unit], units == unit
-            within = positions[own] - self.unit_starts[unit] + offsets[0]
+            within = (positions[own] - self.unit_starts[unit] + offsets[0]).astype(offsets.dtype)
             numbers[own] = np.searchsorted(offsets, within, side="right") - 1 + self.first_documents[unit]
         return numbers

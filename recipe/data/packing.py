@@ -322,15 +322,20 @@ def lay_out_pairs(
     return Packed(segments, np.cumsum(has_tokens.sum(1)), labels.astype(np.int8))
 
 
+def is_drawn(hashes: np.ndarray) -> np.ndarray:
+    """Say which pairs exchange, if they can."""
+    return hashes % np.uint64(2) == 0
+
+
 def draw_partners(pairs: Pairs, room: int, hashes: np.ndarray) -> np.ndarray:
     """Draw whose second part each pair of a window has in a pass: (blocks,) int64 places in the window.
 
-    Half of the pairs (BERT, section 3.1), by the lowest bit of their (blocks,) uint64 hashes, exchange second parts
-    with the next of that half, so that every part is used exactly once and nothing is cut off. Where that does not fit
-    or two parts of one document would meet, both stay as they are.
+    Half of the pairs (BERT, section 3.1), by their (blocks,) uint64 hashes, exchange second parts with the next of that
+    half, so that every part is used exactly once and nothing is cut off. Where that does not fit or two parts of one
+    document would meet, both stay as they are.
     """
     partners = np.arange(len(hashes))
-    drawn = np.flatnonzero(pairs.can_exchange & (hashes % np.uint64(2) == 0))
+    drawn = np.flatnonzero(pairs.can_exchange & is_drawn(hashes))
     one, two = drawn[: len(drawn) // 2 * 2 : 2], drawn[1::2]
     fits = np.ones(len(one), bool)
     for a, b in ((one, two), (two, one)):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.arguments.pretraining import PAIR_PACKINGS, first_position
 from recipe.base.errors import UserError
-from recipe.base.hashing import Purpose, hash64
+from recipe.base.hashing import Purpose, hash64, pass_key
 from recipe.data.corpora import check_corpus, open_source
 from recipe.data.hygiene import Decontaminator, DocumentFilter
 from recipe.data.masking import DynamicMaskingCollator
@@ -60,9 +60,9 @@ class Preprocessor:
 
     def example(self, block: Block, corpus: int, visit: int, number: int) -> dict[str, Any]:
         """Return a block as the collator takes it. Half of the pairs whose order is to be told are swapped."""
-        key = Purpose.SWAP, self.args.seed, corpus, visit, number
-        if self.args.packing == "sentence_order" and block.label == CONTINUES and hash64(*key) % np.uint64(2):
-            block = self.format.swap(block)
+        if self.args.packing == "sentence_order" and block.label == CONTINUES:
+            key = pass_key(Purpose.SWAP, self.args.seed, corpus, visit)
+            block = self.format.swap(block) if hash64(key, number) % np.uint64(2) else block
         return block._asdict() | {"corpus": corpus, "block": number, "visit": visit}
 
     def document_filter(self, corpus: CorpusArguments) -> DocumentFilter:
