@@ -34,6 +34,7 @@ PositiveFloat = Annotated[float, Rule("more than 0", lambda x: x > 0)]
 NonNegativeFloat = Annotated[float, Rule("0 or more", lambda x: x >= 0)]
 Share = Annotated[float, Rule("more than 0 and less than 1", lambda x: 0 < x < 1)]
 DecayRate = Annotated[float, Rule("0 or more and less than 1", lambda x: 0 <= x < 1)]
+DropoutRate = DecayRate
 
 
 def identity(**kwargs: Any) -> Any:

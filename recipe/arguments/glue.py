@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from recipe.arguments.checks import (
     DecayRate,
+    DropoutRate,
     NonNegativeFloat,
     PathName,
     PositiveFloat,
@@ -54,6 +55,9 @@ class GlueArguments:
     """AdamW adds this to the denominator of its step (paper: 1e-6)."""
     weight_decay: NonNegativeFloat = identity(default=0.1)
     """Each update shrinks weights by the learning rate times this, except biases and layer norms (paper: 0.1)."""
+    classifier_dropout: DropoutRate | None = identity(default=None)
+    """Dropout in the new head (fairseq: 0). Null: the model's own, which Hugging Face applies before and after the
+    head's first layer (RoBERTa and BERT: 0.1)."""
     per_device_train_batch_size: PositiveInt = 32
     """Number of examples that one device holds at once in training; larger batches are accumulated."""
     per_device_eval_batch_size: PositiveInt = 128

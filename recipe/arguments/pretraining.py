@@ -25,8 +25,9 @@ from recipe.base.errors import UserError, require
 
 # Blocks of these packings have one part: they can be cut short, and do not depend on what comes after the next block.
 ONE_PART_PACKINGS = ("full_sentences", "contiguous")
-PAIR_PACKINGS = ("segment_pair", "sentence_pair", "sentence_order")
-OBJECTIVE_PACKINGS = {"next_sentence": ("segment_pair", "sentence_pair"), "sentence_order": ("sentence_order",)}
+EXCHANGED_PACKINGS = ("segment_pair", "sentence_pair")  # pairs of these exchange their second parts
+PAIR_PACKINGS = (*EXCHANGED_PACKINGS, "sentence_order")
+OBJECTIVE_PACKINGS = {"next_sentence": EXCHANGED_PACKINGS, "sentence_order": ("sentence_order",)}
 # Values that need all of the data at once, which `streaming` does not have.
 NOT_STREAMED = {
     ("masking", "static"): "is static, which knows a block by its number, and a stream has new blocks in every pass",

@@ -7,6 +7,7 @@ after a resume. The mixing function is splitmix64's (Steele, Lea and Flood, 2014
 import hashlib
 from collections.abc import Callable
 from enum import IntEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class Purpose(IntEnum):
     ROTATION = 4
     DRAW = 5
     HELD_OUT_HEAD = 6
+    PARTNER = 7
+    SWAP = 8
 
 
 def hash64(*keys: np.ndarray | int) -> np.ndarray:
@@ -46,6 +49,10 @@ def hash64(*keys: np.ndarray | int) -> np.ndarray:
             state = (state ^ (state >> np.uint64(27))) * FACTORS[1]
             state = state ^ (state >> np.uint64(31))
     return state
+
+
+# The hash of what the blocks of a pass have in common, which is the same for many of them.
+pass_key = lru_cache(hash64)
 
 
 def uniform(hashed: np.ndarray) -> np.ndarray:

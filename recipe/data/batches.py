@@ -9,6 +9,7 @@
 
 import signal
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.base.errors import UserError
 from recipe.base.workers import start_worker, starting_workers
 from recipe.data.masking import DynamicMaskingCollator
-from recipe.data.packing import Block
+from recipe.data.packing import CONTINUES, RANDOM, Block
 from recipe.data.preprocessor import Preprocessor
 from recipe.data.sampling import apportion
 from recipe.data.streaming import Buffer
@@ -225,6 +226,7 @@ class TrainingData(ABC):
         # Those to train on, then those to evaluate on; a block's masks depend on its corpus's place here.
         self.corpora = [*args.corpora, *args.eval_corpora]
         self.names = [corpus.name for corpus in args.corpora]  # of those to train on
+        self.pair_labels: list[Counter[int]] = []  # of some blocks of each corpus, where blocks are pairs
 
     @abstractmethod
     def identity(self) -> dict[str, list[Any]]:
@@ -239,8 +241,8 @@ class TrainingData(ABC):
         """Return lines for the log: what there is of each corpus."""
 
     @abstractmethod
-    def block(self, corpus: int, number: int) -> Block:
-        """Return a block by the numbers of its corpus and of itself."""
+    def block(self, corpus: int, visit: int, number: int) -> Block:
+        """Return a block, as it is in a visit, by the numbers of its corpus and of itself."""
 
     @abstractmethod
     def train_updates(
@@ -282,6 +284,17 @@ class TrainingData(ABC):
         weights = given_weights(corpora)
         return apportion(self.args.eval_blocks, list(sizes) if weights is None else weights)
 
+    def pair_record(self, corpus: int) -> dict[str, float]:
+        """Return which share of the pairs of a corpus is random or swapped; nothing where blocks are no pairs."""
+        labels = self.pair_labels[corpus] if self.pair_labels else Counter()
+        pairs = labels[CONTINUES] + labels[RANDOM]
+        return {"negative_pairs": round(labels[RANDOM] / pairs, 3)} if pairs else {}
+
+    def describe_pairs(self, corpus: int) -> str:
+        """Say for the log what `pair_record` returns."""
+        kind = "are swapped" if self.args.packing == "sentence_order" else "have parts of two documents"
+        return "".join(f"; {share:.0%} of the pairs {kind}" for share in self.pair_record(corpus).values())
+
     def hold_out(self, corpora: np.ndarray, blocks: np.ndarray) -> None:
         """Note the (corpus, block) of every held-out block, (n,) integers each."""
         # `eval_corpora` are counted from the end: their masks do not depend on how many there are to train on.
@@ -290,8 +303,8 @@ class TrainingData(ABC):
 
     def example(self, corpus: int, visit: int, number: int) -> dict[str, Any]:
         """Return a block as the collator takes it; `EMPTY_BLOCK` gives one with nothing to predict."""
-        block = self.preprocessor.empty_block if number == EMPTY_BLOCK else self.block(corpus, number)
-        return block._asdict() | {"corpus": corpus, "block": number, "visit": visit}
+        block = self.preprocessor.empty_block if number == EMPTY_BLOCK else self.block(corpus, visit, number)
+        return self.preprocessor.example(block, corpus, visit, number)
 
     def locate_eval(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return corpus, visit and block of held-out blocks; empty ones follow the last."""

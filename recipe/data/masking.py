@@ -1,4 +1,4 @@
-"""Dynamic masking (paper, section 4.1): new masks on every visit, the same on a rerun; and BERT's static masks."""
+"""Dynamic masking (paper, section 4.1): new masks on every visit, the same on a rerun."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from recipe.base.hashing import hash64, uniform
 
 # What is counted of a row. The digest is of the block and of what is masked in it.
 ROW = ("corpus", "tokens", "documents", "masked", "pairs", "digest")
-STATIC_MASKS = 10  # that a block has (paper, section 4.1: BERT's data was duplicated ten times)
 
 
 class MaskingPurpose(IntEnum):
@@ -44,7 +43,6 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
     max_seq_length: int = 512  # tokens in a row; shorter blocks are padded, longer ones of one part cut
     seed: int = 0
     packing: str = "full_sentences"  # decides what a batch has beside ids and labels
-    masking: str = "dynamic"  # or `static`: the masks of a visit are those of ten visits before
     # Number of a row's first position. Padding has the number before it (RoBERTa: the pad token's id), if there is one.
     first_position: int = 2
 
@@ -78,7 +76,7 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         is_text = positions < lengths[:, None]
         input_ids = np.full(is_text.shape, self.tokenizer.pad_token_id, np.int64)
         input_ids[is_text] = np.concatenate([example["input_ids"] for example in examples])
-        row_keys = hash64(self.seed, corpora, blocks, visits % STATIC_MASKS if self.masking == "static" else visits)
+        row_keys = hash64(self.seed, corpora, blocks, visits)
         labels = self.mask_tokens(input_ids, row_keys)
         batch = {"input_ids": input_ids, "labels": labels}
         if self.packing == "doc_sentences":

@@ -13,11 +13,25 @@ import pyarrow as pa
 
 from recipe.arguments.pretraining import PAIR_PACKINGS
 from recipe.base.files import replace_folder
-from recipe.base.hashing import digest
+from recipe.base.hashing import digest, hash64
 from recipe.base.progress import progress_bar
 from recipe.base.workers import build_together
 from recipe.data.integrity import StoredFile, damaged_store, note_file, raising_damaged_store, read_json, write_json
-from recipe.data.packing import CONTINUES, RANDOM, SEGMENT, SINGLE, SWAPPED, Block, BlockFormat, Packed
+from recipe.data.packing import (
+    CONTINUES,
+    RANDOM,
+    SEGMENT,
+    SINGLE,
+    SWAPPED,
+    WINDOW_BLOCKS,
+    Block,
+    BlockFormat,
+    Packed,
+    Pairs,
+    cut_out,
+    draw_partners,
+    is_drawn,
+)
 from recipe.data.token_store import LEFT_OUT, TokenStore, naming_disk_errors, open_arrow
 
 BLOCKS_FORMAT = 3  # part of the folder's name: raise it when the contents come out differently
@@ -68,6 +82,7 @@ class PackedCorpus:
         self.format = block_format
         self.copies = copies
         self.written: set[int] = set()  # the shards whose arrays this process has made
+        self.held_places: dict[int, int] = {}  # of each held-out block, its place among these
         made_with: list[Any] = [BLOCKS_FORMAT]
         if block_format.packing in PAIR_PACKINGS:
             made_with += [block_format.pair_special_tokens, block_format.seed]
@@ -154,16 +169,40 @@ class PackedCorpus:
     def __len__(self) -> int:
         return self.first_blocks[-1]
 
-    def count_labels(self) -> Counter[int]:
-        """Count the blocks of each label."""
-        labels, counts = np.unique(np.concatenate([shard.labels for shard in self.shards]), return_counts=True)
-        return Counter(dict(zip(labels.tolist(), counts.tolist(), strict=True)))
+    def hold_out(self, numbers: np.ndarray) -> None:
+        """Hold blocks out: in formats whose pairs exchange parts, these do so among themselves alone."""
+        if not self.format.exchanges or not len(numbers):
+            return
+        found = []
+        for shard, own in map(self.find, numbers.tolist()):
+            pairs = self.shards[shard].pairs(own, own + 1)
+            found.append(pairs._replace(documents=pairs.documents + (shard << 40)))  # which number those of the shard
+        pairs = Pairs(*map(np.concatenate, zip(*found, strict=True)))
+        order = np.lexsort((numbers, pairs.sizes[:, 1]))
+        self.held_numbers, self.held_pairs = numbers[order], Pairs(*(array[order] for array in pairs))
+        self.held_places = {number: place for place, number in enumerate(self.held_numbers.tolist())}
 
-    def block(self, number: int) -> Block:
-        """Read a block, in constant time; raise a `UserError` if what is stored of it cannot be a block."""
+    def find(self, number: int) -> tuple[int, int]:
+        """Return the shard of a block, and its number there."""
         shard = bisect.bisect_right(self.first_blocks, number) - 1
-        block = self.format.assemble(*self.shards[shard].read(number - self.first_blocks[shard]))
-        return self.checked(block, self.shards[shard])
+        return shard, number - self.first_blocks[shard]
+
+    def block(self, number: int, key: np.ndarray | int = 0) -> Block:
+        """Read a block, in constant time.
+
+        Args:
+            key: of the pass, from which pairs that exchange their second parts draw with whom.
+
+        Raises:
+            UserError: what is stored of it cannot be a block.
+        """
+        shard, own = self.find(number)
+        parts, documents, label = self.shards[shard].read(own)
+        if self.format.exchanges and (partner := self.partner(number, key)) != number:
+            shard, other = self.find(partner)
+            seconds, documents_of_partner, _ = self.shards[shard].read(other)
+            parts, documents, label = [parts[0], seconds[1]], [documents[0], documents_of_partner[1]], RANDOM
+        return self.checked(self.format.assemble(parts, label, sum(documents)), self.shards[shard])
 
     def checked(self, block: Block, shard: "ShardBlocks") -> Block:
         """Return a block; raise a `UserError` if it has ids, a label or a length that no model of the run can have."""
@@ -176,6 +215,25 @@ class PackedCorpus:
         if block.label not in LABELS:
             raise damaged_store(labels.path, f"it holds the label {block.label}")
         return block
+
+    def partner(self, number: int, key: np.ndarray | int) -> int:
+        """Return the block whose second part a block has: its own, or that of one in its window."""
+        if not is_drawn(hash64(key, number)):
+            return number
+        shard, place = self.find(number)
+        is_held_out = number in self.held_places
+        place = self.held_places.get(number, place)
+        first = place - place % WINDOW_BLOCKS
+        window = slice(first, first + WINDOW_BLOCKS)
+        if is_held_out:
+            numbers, pairs = self.held_numbers[window], Pairs(*(array[window] for array in self.held_pairs))
+        else:
+            pairs = self.shards[shard].pairs(first, first + WINDOW_BLOCKS)
+            numbers = np.arange(len(pairs.sizes)) + (number - place + first)
+            are_held_out = np.array([one in self.held_places for one in numbers.tolist()])
+            pairs = pairs._replace(can_exchange=pairs.can_exchange & ~are_held_out)
+        partners = draw_partners(pairs, self.format.pair_room, hash64(key, numbers))
+        return int(numbers[partners[place - first]])
 
 
 class ShardBlocks:
@@ -190,9 +248,11 @@ class ShardBlocks:
         self.counts = {name: about[name] for name in ("documents", "tokens", "copies")}
         tables = [StoredFile.of_note(folder / f"{name}.bin", about["tables"][name]) for name in DTYPES]
         self.files = StoredFile.of_note(arrow, note), *tables
-        batches = open_arrow(arrow).to_batches()
-        self.units = [unpack_list(batch["input_ids"])[0] for batch in batches]
+        columns = [batch["input_ids"] for batch in open_arrow(arrow).to_batches()]
+        self.units = [unpack_list(column)[0] for column in columns]
         self.unit_starts = [0, *itertools.accumulate(map(len, self.units))]
+        self.offsets = [column.offsets.to_numpy() for column in columns]  # of the documents of each unit, not copied
+        self.first_documents = [0, *itertools.accumulate(map(len, columns))]
         self.segments, self.block_ends, self.labels = map(map_array, tables, DTYPES.values())
         if about["made_of"] != note["sha256"]:
             raise damaged_store(folder / "counts.json", f"it is of another {arrow}")
@@ -200,16 +260,21 @@ class ShardBlocks:
         if (len(self.segments), len(self.labels)) != (num_segments, len(self.block_ends)):
             raise damaged_store(folder / "block_ends.bin", f"it ends at {num_segments:,} of {len(self.segments):,}")
 
-    def read(self, number: int) -> tuple[np.ndarray, np.ndarray, int, int]:
-        """Return what `assemble` makes a block of: its unit's ids, its segments, its label, and the unit's start."""
+    def check_sizes(self) -> None:
+        """Raise a `UserError` if a file has lost something since it was mapped: to read that would end the process."""
+        for file in self.files:
+            file.check_size()
+
+    def read(self, number: int) -> tuple[list[np.ndarray], list[bool], int]:
+        """Return the parts of a block, (tokens,) ids each, whether a document ends in each, and the block's label."""
         segments = self.segments_of(number)
         unit = bisect.bisect_right(self.unit_starts, int(segments["start"][0])) - 1
-        return self.units[unit], segments, int(self.labels[number]), self.unit_starts[unit]
+        parts = cut_out(self.units[unit], segments, self.unit_starts[unit])
+        return parts, segments["ends_document"].tolist(), int(self.labels[number])
 
     def segments_of(self, number: int) -> np.ndarray:
         """Return the segments of a block; raise a `UserError` if reading it would leave its files or its unit."""
-        for file in self.files:
-            file.check_size()  # to read what a file has lost since it was mapped would end the process
+        self.check_sizes()
         first, end = int(self.block_ends[number - 1]) if number else 0, int(self.block_ends[number])
         if not 0 <= first < end <= len(self.segments):
             raise damaged_store(self.files[2].path, f"block {number} has the segments from {first} to {end}")
@@ -220,3 +285,21 @@ class ShardBlocks:
         if starts.min() < low or starts.max() > high or lengths.min() < 0 or (starts + lengths).max() > high:
             raise damaged_store(self.files[1].path, f"block {number} reaches beyond the tokens from {low} to {high}")
         return segments
+
+    def pairs(self, first: int, last: int) -> Pairs:
+        """Describe the blocks from `first` to before `last`, or to the end of the shard."""
+        self.check_sizes()
+        with raising_damaged_store(self.files[1].path):
+            begin = int(self.block_ends[first - 1]) if first else 0
+            ends = self.block_ends[first:last]
+            return Pairs.of(self.segments[begin : int(ends[-1])], ends - begin, self.number_documents)
+
+    def number_documents(self, positions: np.ndarray) -> np.ndarray:
+        """Return the numbers of the shard's documents that positions are in, in their shape."""
+        units = np.searchsorted(self.unit_starts, positions, side="right") - 1
+        numbers = np.empty_like(positions)
+        for unit in set(units.flat):
+            offsets, own = self.offsets[unit], units == unit
+            within = (positions[own] - self.unit_starts[unit] + offsets[0]).astype(offsets.dtype)
+            numbers[own] = np.searchsorted(offsets, within, side="right") - 1 + self.first_documents[unit]
+        return numbers

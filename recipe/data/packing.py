@@ -2,23 +2,28 @@
 
 1. `BlockFormat.pack` takes one unit of a corpus, some millions of tokens, and cuts it into segments, each of one
    document. A block is a few segments; every token of the unit is in exactly one of them.
-2. `BlockFormat.assemble` puts the special tokens around a block's segments.
+2. `draw_partners` has pairs exchange their second parts, anew in each pass: a function of hashes, with no table.
+3. `BlockFormat.assemble` puts the special tokens around a block's parts, and `BlockFormat.swap` changes their order.
 
 The formats are those of the paper's section 4.2, and `contiguous`.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from recipe.arguments.pretraining import ONE_PART_PACKINGS, PAIR_PACKINGS
+from recipe.arguments.pretraining import EXCHANGED_PACKINGS, ONE_PART_PACKINGS, PAIR_PACKINGS
 from recipe.base.hashing import hash64
 
 SEGMENT = np.dtype([("start", np.int64), ("length", np.int32), ("ends_document", np.bool_)])
 # Labels of blocks: the second part of a pair follows the first, is from elsewhere, or the two are swapped; or the block
 # has one part and nothing to predict of it.
 CONTINUES, RANDOM, SWAPPED, SINGLE = 0, 1, 1, -100
+# Pairs of neighbouring numbers, and so of nearly the same length of the second part, that exchange among themselves.
+WINDOW_BLOCKS = 64
 
 
 class Packed(NamedTuple):
@@ -26,7 +31,21 @@ class Packed(NamedTuple):
 
     segments: np.ndarray  # (segments,) of `SEGMENT`, starts in tokens of the unit, in the order of their blocks
     block_ends: np.ndarray  # (blocks,) int64 ends of the blocks among the segments
-    labels: np.ndarray  # (blocks,) int8, of pairs; 0 otherwise
+    labels: np.ndarray  # (blocks,) int8, of pairs before any exchange; 0 otherwise
+
+
+class Pairs(NamedTuple):
+    """What decides which blocks can exchange their second parts."""
+
+    sizes: np.ndarray  # (blocks, 2) tokens of the two parts
+    documents: np.ndarray  # (blocks, 2) numbers of their documents
+    can_exchange: np.ndarray  # (blocks,) bool
+
+    @classmethod
+    def of(cls, segments: np.ndarray, block_ends: np.ndarray, number_documents: Callable) -> "Pairs":
+        """Describe blocks, given the ends of each among the segments and what numbers the documents of positions."""
+        both = segments[np.stack([starts_of(block_ends), block_ends - 1], 1)]
+        return cls(both["length"], number_documents(both["start"]), np.diff(block_ends, prepend=0) == 2)
 
 
 class Block(NamedTuple):
@@ -62,29 +81,43 @@ class BlockFormat:
         if self.packing == "doc_sentences":
             ends = group_sentences(document_ends, sentence_ends, self.max_seq_length - 2)
             return share_blocks(ends, document_ends, self.max_seq_length)
-        room = self.max_seq_length - self.pair_special_tokens
         make = pair_sentences if self.packing == "sentence_pair" else pair_segments
-        middles, ends = make(document_ends, sentence_ends, room, self.seed)
-        if self.packing == "sentence_order":
-            return swap(middles, ends, document_ends, self.seed)
-        return pair_up(middles, ends, document_ends, room, self.seed)
+        middles, ends = make(document_ends, sentence_ends, self.pair_room, self.seed)
+        return lay_out_pairs(middles, ends, document_ends, self.seed, self.exchanges)
 
-    def assemble(self, tokens: np.ndarray, segments: np.ndarray, label: int, first: int = 0) -> Block:
-        """Put the special tokens around and between the segments of a block, given the tokens of its unit.
+    @property
+    def exchanges(self) -> bool:
+        """Whether pairs exchange their second parts."""
+        return self.packing in EXCHANGED_PACKINGS
 
-        Args:
-            first: where the unit starts, in the positions of the segments.
-        """
+    @property
+    def pair_room(self) -> int:
+        """Tokens that the two parts of a pair have together at the most."""
+        return self.max_seq_length - self.pair_special_tokens
+
+    def assemble(self, parts: Sequence[np.ndarray], label: int, documents: int) -> Block:
+        """Put the special tokens around and between the parts of a block, (tokens,) integers each."""
         cls, sep = [self.cls_token_id], [self.sep_token_id]
         is_one_part = self.packing in ONE_PART_PACKINGS
         # The second part of a pair begins with the second `</s>` of RoBERTa, or with nothing.
         before = [] if is_one_part else sep * (self.pair_special_tokens - 3) if self.packing in PAIR_PACKINGS else cls
-        bounds = zip((segments["start"] - first).tolist(), segments["length"].tolist(), strict=True)
-        parts: list[tuple[np.ndarray | list[int], ...]]
-        parts = [(before if n else cls, tokens[start : start + size], sep) for n, (start, size) in enumerate(bounds)]
-        input_ids = np.concatenate([piece for part in parts for piece in part], dtype=tokens.dtype, casting="unsafe")
-        spans = [len(input_ids)] if is_one_part else [sum(map(len, part)) for part in parts]
-        return Block(input_ids, np.array(spans, np.int32), label, int(np.count_nonzero(segments["ends_document"])))
+        pieces: list[tuple[np.ndarray | list[int], ...]]
+        pieces = [(before if number else cls, part, sep) for number, part in enumerate(parts)]
+        input_ids = np.concatenate([p for piece in pieces for p in piece], dtype=parts[0].dtype, casting="unsafe")
+        spans = [len(input_ids)] if is_one_part else [sum(map(len, piece)) for piece in pieces]
+        return Block(input_ids, np.array(spans, np.int32), label, documents)
+
+    def swap(self, block: Block) -> Block:
+        """Swap the two parts of a pair (ALBERT, section 3.1)."""
+        size = int(block.spans[0])
+        first, second = block.input_ids[1 : size - 1], block.input_ids[size + self.pair_special_tokens - 3 : -1]
+        return self.assemble([second, first], SWAPPED, block.documents)
+
+
+def cut_out(tokens: np.ndarray, segments: np.ndarray, first: int = 0) -> list[np.ndarray]:
+    """Return the tokens of segments, given those of their unit and where it starts in the positions of the segments."""
+    bounds = zip((segments["start"] - first).tolist(), segments["length"].tolist(), strict=True)
+    return [tokens[start : start + size] for start, size in bounds]
 
 
 def starts_of(ends: np.ndarray) -> np.ndarray:
@@ -214,20 +247,37 @@ def pair_segments(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut SEGMENT-PAIRs: whole sentences of one document up to a block's room, parted at a random one of their ends.
 
+    Half of the documents are packed from their end: a sentence that no longer fitted is longer than most, so that first
+    parts would be the longer ones if it always began a block.
+
     Returns where the first and the second parts end, (pairs,) each. A single short sentence has no second part (its two
     ends are the same); a single long one is parted in the middle.
     """
-    ends = group_sentences(document_ends, sentence_ends, room)
+    is_mirrored = hash64(seed, document_ends, 0) % np.uint64(2) == 0
+
+    def from_both_sides(cut: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        found = [cut(document_ends, sentence_ends), mirror(cut(mirror(document_ends), mirror(sentence_ends)))]
+        sides = (is_mirrored[np.searchsorted(document_ends, ends)] == side for side, ends in enumerate(found))
+        return np.sort(np.concatenate([ends[is_own] for ends, is_own in zip(found, sides, strict=True)]))
+
+    ends = from_both_sides(lambda documents, sentences: group_sentences(documents, sentences, room))
+    inner = from_both_sides(lambda _, sentences: cut_long(sentences, room))
     starts = starts_of(ends)
-    inner = cut_long(sentence_ends, room)
     low, high = np.searchsorted(inner, starts, side="right"), np.searchsorted(inner, ends, side="left")
     choice = low + (hash64(seed, starts) % np.maximum(high - low, 1).astype(np.uint64)).astype(np.int64)
-    middle = np.where(ends - starts > room // 2, (starts + ends) // 2, ends)
+    # Were odd lengths always rounded down, the shorter part would be the first.
+    halves = (starts + ends + (hash64(seed, starts, 1) % np.uint64(2)).astype(np.int64)) // 2
+    middle = np.where(ends - starts > room // 2, halves, ends)
     return np.where(high > low, inner[np.minimum(choice, len(inner) - 1)], middle), ends
 
 
+def mirror(ends: np.ndarray) -> np.ndarray:
+    """Return the ends of the same parts seen from the other side."""
+    return ends[-1] - starts_of(ends)[::-1]
+
+
 def pair_sentences(
-    document_ends: np.ndarray, sentence_ends: np.ndarray, room: int, seed: int
+    document_ends: np.ndarray, sentence_ends: np.ndarray, room: int, _: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Cut SENTENCE-PAIRs: two sentences of one document that follow each other; the last of an odd number is single.
 
@@ -243,60 +293,67 @@ def pair_sentences(
     return ends[first], ends[second]
 
 
-def pair_up(middles: np.ndarray, ends: np.ndarray, document_ends: np.ndarray, room: int, seed: int) -> Packed:
-    """Give half of the pairs the second part of a pair of another document (BERT, section 3.1).
+def lay_out_pairs(
+    middles: np.ndarray, ends: np.ndarray, document_ends: np.ndarray, seed: int, exchanges: bool
+) -> Packed:
+    """Make blocks of pairs whose parts end at `middles` and `ends`, (pairs,) each; nothing is exchanged or swapped.
 
-    Two pairs exchange second parts of nearly the same length, so that every part is used exactly once and nothing is
-    cut off; where that does not fit, both stay as they are. What has no second part is paired with another such of
-    another document.
+    Where pairs will exchange their second parts, they are laid out in the order of the length of these, and what has no
+    second part is paired with another such of another document. Otherwise it stays alone.
     """
     starts = starts_of(ends)
-    document = np.searchsorted(document_ends, ends, side="left")
-    second_of = np.arange(len(ends))  # whose second part a pair has
-    labels = np.full(len(ends), CONTINUES, np.int8)
-    is_single = middles == ends
+    labels = np.where(middles == ends, SINGLE, CONTINUES)
+    bounds = np.stack([starts, middles, middles, ends], 1)  # start and end of the first part and of the second
+    if exchanges:
+        single = np.flatnonzero(middles == ends)
+        half = len(single) // 2
+        one, two = single[:half], single[half : 2 * half]
+        document = np.searchsorted(document_ends, ends, side="left")
+        is_apart = document[one] != document[two]
+        one, two = one[is_apart], two[is_apart]
+        labels[one], bounds[one, 2:] = RANDOM, bounds[two, :2]
+        bounds, labels = np.delete(bounds, two, 0), np.delete(labels, two)
+        # Those of one length in a random order, or neighbours would be of the same document.
+        order = np.lexsort((hash64(seed, bounds[:, 0], 2), bounds[:, 3] - bounds[:, 2]))
+        bounds, labels = bounds[order], labels[order]
+    segment_starts, segment_ends = bounds[:, ::2], bounds[:, 1::2]
+    has_tokens = segment_ends > segment_starts
+    segments = make_segments(segment_starts[has_tokens], segment_ends[has_tokens], document_ends)
+    return Packed(segments, np.cumsum(has_tokens.sum(1)), labels.astype(np.int8))
 
-    drawn = np.flatnonzero(~is_single & (hash64(seed, starts, 1) % np.uint64(2) == 0))
-    # In the order of length; those of one length in a random order, or neighbours would be of the same document.
-    drawn = drawn[np.lexsort((hash64(seed, starts[drawn], 2), (ends - middles)[drawn]))]
+
+def is_drawn(hashes: np.ndarray) -> np.ndarray:
+    """Say which pairs exchange, if they can."""
+    return hashes % np.uint64(2) == 0
+
+
+def draw_partners(pairs: Pairs, room: int, hashes: np.ndarray) -> np.ndarray:
+    """Draw whose second part each pair of a window has in a pass: (blocks,) int64 places in the window.
+
+    Half of the pairs (BERT, section 3.1), by their (blocks,) uint64 hashes, exchange second parts with the next of that
+    half, so that every part is used exactly once and nothing is cut off. Where that does not fit or two parts of one
+    document would meet, both stay as they are.
+    """
+    partners = np.arange(len(hashes))
+    drawn = np.flatnonzero(pairs.can_exchange & is_drawn(hashes))
     one, two = drawn[: len(drawn) // 2 * 2 : 2], drawn[1::2]
-    fits = (middles - starts)[one] + (ends - middles)[two] <= room
-    fits &= (middles - starts)[two] + (ends - middles)[one] <= room
-    fits &= document[one] != document[two]
-    one, two = one[fits], two[fits]
-    second_of[one], second_of[two] = two, one
-    labels[one] = labels[two] = RANDOM
-
-    single = np.flatnonzero(is_single)
-    labels[single] = SINGLE
-    half = len(single) // 2
-    one, two = single[:half], single[half : 2 * half]
-    one, two = one[document[one] != document[two]], two[document[one] != document[two]]
-    labels[one] = RANDOM
-
-    # Each pair has two places; those that stay empty, or whose segment went to another pair, are left out.
-    segment_starts, segment_ends = np.stack([starts, middles[second_of]], 1), np.stack([middles, ends[second_of]], 1)
-    segment_starts[one, 1], segment_ends[one, 1] = starts[two], ends[two]
-    segment_starts, segment_ends, labels = (
-        np.delete(array, two, 0) for array in (segment_starts, segment_ends, labels)
-    )
-    return lay_out(segment_starts, segment_ends, labels, document_ends)
+    fits = np.ones(len(one), bool)
+    for a, b in ((one, two), (two, one)):
+        fits &= pairs.sizes[a, 0] + pairs.sizes[b, 1] <= room
+        fits &= pairs.documents[a, 0] != pairs.documents[b, 1]
+    partners[one[fits]], partners[two[fits]] = two[fits], one[fits]
+    return partners
 
 
-def swap(middles: np.ndarray, ends: np.ndarray, document_ends: np.ndarray, seed: int) -> Packed:
-    """Swap the two parts of half of the pairs (ALBERT, section 3.1). What has no second part stays alone."""
-    starts = starts_of(ends)
-    is_single = middles == ends
-    is_swapped = ~is_single & (hash64(seed, starts, 1) % np.uint64(2) == 0)
-    order = np.where(is_swapped[:, None], [1, 0], [0, 1])
-    segment_starts = np.take_along_axis(np.stack([starts, middles], 1), order, 1)
-    segment_ends = np.take_along_axis(np.stack([middles, ends], 1), order, 1)
-    labels = np.where(is_single, SINGLE, np.where(is_swapped, SWAPPED, CONTINUES)).astype(np.int8)
-    return lay_out(segment_starts, segment_ends, labels, document_ends)
-
-
-def lay_out(starts: np.ndarray, ends: np.ndarray, labels: np.ndarray, document_ends: np.ndarray) -> Packed:
-    """Make blocks of the two segments (blocks, 2) of each, or of one where the other is empty."""
-    has_tokens = ends > starts
-    segments = make_segments(starts[has_tokens], ends[has_tokens], document_ends)
-    return Packed(segments, np.cumsum(has_tokens.sum(1)), labels)
+def exchange(packed: Packed, document_ends: np.ndarray, room: int, key: np.ndarray | int) -> Packed:
+    """Have the pairs of a unit exchange second parts, window by window; the key is of the unit and the pass."""
+    pairs = Pairs.of(packed.segments, packed.block_ends, partial(np.searchsorted, document_ends, side="right"))
+    numbers = np.arange(len(packed.block_ends))
+    hashes = hash64(key, numbers)
+    partners = numbers.copy()
+    for first in range(0, len(numbers), WINDOW_BLOCKS):
+        window = slice(first, first + WINDOW_BLOCKS)
+        partners[window] = first + draw_partners(Pairs(*(array[window] for array in pairs)), room, hashes[window])
+    segments = packed.segments.copy()
+    segments[packed.block_ends - 1] = packed.segments[packed.block_ends[partners] - 1]
+    return packed._replace(segments=segments, labels=np.where(partners == numbers, packed.labels, RANDOM))

@@ -1,18 +1,22 @@
 """What documents become batches with: encoder, filters, block format and collators."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from recipe.arguments import CorpusArguments, PretrainArguments
-from recipe.arguments.pretraining import first_position
+from recipe.arguments.pretraining import PAIR_PACKINGS, first_position
 from recipe.base.errors import UserError
-from recipe.data.corpora import check_corpus, group_by_size, open_source
+from recipe.base.hashing import Purpose, hash64, pass_key
+from recipe.data.corpora import check_corpus, open_source
 from recipe.data.hygiene import Decontaminator, DocumentFilter
 from recipe.data.masking import DynamicMaskingCollator
-from recipe.data.packing import Block, BlockFormat
+from recipe.data.packing import CONTINUES, Block, BlockFormat
 from recipe.data.streaming import CorpusReader
 from recipe.data.tokenizer import DocumentEncoder
 
@@ -33,13 +37,12 @@ class Preprocessor:
             max_seq_length=args.max_seq_length,
             seed=args.seed,
             packing=args.packing,
-            masking=args.masking,
             first_position=first_position(args.model_type, tokenizer.pad_token_id),
         )
         self.warmup_collator = replace(self.collator, max_seq_length=args.seq_length(0))
-        # Held-out blocks have one mask each, the same whatever the training masks.
-        self.eval_collator = replace(self.collator, mlm_probability=args.eval_mlm_probability, masking="dynamic")
-        self.encoder = DocumentEncoder(tokenizer, args.sentence_splitter, args.language)
+        self.eval_collator = replace(self.collator, mlm_probability=args.eval_mlm_probability)
+        joins_sentences = args.packing in PAIR_PACKINGS
+        self.encoder = DocumentEncoder(tokenizer, args.sentence_splitter, args.language, joins_sentences)
         self.decontaminator = Decontaminator(args.decontaminate_against)
         special = (tokenizer.cls_token_id, tokenizer.sep_token_id)
         pair_special_tokens = tokenizer.num_special_tokens_to_add(pair=True)
@@ -55,6 +58,13 @@ class Preprocessor:
         """Return the collator of held-out blocks."""
         return self.eval_collator
 
+    def example(self, block: Block, corpus: int, visit: int, number: int) -> dict[str, Any]:
+        """Return a block as the collator takes it. Half of the pairs whose order is to be told are swapped."""
+        if self.args.packing == "sentence_order" and block.label == CONTINUES:
+            key = pass_key(Purpose.SWAP, self.args.seed, corpus, visit)
+            block = self.format.swap(block) if hash64(key, number) % np.uint64(2) else block
+        return block._asdict() | {"corpus": corpus, "block": number, "visit": visit}
+
     def document_filter(self, corpus: CorpusArguments) -> DocumentFilter:
         """Return a new filter, with counts of its own, for documents of a corpus."""
         return DocumentFilter(corpus.name, self.args.max_unreadable_documents, self.decontaminator)
@@ -64,12 +74,14 @@ class Preprocessor:
         check_corpus(corpus, self.args.max_unreadable_documents)
         if not self.args.predicts_pairs:
             return
-        documents = self.document_filter(corpus)
-        reader = CorpusReader(open_source(corpus), {}, self.encoder, lambda: documents, self.format)
-        records = (text for shard in range(reader.source.num_shards) for _, text in reader.source.read(shard))
-        texts = (text[:DOCUMENT_CHARACTERS] for text in records if documents.accepts(text))
-        blocks, _ = reader.pack_texts(next(group_by_size(texts, len, HEAD_CHARACTERS), []), reader.nothing)
-        self.check_pairs(corpus, Counter(block.label for block in blocks), documents.counts["documents"])
+        filters = partial(self.document_filter, corpus)
+        reader = CorpusReader(open_source(corpus), {}, self.encoder, filters, self.format)
+        blocks, texts = reader.pack_sample(HEAD_CHARACTERS, DOCUMENT_CHARACTERS)
+        self.check_pairs(corpus, self.count_labels(blocks), len(texts))
+
+    def count_labels(self, blocks: Iterable[Block]) -> Counter[int]:
+        """Count the labels of the pairs of some blocks in a first visit; blocks of one part have -100."""
+        return Counter(self.example(block, 0, 0, number)["label"] for number, block in enumerate(blocks))
 
     def check_pairs(self, corpus: CorpusArguments, labels: Counter[int], documents: int) -> None:
         """Raise a `UserError` if a corpus lacks one of the two kinds of pairs, where pairs are learnt.

@@ -26,9 +26,9 @@ from torch.utils.data import IterableDataset, default_convert, get_worker_info
 from recipe.arguments.pretraining import ONE_PART_PACKINGS
 from recipe.base.errors import UserError
 from recipe.base.hashing import Purpose, hash64
-from recipe.data.corpora import Part, Record, Source
+from recipe.data.corpora import Part, Record, Source, group_by_size
 from recipe.data.hygiene import DocumentFilter
-from recipe.data.packing import Block, BlockFormat
+from recipe.data.packing import Block, BlockFormat, cut_out, exchange
 from recipe.data.sampling import LaneOrder
 from recipe.data.tokenizer import DocumentEncoder
 
@@ -112,11 +112,13 @@ class CorpusReader(NamedTuple):
         """Return an empty remainder."""
         return Remainder(np.zeros(0, self.encoder.dtype), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
-    def pack_texts(self, texts: list[str], before: Remainder, is_last: bool = False) -> tuple[list[Block], Remainder]:
-        """Pack texts behind what remained before, and return the blocks and what remains now.
+    def pack_texts(
+        self, texts: list[str], before: Remainder, key: np.ndarray | int = 0, is_last: bool = False
+    ) -> tuple[list[Block], Remainder]:
+        """Pack texts behind what remained before, and return the blocks, in the order of the text, and what remains.
 
         In formats that go on from document to document that is the last block, which more text may still fit into;
-        unless `is_last`, after which there is none.
+        unless `is_last`, after which there is none. By the key, pairs draw with whom they exchange second parts.
         """
         encoded = [(ids, ends) for ids, ends in self.encoder(texts) if len(ids)]  # a normalizer may leave nothing
         starts = list(itertools.accumulate((len(ids) for ids, _ in encoded), initial=len(before.input_ids)))
@@ -129,6 +131,8 @@ class CorpusReader(NamedTuple):
         if not starts[-1]:
             return [], unit
         packed = self.format.pack(unit.document_ends, unit.sentence_ends)
+        if self.format.exchanges:
+            packed = exchange(packed, unit.document_ends, self.format.pair_room, key)
         ends = packed.block_ends.tolist()
         firsts = [0, *ends[:-1]]
         rest = self.nothing
@@ -138,11 +142,25 @@ class CorpusReader(NamedTuple):
                 unit.input_ids[start:].copy(),
                 *(ends_of[ends_of > start] - start for ends_of in (unit.document_ends, unit.sentence_ends)),
             )
+        made = [packed.segments[first:end] for first, end in zip(firsts, ends, strict=False)]
         blocks = [
-            self.format.assemble(unit.input_ids, packed.segments[first:end], label)
-            for first, end, label in zip(firsts, ends, packed.labels.tolist(), strict=False)
+            self.format.assemble(cut_out(unit.input_ids, segments), label, int(segments["ends_document"].sum()))
+            for segments, label in zip(made, packed.labels.tolist(), strict=False)
         ]
-        return blocks, rest
+        order = sorted(range(len(made)), key=lambda number: made[number]["start"][0])
+        return [blocks[number] for number in order], rest
+
+    def pack_sample(self, max_characters: int, max_document_characters: int) -> tuple[list[Block], list[str]]:
+        """Pack the first documents of the corpus, each cut at its limit, up to `max_characters`; return those too."""
+        shards = ((self.documents(), self.source.read(shard)) for shard in range(self.source.num_shards))
+        texts = (
+            text[:max_document_characters]
+            for documents, records in shards
+            for _, text in records
+            if documents.accepts(text)
+        )
+        sample = next(group_by_size(texts, len, max_characters), [])
+        return self.pack_texts(sample, self.nothing, is_last=True)[0], sample
 
     def read_head(self, shard: int, num_blocks: int) -> tuple[list[Block], int, bool]:
         """Pack the documents at the head of what is not held out of a shard.
@@ -152,16 +170,22 @@ class CorpusReader(NamedTuple):
         """
         documents, rest = self.documents(), self.nothing
         blocks: list[Block] = []
+        texts, is_whole = [], True
         record = self.held_out.get(shard, 0)
         for index, text in self.source.read(shard, record):
             if len(blocks) >= num_blocks:
-                return blocks[:num_blocks], record, False
+                is_whole = False
+                break
             record = index + 1
             if documents.accepts(text):
                 new, rest = self.pack_texts([text], rest)
                 blocks += new
-        blocks += self.pack_texts([], rest, is_last=True)[0]
-        return blocks[:num_blocks], record, True
+                texts.append(text)
+        if self.format.exchanges:  # which needs the documents together
+            blocks, _ = self.pack_texts(texts, self.nothing, shard)
+        if is_whole:
+            blocks += self.pack_texts([], rest, is_last=True)[0]
+        return blocks[:num_blocks], record, is_whole
 
 
 @dataclass
@@ -226,7 +250,8 @@ class LaneReader:
     def refill(self) -> tuple[Blocks, LaneReaderState]:
         """Make some new blocks, or none yet, and return them and the state after them."""
         state = self.state
-        blocks, state.remainder = self.reader.pack_texts(self.texts(), state.remainder)
+        key = hash64(Purpose.PARTNER, self.order.seed, self.corpus, self.lane, state.made)
+        blocks, state.remainder = self.reader.pack_texts(self.texts(), state.remainder, key)
         state.made += len(blocks)
         expected = state.last_characters or self.reader.lane_characters
         part = state.characters / expected if expected else state.ordinal / len(self.parts)

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -243,6 +243,8 @@ class DocumentEncoder:
     Args:
         sentence_splitter: `sentencex` or `newline`.
         language: ISO 639-1 code, for `sentencex`.
+        joins_sentences: put one space before each sentence, the document's first too, in place of the white space that
+            is there, so that no sentence tells by its first token where it stood; for pairs.
         max_document_characters: longer documents are encoded in pieces (see `split_text`), for flat memory.
     """
 
@@ -251,6 +253,7 @@ class DocumentEncoder:
         tokenizer: PreTrainedTokenizerFast,
         sentence_splitter: str,
         language: str,
+        joins_sentences: bool = False,
         max_document_characters: int = 1_000_000,
     ) -> None:
         self.backend = tokenizer.backend_tokenizer
@@ -259,12 +262,14 @@ class DocumentEncoder:
         self.byte_lengths = token_byte_lengths(tokenizer)
         self.sentence_splitter = sentence_splitter
         self.language = language
+        self.joins_sentences = joins_sentences
         self.max_document_characters = max_document_characters
 
     @property
     def fingerprint(self) -> tuple[str, ...]:
         """Return all that the ids and sentence ends of a text depend on."""
-        return self.backend.to_str(), self.sentence_splitter, self.language, version("sentencex")
+        joined = ("joined",) if self.joins_sentences else ()
+        return self.backend.to_str(), self.sentence_splitter, self.language, version("sentencex"), *joined
 
     def __call__(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Encode documents, some at a time.
@@ -277,8 +282,8 @@ class DocumentEncoder:
         encode = self.backend.encode_batch if self.byte_lengths is None else self.backend.encode_batch_fast
         ids, ends, length = [], [np.empty(0, np.int64)], 0
         for batch in group_by_size(self.pieces(texts), lambda piece: len(piece[0]), ENCODED_CHARACTERS):
-            texts_of_batch = [piece for piece, _ in batch]
-            rows = self.rows(texts_of_batch, encode(texts_of_batch, add_special_tokens=False))
+            texts_of_batch, ends_of_batch = zip(*(self.split_sentences(piece) for piece, _ in batch), strict=True)
+            rows = self.rows(texts_of_batch, ends_of_batch, encode(texts_of_batch, add_special_tokens=False))
             for (_, is_last), (piece_ids, piece_ends) in zip(batch, rows, strict=True):
                 ids.append(piece_ids)
                 # A piece's end is a cut, not the end of a sentence; the document's end is added below.
@@ -296,7 +301,9 @@ class DocumentEncoder:
             yield from ((piece, False) for piece in pieces)
             yield last, True
 
-    def rows(self, texts: list[str], encodings: list[Encoding]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def rows(
+        self, texts: Sequence[str], ends: Sequence[np.ndarray], encodings: list[Encoding]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the ids of each text, and the ends of its sentences in tokens, ascending and distinct, without its own.
 
         All texts are worked on as one long one, since numpy's cost for a call on each alone would be most of it.
@@ -305,7 +312,6 @@ class DocumentEncoder:
         counts = np.array([len(ids) for ids in lists])
         firsts = np.cumsum(counts) - counts
         ids = np.fromiter(itertools.chain.from_iterable(lists), self.dtype, counts.sum())
-        ends = [self.sentence_ends(text) for text in texts]
         if self.byte_lengths is None:
             lengths = np.array([len(text) for text in texts])
             bases = np.cumsum(lengths) - lengths
@@ -325,6 +331,14 @@ class DocumentEncoder:
         yield from zip(
             np.split(ids, firsts[1:]), np.split(found, np.searchsorted(text_of, np.arange(1, len(texts)))), strict=True
         )
+
+    def split_sentences(self, text: str) -> tuple[str, np.ndarray]:
+        """Return a text as it is encoded, and where its sentences end, in characters, without white space behind."""
+        ends = self.sentence_ends(text)
+        if not self.joins_sentences:
+            return text, ends
+        sentences = [f" {text[start:end].strip()}" for start, end in itertools.pairwise([0, *ends.tolist()])]
+        return "".join(sentences), np.cumsum([len(sentence) for sentence in sentences], dtype=np.int64)
 
     def sentence_ends(self, text: str) -> np.ndarray:
         """Find where the sentences of a text end, in characters, ascending, without the white space behind each."""

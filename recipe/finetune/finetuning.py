@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from recipe.arguments import GlueArguments
-from recipe.base.errors import UserError, describe_error
+from recipe.base.errors import UserError, describe_error, require
 from recipe.base.model_files import check_model_files
 from recipe.finetune.jobs import Job
 from recipe.finetune.tasks.glue import TASKS, Task
@@ -106,13 +106,16 @@ def encode_splits(
     return encoded
 
 
-def load_classifier(name_or_path: str, task: Task) -> PreTrainedModel:
+def load_classifier(name_or_path: str, task: Task, classifier_dropout: float | None = None) -> PreTrainedModel:
     """Load the model with a new head for the task, under torch's current seed.
 
     A head that is already in the checkpoint (an MNLI model's) is replaced, whatever its shape.
 
+    Args:
+        classifier_dropout: of the head; None for the model's own.
+
     Raises:
-        UserError: the checkpoint cannot be loaded, or lacks weights of the encoder.
+        UserError: the checkpoint cannot be loaded, or lacks weights of the encoder, or the head has no such dropout.
     """
     labels = task.labels or (f"similarity / {task.scale:g}",)
     config = AutoConfig.from_pretrained(
@@ -123,6 +126,11 @@ def load_classifier(name_or_path: str, task: Task) -> PreTrainedModel:
         label2id={label: index for index, label in enumerate(labels)},
         problem_type="regression" if task.is_regression else "single_label_classification",
     )
+    if classifier_dropout is not None:
+        option = "classifier_dropout_prob" if config.model_type == "albert" else "classifier_dropout"
+        remedy = f"a {config.model_type} has no dropout of that name in its head: leave it out"
+        require(option in config.to_dict(), "classifier_dropout", classifier_dropout, remedy)
+        setattr(config, option, classifier_dropout)
     try:
         model, loading = AutoModelForSequenceClassification.from_pretrained(
             name_or_path,

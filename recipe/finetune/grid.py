@@ -90,7 +90,7 @@ class Grid:
         reason = None
         try:
             torch.manual_seed(job.seed)
-            model = load_classifier(self.source(job), task)
+            model = load_classifier(self.source(job), task, self.args.classifier_dropout)
             # The best weights are of use if they are saved, or predict a test set.
             keeps = self.keeps_model(job.task) or any(task.splits[name].submission for name in self.tasks[job.task])
             outcome = finetuner.run(job, self.encoded(job.task), model, is_writer and keeps)

@@ -228,6 +228,10 @@ def data(run: Run) -> list[str]:
         for name in ("empty", "unreadable", "contaminated", "copies")
     }
     lines = ["## Training data", table(rows)]
+    if shares := {name: counts["negative_pairs"] for name, counts in seen.items() if "negative_pairs" in counts}:
+        kind = "are swapped" if config["packing"] == "sentence_order" else "have parts of two documents"
+        listed = ", ".join(f"{share:.0%} ({name})" for name, share in shares.items())
+        lines.append(f"Of the pairs, {listed} {kind}.")
     if any(dropped.values()):
         lines.append("Documents left out: " + ", ".join(f"{n:,} {name}" for name, n in dropped.items() if n) + ".")
     return lines

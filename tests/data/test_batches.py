@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import signal
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -45,14 +46,55 @@ def rows_of_update(data: TrainingData, update: int, num_processes: int) -> tuple
     return sorted(torch.cat(rows).tolist()), sum(share.counts.array for share in shares).tolist()
 
 
+@pytest.mark.parametrize("packing", ["full_sentences", "segment_pair", "sentence_order"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(("num_processes", "micro_batch"), [(1, 4), (2, 4), (2, 1), (4, 2)])
 def test_update_is_the_same_for_any_processes_workers_and_micro_batch(
-    make_data, num_processes, micro_batch, num_workers
+    make_data, num_processes, micro_batch, num_workers, packing
 ):
-    reference = rows_of_update(make_data(dataloader_num_workers=0), 5, 1)
-    data = make_data(per_device_train_batch_size=micro_batch, dataloader_num_workers=num_workers)
+    reference = rows_of_update(make_data(dataloader_num_workers=0, packing=packing), 5, 1)
+    workers = {"dataloader_num_workers": num_workers}
+    data = make_data(per_device_train_batch_size=micro_batch, packing=packing, **workers)
     assert rows_of_update(data, 5, num_processes) == reference
+
+
+def text_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
+
+
+def parts_of(example: dict) -> list[tuple[int, ...]]:
+    return [tuple(part[part > 2].tolist()) for part in np.split(example["input_ids"], example["spans"][:1])]
+
+
+@pytest.mark.parametrize("packing", ["segment_pair", "sentence_pair", "sentence_order"])
+def test_every_pass_has_the_same_parts_in_other_pairs_and_none_of_what_is_held_out(make_data, packing):
+    data = make_data(packing=packing)
+    size = int(data.num_train[0])
+    _, visits, blocks = data.locate(np.arange(3 * size))
+    passes = [
+        [data.example(0, visit, block) for block in np.sort(blocks[visits == visit]).tolist()] for visit in range(3)
+    ]
+    parts = [sorted(part for example in one for part in parts_of(example)) for one in passes]
+    assert parts[0] == parts[1] == parts[2]
+    held_out = [data.example(0, -1, block) for block in data.eval_blocks.tolist()]
+    together = sorted(parts[0] + [part for example in held_out for part in parts_of(example)])
+    whole = make_data(packing=packing, eval_blocks=0)
+    everything = [whole.example(0, 7, block) for block in range(len(whole.packed[0]))]
+    assert sorted(part for example in everything for part in parts_of(example)) == together
+    changed = [a["input_ids"].tolist() != b["input_ids"].tolist() for a, b in zip(*passes[:2], strict=True)]
+    assert np.mean(changed) > 0.3
+
+
+@pytest.mark.parametrize("packing", ["full_sentences", "segment_pair", "sentence_order"])
+@pytest.mark.parametrize(("masking", "texts_and_masks"), [("dynamic", 40), ("static", 10)])
+def test_static_data_repeats_after_ten_visits(make_data, packing, masking, texts_and_masks):
+    data = make_data(packing=packing, masking=masking, eval_blocks=0)
+    positions = np.arange(40 * int(data.num_train[0]))
+    _, visits, blocks = data.locate(positions)
+    collator = data.preprocessor.collator
+    batches = [collator([data.example(0, visit, 5)]) for visit in visits[blocks == 5].tolist()]
+    seen = Counter(str((batch["input_ids"].tolist(), batch["labels"].tolist())) for batch in batches)
+    assert list(seen.values()) == [40 // texts_and_masks] * texts_and_masks
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -64,11 +106,7 @@ def test_blocks_are_cut_in_the_length_warmup_and_whole_after_it(make_data, strea
     assert [share.micro_batches[0]["input_ids"].shape[1] for share in cut] == [8, 8, 32, 32]
     assert [share.counts.tokens for share in cut] == [8 * 8, 8 * 8, 8 * 32, 8 * 32]
     for one, other in zip(whole, cut, strict=True):
-        texts = [
-            torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
-            for share in (one, other)
-            for batch in share.micro_batches
-        ]
+        texts = [text_of(batch) for share in (one, other) for batch in share.micro_batches]
         length = texts[1].shape[1] - 1
         assert torch.equal(texts[0][:, :length], texts[1][:, :length])
     assert [a.counts.array.tolist() for a in whole[2:]] == [b.counts.array.tolist() for b in cut[2:]]
@@ -78,8 +116,9 @@ def test_blocks_are_cut_in_the_length_warmup_and_whole_after_it(make_data, strea
         assert resumed.counts.array.tolist() == cut[1].counts.array.tolist()
 
 
-def test_iteration_goes_on_from_any_update(make_data):
-    data = make_data(per_device_train_batch_size=4, dataloader_num_workers=0)
+@pytest.mark.parametrize("packing", ["full_sentences", "segment_pair", "sentence_order"])
+def test_iteration_goes_on_from_any_update(make_data, packing):
+    data = make_data(per_device_train_batch_size=4, dataloader_num_workers=0, packing=packing)
     whole = list(data.train_updates(Rank(), Resume(), 6, never))
     resumed = list(data.train_updates(Rank(), Resume(4), 6, never))
     for one, two in zip(whole[4:], resumed, strict=True):
@@ -128,8 +167,7 @@ def test_every_packing_gives_its_batches(make_data, packing, streaming, names, t
     data = make_data(packing=packing, train_batch_size=8, **changes)
     (batch,) = next(data.train_updates(Rank(), Resume(), 1, never)).micro_batches
     assert set(batch) == names
-    ids = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
-    assert (ids[:, 0] == tokenizer.cls_token_id).all()
+    assert (text_of(batch)[:, 0] == tokenizer.cls_token_id).all()
 
 
 def test_copies_are_left_out_of_all_corpora(make_data, tmp_path: Path, texts):
@@ -275,6 +313,16 @@ def test_description_counts_documents_and_tokens(make_data, texts):
     line = make_data().describe()[0]
     assert f"{len(texts):,} documents" in line
     assert json.dumps(make_data().identity())
+
+
+@pytest.mark.parametrize(
+    ("masking", "passes", "is_warned"), [("static", 8, True), ("static", 12, False), ("dynamic", 8, False)]
+)
+def test_static_data_that_never_repeats_is_told(make_data, masking, passes, is_warned):
+    blocks = int(make_data(train_batch_size=1, per_device_train_batch_size=1).num_train[0])
+    changes = {"train_batch_size": 1, "per_device_train_batch_size": 1, "max_steps": passes * blocks}
+    line = make_data(masking=masking, warmup_steps=1, **changes).describe()[0]
+    assert ("static, which repeats after 10 passes, and `max_steps` makes 8: " in line) == is_warned
 
 
 def test_evaluation_masks_as_ever_whatever_the_training_masks(make_data):

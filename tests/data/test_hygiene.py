@@ -65,6 +65,29 @@ def test_spellings_of_unicode_are_one(tmp_path: Path):
     assert Decontaminator([str(tmp_path / "dev[1].tsv")]).is_contaminated(unicodedata.normalize("NFC", sentence))
 
 
+@pytest.mark.parametrize(
+    ("tokenised", "natural"),
+    [
+        (
+            "they do n't know what it 's about and ca n't say",
+            "They don't know what it's about, and can't say",
+        ),
+        ("we 're sure he would n't and did n't and could n't go", "We’re sure he wouldn’t and didn’t and couldn’t go"),
+        ("you can not be gon na say that i 'm wan na go", "You cannot be gonna say that I'm wanna go"),
+        ("so -lrb- as he says -rrb- it is n't over at all", "So (as he says) it isnʼt over at all"),
+        (
+            "'t is what she 'd said before they &apos;ll have been",
+            "'Tis what she'd said before they'll have been",
+        ),
+    ],
+)
+def test_contractions_of_tokenised_test_sets_are_found_in_natural_text(tmp_path: Path, tokenised, natural):
+    (tmp_path / "dev.tsv").write_text(f"{tokenised}\n")
+    assert Decontaminator([str(tmp_path / "dev.tsv")]).is_contaminated(f"Before. {natural}! After.")
+    (tmp_path / "dev.tsv").write_text(f"{natural}\n")
+    assert Decontaminator([str(tmp_path / "dev.tsv")]).is_contaminated(f"Before. {tokenised}! After.")
+
+
 def test_filter_counts_what_it_leaves_out(decontaminator):
     documents = DocumentFilter("c", 1, decontaminator)
     texts = ["good", "", " \n", LONG, UserError("line 3: bad"), "fine"]

@@ -81,17 +81,15 @@ def test_special_tokens_are_neither_masked_nor_inserted(tokenizer, collator):
     assert set(inserted.tolist()) & set(tokenizer.all_special_ids) == {tokenizer.mask_token_id}
 
 
-@pytest.mark.parametrize(("masking", "times"), [("dynamic", [1] * 40), ("static", [4] * 10)])
-def test_masks_of_40_visits(tokenizer, collator, masking, times):
-    """Dynamic: none repeats, but on a rerun; static: ten, each four times."""
-    collator = replace(collator, masking=masking)
+def test_masks_of_40_visits(tokenizer, collator):
+    """None repeats, but on a rerun."""
     seen = Counter()
     for visit in range(40):
         examples = make_examples(tokenizer, 1, visit)
         batch, again = collator(examples), collator(examples)
         assert all(torch.equal(batch[name], again[name]) for name in batch)
         seen[str([batch[name].tolist() for name in ("input_ids", "labels")])] += 1
-    assert list(seen.values()) == times
+    assert list(seen.values()) == [1] * 40
 
 
 def test_masks_do_not_depend_on_the_rest_of_the_batch(tokenizer, collator):

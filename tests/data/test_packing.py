@@ -2,8 +2,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.metrics import roc_auc_score
 
-from recipe.data.packing import CONTINUES, RANDOM, SEGMENT, SINGLE, SWAPPED, Block, BlockFormat, pack_full_sentences
+from recipe.data.packing import (
+    CONTINUES,
+    RANDOM,
+    SINGLE,
+    SWAPPED,
+    Block,
+    BlockFormat,
+    cut_out,
+    exchange,
+    pack_full_sentences,
+)
 
 CLS, SEP = 1_000_000, 2_000_000
 documents_of_sentences = st.lists(
@@ -19,16 +31,22 @@ def make_format(packing: str, max_seq_length: int) -> BlockFormat:
     return BlockFormat(packing, max_seq_length, CLS, SEP, pair_special_tokens=4, seed=7)
 
 
-def pack_all(packing: str, documents: list[list[int]], max_seq_length: int) -> list[tuple[Block, np.ndarray]]:
+def pack_all(
+    packing: str, documents: list[list[int]], max_seq_length: int, key: int = 0
+) -> list[tuple[Block, np.ndarray]]:
     """All blocks, and their segments, of documents whose tokens are 0, 1, 2, … through the unit."""
     made = make_format(packing, max_seq_length)
-    packed = made.pack(*ends_of(documents))
-    tokens = np.arange(ends_of(documents)[0][-1])
+    document_ends, sentence_ends = ends_of(documents)
+    packed = made.pack(document_ends, sentence_ends)
+    if made.exchanges:
+        packed = exchange(packed, document_ends, made.pair_room, key)
+    tokens = np.arange(document_ends[-1])
     assert packed.block_ends[-1] == len(packed.segments)
     blocks, first = [], 0
     for end, label in zip(packed.block_ends.tolist(), packed.labels.tolist(), strict=True):
         segments = packed.segments[first:end]
-        blocks.append((made.assemble(tokens, segments, label), segments))
+        block = made.assemble(cut_out(tokens, segments), label, int(segments["ends_document"].sum()))
+        blocks.append((block, segments))
         first = end
     return blocks
 
@@ -133,32 +151,66 @@ def test_few_long_documents_make_pairs_of_both_kinds(packing):
     assert 0.4 < (labels == RANDOM).mean() < 0.5  # a half, less the eighth that falls to the same document
 
 
-def test_half_of_the_ordered_pairs_are_swapped():
+def test_ordered_pairs_are_two_consecutive_segments():
     rng = np.random.default_rng(0)
     documents = [rng.integers(5, 60, rng.integers(1, 40)).tolist() for _ in range(500)]
     document_ends, sentence_ends = ends_of(documents)
-    labels = []
     for block, segments in pack_all("sentence_order", documents, 128):
-        labels.append(block.label)
         if block.label == SINGLE:
             assert len(segments) == 1
             continue
-        one, two = segments[::-1] if block.label == SWAPPED else segments
+        one, two = segments
         assert two["start"] == one["start"] + one["length"]
         assert min(one["length"], two["length"]) > 0
         found = np.searchsorted(document_ends, [one["start"], two["start"]], side="right")
         assert found[0] == found[1]
         assert two["start"] in sentence_ends
-    labels = np.array(labels)
-    assert 0.45 < (labels == SWAPPED).sum() / (labels != SINGLE).sum() < 0.55
 
 
-def test_pairs_of_bert_have_one_separator_less():
-    made = BlockFormat("segment_pair", 16, CLS, SEP, pair_special_tokens=3, seed=0)
-    segments = np.array([(10, 2, False), (12, 1, True)], SEGMENT)
-    block = made.assemble(np.array([5, 6, 7]), segments, CONTINUES, first=10)
-    assert block.input_ids.tolist() == [CLS, 5, 6, SEP, 7, SEP]
-    assert block.spans.tolist() == [4, 2]
+@pytest.mark.parametrize("packing", ["segment_pair", "sentence_pair"])
+def test_other_passes_have_other_pairs_of_the_same_parts(packing):
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(5, 60, rng.integers(1, 40)).tolist() for _ in range(500)]
+    one, two = (pack_all(packing, documents, 128, key) for key in (0, 1))
+    assert len(one) == len(two)
+    assert [segments[0] for _, segments in one] == [segments[0] for _, segments in two]
+    changed = np.mean([a[0].input_ids.tolist() != b[0].input_ids.tolist() for a, b in zip(one, two, strict=True)])
+    assert 0.6 < changed < 0.8  # all but the pairs that follow each other in both
+
+
+def lone_and_grouped(rng: np.random.Generator) -> list[list[int]]:
+    """Documents of short sentences and of long ones, of which one alone fills a block of 64."""
+    return [rng.integers(*rng.choice([(3, 15), (35, 60)]), rng.integers(1, 20)).tolist() for _ in range(6000)]
+
+
+@pytest.mark.parametrize("packing", ["segment_pair", "sentence_order"])
+def test_lengths_do_not_tell_the_label(packing):
+    sizes, labels = [], []
+    for number, (block, _) in enumerate(pack_all(packing, lone_and_grouped(np.random.default_rng(0)), 64)):
+        if block.label != SINGLE:
+            # A pair whose order is to be told is swapped by a hash; here, every other one.
+            is_swapped = packing == "sentence_order" and number % 2
+            sizes.append(block.spans[::-1] if is_swapped else block.spans)
+            labels.append(SWAPPED if is_swapped else block.label)
+    sizes, labels = np.array(sizes), np.array(labels)
+    features = np.column_stack([sizes, sizes[:, 0] - sizes[:, 1], sizes.sum(1)])
+    half = len(labels) // 2
+    shuffled = np.random.default_rng(1).permutation(len(labels))
+    features, labels = features[shuffled], labels[shuffled]
+    classifier = HistGradientBoostingClassifier(random_state=0).fit(features[:half], labels[:half])
+    assert roc_auc_score(labels[half:], classifier.predict_proba(features[half:])[:, 1]) < 0.55
+
+
+@pytest.mark.parametrize(("special", "lead"), [(3, []), (4, [SEP])])
+def test_special_tokens_of_pairs_and_of_swapped_ones(special, lead):
+    made = BlockFormat("segment_pair", 16, CLS, SEP, pair_special_tokens=special, seed=0)
+    block = made.assemble([np.array([5, 6]), np.array([7])], CONTINUES, 1)
+    assert block.input_ids.tolist() == [CLS, 5, 6, SEP, *lead, 7, SEP]
+    assert block.spans.tolist() == [4, 2 + len(lead)]
+    swapped = made.swap(block)
+    assert swapped.input_ids.tolist() == [CLS, 7, SEP, *lead, 5, 6, SEP]
+    assert swapped.spans.tolist() == [3, 3 + len(lead)]
+    assert (swapped.label, swapped.documents) == (SWAPPED, 1)
 
 
 def full_sentence_ends(documents: list[list[int]], max_seq_length: int) -> list[int]:

@@ -18,6 +18,7 @@ from recipe.data.sampling import LaneOrder
 from recipe.data.streamed import StreamedData
 from recipe.data.streaming import LaneReader, LaneReaderState, from_tensors, to_arrays, to_tensors
 from testing.helpers import make_text, never, write_jsonl
+from tests.data.test_batches import text_of
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def read(data: StreamedData, num_processes: int, first: int, last: int, saved: d
     return updates, {key: value for share in shares for key, value in to_tensors(to_arrays(share.lanes)).items()}
 
 
-@pytest.mark.parametrize("packing", ["full_sentences", "contiguous", "doc_sentences"])
+@pytest.mark.parametrize("packing", ["full_sentences", "contiguous", "doc_sentences", "segment_pair", "sentence_order"])
 def test_update_is_the_same_for_any_processes_workers_and_micro_batch(make_data, packing):
     reference, _ = read(make_data(packing=packing), 1, 0, 60)
     for processes, workers, micro_batch in [(2, 0, 2), (4, 0, 1), (1, 2, 8), (2, 2, 4)]:
@@ -82,7 +83,7 @@ def test_update_is_the_same_for_any_processes_workers_and_micro_batch(make_data,
         assert read(data, processes, 0, 60)[0] == reference
 
 
-@pytest.mark.parametrize("packing", ["full_sentences", "doc_sentences"])
+@pytest.mark.parametrize("packing", ["full_sentences", "doc_sentences", "segment_pair", "sentence_order"])
 def test_checkpoint_goes_on_with_any_number_of_processes(make_data, packing, tmp_path: Path):
     reference, end = read(make_data(packing=packing), 1, 0, 90)
     updates, saved = [], None
@@ -202,6 +203,37 @@ def test_description_says_what_sharing_costs(make_data):
     assert "10 shards" in lines[0]
     assert "2 shards for 4 lanes: each is read by 2 of them" in lines[1]
     assert "resume" in lines[2]
+
+
+def test_buffers_hold_a_share_of_a_pass(make_data, corpora):
+    """Else blocks come again before others have come once."""
+    for size in (100_000, 40):
+        data = make_data(shuffle_buffer_size=size, corpora=corpora[:1], eval_blocks=0)
+        seen, drawn = Counter(), 0
+        for share in data.train_updates(Rank(), Resume(), 10_000, never):
+            seen.update(row.tobytes() for batch in share.micro_batches for row in text_of(batch).numpy())
+            drawn += 8
+            if np.mean([buffer.passes for buffer in share.lanes.values()]) >= 1:
+                break
+        held_back = 4 * data.schedule.buffer_sizes[0]
+        assert held_back == pytest.approx(min(size, drawn / 8), rel=0.3)
+        assert (f"{held_back:,} blocks held back for shuffling (not 100,000: at most" in data.describe()[-1]) == (
+            size > 40
+        )
+        assert len(seen) > 0.8 * drawn
+
+
+@pytest.mark.parametrize("packing", ["segment_pair", "sentence_order"])
+def test_share_of_random_or_swapped_parts_is_told(make_data, packing):
+    data = make_data(packing=packing, max_seq_length=64)
+    kind = "are swapped" if packing == "sentence_order" else "have parts of two documents"
+    share = next(data.train_updates(Rank(), Resume(), 1, never))
+    for line, seen in zip(
+        data.describe(), data.corpora_record([[1, 1, 1]] * 2, share.counts.streams).values(), strict=False
+    ):
+        assert f"{seen['negative_pairs']:.0%} of the pairs {kind}" in line
+        assert 0.25 < seen["negative_pairs"] < 0.75
+    assert "negative_pairs" not in make_data().corpora_record([[1, 1, 1]] * 2, share.counts.streams)["many"]
 
 
 def test_passes_and_left_out_documents_are_counted(make_data, corpora):

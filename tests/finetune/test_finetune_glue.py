@@ -166,9 +166,9 @@ def test_small_tasks_start_from_the_best_mnli_model_too(run_glue, flags, tmp_pat
     write_mnli(tmp_path / "glue")
     sources = []
 
-    def load(name, task):
+    def load(name, *rest):
         sources.append(name)
-        return load_classifier(name, task)
+        return load_classifier(name, *rest)
 
     monkeypatch.setattr("recipe.finetune.grid.load_classifier", load)
     run_glue(flags | {"tasks": "[rte,mnli]", "init_from_mnli": "true"})

@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -156,6 +158,24 @@ def test_best_epoch_counts_and_its_weights_are_kept(accelerator, small_model: Pa
     model.load_state_dict(outcome.weights)
     found = finetuner.predict(task, splits["validation"], model)
     assert (found == splits["validation"].labels).mean() == max(scores)
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "bert", "albert"])
+def test_dropout_of_the_head_is_as_given(tmp_path: Path, model_type: str):
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
+    config = AutoConfig.for_model(model_type, vocab_size=100, **sizes)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    for dropout, expected in ((None, 0.1), (0.0, 0.0), (0.3, 0.3)):
+        model = load_classifier(str(tmp_path), TASKS["rte"], dropout)
+        head = [module for name, module in model.named_modules() if not name.startswith(model.base_model_prefix)]
+        assert [module.p for module in head if isinstance(module, torch.nn.Dropout)] == [expected]
+
+
+def test_head_without_such_a_dropout_is_named(tmp_path: Path):
+    config = AutoConfig.for_model("distilbert", vocab_size=100, dim=16, n_heads=2, n_layers=1, hidden_dim=16)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"`classifier_dropout` is 0.0; a distilbert has no dropout"):
+        load_classifier(str(tmp_path), TASKS["rte"], 0.0)
 
 
 def test_scores_are_predicted_on_their_own_scale(accelerator, small_model: Path, tmp_path: Path):
