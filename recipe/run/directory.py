@@ -240,4 +240,5 @@ class RunDirectory:
         if self.is_main and self.metrics_file.exists():
             self.unwritten_metrics = b""
             kept = [record for record in self.read_metrics() if record["step"] <= step]
+            self.loss = next((record["loss"] for record in reversed(kept) if "loss" in record), None)
             write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))
