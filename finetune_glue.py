@@ -67,20 +67,22 @@ def main() -> None:
         return
 
     run.write_config(asdict(args), environment(accelerator) | checksum)
-    if accelerator.is_main_process:
-        grid.results.forget_failures()
-    run.write_status("running", len(grid.results.read()))
-    accelerator.wait_for_everyone()
-    grid.run(jobs)
-    if not accelerator.is_main_process:
-        return
+    with run.noting_failure():
+        if accelerator.is_main_process:
+            grid.results.forget_failures()
+        run.write_status("running", len(grid.results.read()))
+        accelerator.wait_for_everyone()
+        records = grid.run(jobs, run.heartbeat)
+        if not accelerator.is_main_process:
+            return
 
-    summary = summarise(grid.results.read(), jobs, data, args.compare_with)
-    hours = (time.perf_counter() - started) / 3600
-    print("\n".join(write_report(run.path, summary, hours, args.model_name_or_path)))
-    run.write_status("complete", len(jobs))
-    for line in add_glue_to_card(run.path):
-        print(line)
+        summary = summarise(records, jobs, data, args.compare_with)
+        hours = (time.perf_counter() - started) / 3600
+        print("\n".join(write_report(run.path, summary, hours, args.model_name_or_path)))
+        lines = add_glue_to_card(run.path)
+        run.write_status("complete", len(jobs))
+        for line in lines:
+            print(line)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ accelerate launch pretrain.py --config recipe/configs/pretrain/roberta-base.yaml
 import recipe.run.stopping  # noqa: F401  before all else: it notes the launcher and the time
 
 # isort: split
+from dataclasses import asdict
+
 from recipe.arguments import PretrainArguments, parse_config
 from recipe.arguments.corpus import local_files
 from recipe.base.errors import report_user_errors
@@ -21,6 +23,7 @@ def main() -> None:
     from recipe.data.modes import open_data
     from recipe.plan import describe_plan, print_plan
     from recipe.run.launch import open_run, start_accelerator
+    from recipe.run.trackers import tracking
     from recipe.session import build_session
     from recipe.training import train
 
@@ -39,11 +42,11 @@ def main() -> None:
     if args.prepare_only:
         return
 
-    session, resume = build_session(check, accelerator, run, data)
-    with session.recording():
-        is_complete = train(session, data, resume)
-
-    session.finish(check.tokenizer, is_complete)
+    with run.noting_failure():
+        session, resume = build_session(check, accelerator, run, data)
+        with tracking(accelerator, run, asdict(check.args)):
+            is_complete = train(session, data, resume)
+        session.finish(check.tokenizer, is_complete)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """A run under way: everything that training works on, handed through as one object."""
 
 from collections import ChainMap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from recipe.arguments import PretrainArguments
 from recipe.arguments.checks import recorded_values
-from recipe.base.errors import UserError
+from recipe.base.errors import UserError, describe_error
 from recipe.base.progress import print_line
 from recipe.checks import CheckedRun
 from recipe.data.batches import Rank, Resume, TrainingData
@@ -43,7 +41,7 @@ from recipe.run.hardware import environment
 from recipe.run.launch import on_main
 from recipe.run.metrics import TrainState
 from recipe.run.plots import Curves, plot_runs
-from recipe.run.trackers import log_metrics, tracking
+from recipe.run.trackers import log_metrics, restart_trackers
 
 
 @dataclass
@@ -86,14 +84,6 @@ class Session:
         log_metrics(self.accelerator, record)
         self.run.log([line])
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Have status.json say that the run is under way, or why it failed, and keep the trackers open."""
-        self.run.write_status("running", self.state.step)
-        arguments = asdict(self.args)
-        with self.run.noting_failure(lambda: self.state.step), tracking(self.accelerator, self.run.path, arguments):
-            yield
-
     def build_scheduler(self) -> LambdaLR:
         """Build the schedule of the learning rate, standing where training is."""
         return build_scheduler(self.optimizer.optimizer, self.args.warmup_steps, self.args.max_steps, self.state.step)
@@ -129,7 +119,8 @@ class Session:
             return save_checkpoint(self.run.checkpoints, step, model, weights, tensors, kept, args.save_total_limit)
 
         def after_save(path: Path) -> None:
-            self.run.write_status("running", step)
+            self.run.saved_step = step
+            self.run.write_status("running", self.state.step)
             self.plot()
             if step < args.max_steps:  # the last one is pushed when the run is complete
                 self.publisher.publish(path, is_last=False)
@@ -157,6 +148,8 @@ class Session:
         skipped = self.state.go_back(TrainState(**read_state(checkpoint)["train_state"]))
         lanes = load_training_state(checkpoint, self.objective, self.optimizer.optimizer, self.accelerator.scaler)
         self.run.cut_metrics(self.state.step)
+        self.run.heartbeat(self.state.step)
+        restart_trackers(self.accelerator, self.run, asdict(self.args))
         self.last_saved_step = self.state.step
         self.run.log([f"back to {checkpoint}; the data of {skipped:,} updates after it is left out"])
         return self.resume_data(lanes, skipped)
@@ -182,15 +175,23 @@ class Session:
             resume = f"stopped after update {step:,}; go on with --resume_from_checkpoint latest"
             self.run.log([resume, *self.publisher.waiting()])
             return
+        lines = []
         if self.accelerator.is_main_process:
             last = checkpoint_path(self.run.checkpoints, step)
             checkpoint = last if last.exists() else self.writer.last
             assert checkpoint, "a complete run has a checkpoint of its last update, or began with it"
-            export_model(self.run.model, checkpoint, tokenizer)
-            write_card(self.run.path, self.run.model)
-            self.publisher.publish(last, is_last=True)
+            try:
+                export_model(self.run.model, checkpoint, tokenizer)
+                write_card(self.run.path, self.run.model)
+                self.publisher.publish(last, is_last=True)
+                lines = self.publisher.finish()
+            except Exception as error:  # each library has its own
+                raise UserError(
+                    f"all {step:,} updates are done and saved, but what follows has failed ({describe_error(error)}); "
+                    "the same command with --resume_from_checkpoint latest finishes it"
+                ) from error
         self.run.write_status("complete", step)
-        self.run.log([*self.publisher.finish(), *self.run.describe()])
+        self.run.log([*lines, *self.run.describe()])
 
 
 def prepare(
@@ -221,6 +222,8 @@ def build_session(
     if checkpoint:
         check_identity(check.saved["identity"], identity, checkpoint)
         state = TrainState.restore(check.saved["train_state"], len(args.corpora), checkpoint)
+        run.saved_step = state.step
+    run.write_status("running", state.step)  # all that is refused has been
     objective = OBJECTIVES[args.objective](check.model, args.masked_share, args.gradient_checkpointing)
     warnings = []
     if args.torch_compile:

@@ -73,6 +73,7 @@ def train(session: Session, data: TrainingData, resume: Resume) -> bool:
             scheduler.step()
             log.count(update, counts)
             bar.update()
+            session.run.heartbeat(state.step)
             is_last = state.step == args.max_steps
 
             spikes.check_nonfinite()

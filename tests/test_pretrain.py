@@ -478,6 +478,51 @@ def test_diverged_run_stops_and_says_where_to_go_on(flags, run_pretrain, tmp_pat
     assert "step-00000002" in status["reason"]
 
 
+@pytest.mark.parametrize("place", ["export_model", "write_card", "Publisher.publish", "Publisher.finish"])
+def test_run_whose_end_fails_says_so_and_is_finished_by_the_same_command(
+    flags, run_pretrain, tmp_path: Path, monkeypatch, place
+):
+    def crash(*arguments, **values):
+        raise OSError(28, "No space left on device")
+
+    flags |= {"resume_from_checkpoint": "latest"}
+    with monkeypatch.context() as patch:
+        patch.setattr(f"recipe.session.{place}", crash)
+        with pytest.raises(UserError, match=r"all 6 updates are done and saved.*No space left.*latest finishes it"):
+            run_pretrain(flags)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"], status["saved_step"]) == ("failed", 6, 6)
+    assert "No space left" in status["reason"]
+    run_pretrain(flags)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("complete", None)
+    assert (
+        status["loss"]
+        == [line["loss"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line][-1]
+    )
+    assert (tmp_path / "run" / "model" / "README.md").exists()
+
+
+def test_crash_while_a_run_is_built_is_noted(flags, run_pretrain, tmp_path: Path, monkeypatch):
+    def crash(*arguments):
+        raise RuntimeError("the device is broken")
+
+    monkeypatch.setattr("recipe.session.prepare", crash)
+    with pytest.raises(RuntimeError, match="the device is broken"):
+        run_pretrain(flags)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("failed", "RuntimeError: the device is broken")
+
+
+def test_refused_resume_leaves_the_status_of_the_run(flags, finished_run, run_pretrain, texts, tmp_path: Path):
+    before = (finished_run / "status.json").read_bytes()
+    changed = write_jsonl(tmp_path / "changed.jsonl", texts[1:])
+    corpora = json.dumps([{"name": "sample", "path": str(changed)}])
+    with pytest.raises(UserError, match="is of another experiment"):
+        run_pretrain(flags | {"corpora": corpora, "resume_from_checkpoint": "latest"})
+    assert (finished_run / "status.json").read_bytes() == before
+
+
 def losses(run: Path) -> list[float]:
     return [line.get("loss") or line["eval_loss"] for line in read_lines(run / "metrics.jsonl")]
 

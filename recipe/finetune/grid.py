@@ -4,9 +4,11 @@ import gc
 import itertools
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,6 +23,7 @@ from recipe.finetune.finetuning import Finetuner, Outcome, encode_splits, load_c
 from recipe.finetune.jobs import Job, Results
 from recipe.finetune.tasks.glue import TASKS
 from recipe.finetune.tasks.scoring import format_predictions
+from recipe.run.launch import on_main
 
 
 def plan_jobs(args: GlueArguments, tasks: dict[str, dict[str, Dataset]]) -> list[Job]:
@@ -62,21 +65,38 @@ class Grid:
                 "before `init_from_mnli` was set have kept none)"
             )
 
-    def run(self, jobs: list[Job]) -> None:
-        """Run all jobs that have no result yet, together with the other processes, until all have one."""
+    def run(self, jobs: list[Job], heartbeat: Callable[[int], None]) -> dict[Job, dict[str, Any]]:
+        """Run all jobs that have no result yet, together with the other processes, until all have one.
+
+        Args:
+            heartbeat: called with the number of results after each job of this process.
+
+        Returns:
+            the lines of results.jsonl.
+        """
         is_alone = self.accelerator.num_processes == 1
         shared = [job for job in jobs if job.task in self.args.data_parallel_tasks and not is_alone]
-        own, mnli = [job for job in jobs if job not in shared], {job for job in jobs if job.task == "mnli"}
+        mnli = {job for job in jobs if job.task == "mnli"}
+
+        def run_job(job: Job, is_shared: bool) -> None:
+            self.run_job(job, is_shared)
+            done = len(self.results.read())
+            bar.update(done - bar.n)
+            heartbeat(done)
+
         with progress_bar("fine-tuning", len(jobs), "jobs", self.accelerator.is_main_process) as bar:
             for job in shared:
-                if job not in self.results.read():
-                    self.run_job(job, is_shared=True)
-                    bar.update(len(self.results.read()) - bar.n)
+                if job not in on_main(self.accelerator, self.results.read):
+                    run_job(job, is_shared=True)
                 self.accelerator.wait_for_everyone()
-            # A job that starts from an MNLI model waits until that is the best that there will be.
-            for job in self.results.claim(own, lambda job: job.init != "mnli" or mnli <= self.results.read().keys()):
-                self.run_job(job, is_shared=False)
-                bar.update(len(self.results.read()) - bar.n)
+            # Another start may forget failed jobs at any time, also after the last job, and shared ones too.
+            while not (records := self.results.read()).keys() >= set(jobs):
+                # A job that starts from an MNLI model waits until that is the best that there will be.
+                for job in self.results.claim(
+                    jobs, lambda job: job.init != "mnli" or mnli <= self.results.read().keys()
+                ):
+                    run_job(job, is_shared=False)
+        return records
 
     def run_job(self, job: Job, is_shared: bool) -> None:
         """Run a job, from the model's files to its line in results.jsonl; failed jobs get one too.

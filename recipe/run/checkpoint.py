@@ -42,6 +42,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.base.errors import UserError, describe_error, raising_damaged_file
 from recipe.base.files import check_free_space, replace_folder
+from recipe.base.progress import print_line
 from recipe.run.directory import CHECKPOINT_PREFIX, MANIFEST, STATE_FILES, checkpoint_path, list_checkpoints
 
 FORMAT = 4
@@ -110,7 +111,7 @@ def save_checkpoint(
         Exception: the disk is full, for example; each library has its own. Nothing is left of the checkpoint then.
     """
     for leftover in folder.glob(f".{CHECKPOINT_PREFIX}*"):
-        shutil.rmtree(leftover)
+        remove_old(leftover)
     path = checkpoint_path(folder, step)  # a damaged one may be there, or the same update before a resume
     with replace_folder(path) as temporary:
         model.save_pretrained(temporary, state_dict=weights)
@@ -120,8 +121,16 @@ def save_checkpoint(
         manifest = {file.name: {"bytes": file.stat().st_size, "sha256": checksum(file)} for file in files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for old in list_checkpoints(folder)[:-limit]:
-        shutil.rmtree(old)
+        remove_old(old)
     return path
+
+
+def remove_old(folder: Path) -> None:
+    """Remove a folder that is needed no more; one that cannot be removed, or is a link, is a warning."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        print_line(f"warning: {folder} cannot be removed ({describe_error(error)}); remove it, which only takes room")
 
 
 class CheckpointWriter:

@@ -4,10 +4,15 @@ This loads no torch, since the seconds of a process that pushes checkpoints are 
 """
 
 import json
+import os
+import platform
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,8 @@ from recipe.base.progress import print_line
 MANIFEST = "manifest.json"
 STATE_FILES = ("optimizer.pt", "state.json", MANIFEST)  # of a checkpoint, beside the model
 CHECKPOINT_PREFIX = "step-"
+HEARTBEAT_SECONDS = 60  # between two writings of status.json while a run makes progress
+JOB_VARIABLES = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_ID")  # of Slurm, PBS, LSF and Grid Engine
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -44,10 +51,18 @@ def read_records(file: Path) -> list[dict[str, Any]]:
     return records
 
 
+def job_name() -> str | None:
+    """Return the id that a batch system has given this process's job, the pod's name under Kubernetes, or None."""
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        return platform.node()
+    return next(filter(None, map(os.environ.get, JOB_VARIABLES)), None)
+
+
 def read_step(run: Path) -> int:
-    """Read from status.json how many updates are done; it is a `UserError` if it does not say so."""
+    """Read from status.json the update of the newest checkpoint, or else how many are done; without, a `UserError`."""
     with raising_damaged_file(run / "status.json", 'write {"step": N} into it, with the number of updates done'):
-        step = json.loads((run / "status.json").read_text())["step"]
+        status = json.loads((run / "status.json").read_text())
+        step = status["step"] if status.get("saved_step") is None else status["saved_step"]
         if type(step) is not int or step < 0:
             raise ValueError(f"`step` is {step!r}")
     return step
@@ -60,16 +75,29 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 class RunDirectory:
-    """The folder of one run, to which only the main process writes; `pids` are those of all training processes."""
+    """The folder of one run, to which only the main process writes.
+
+    Attributes:
+        pids: of all training processes.
+        step: updates that are done; None before the run has begun.
+        saved_step: update of the newest complete checkpoint.
+        loss: of the last line of metrics.jsonl that has one.
+    """
 
     def __init__(self, path: str | Path, is_main: bool, pids: list[int]) -> None:
         self.path = Path(path)
+        self.step: int | None = None
+        self.saved_step: int | None = None
+        self.loss: float | None = None
+        self.status_written = 0.0
+        self.status_lock = threading.Lock()  # training and the thread that writes checkpoints share the file
         self.is_main = is_main
         self.pids = pids
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.config_file = self.path / "config.yaml"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.status_file = self.path / "status.json"
         self.loss_plot = self.path / "loss.png"
         self.unwritten_metrics = b""
 
@@ -106,25 +134,44 @@ class RunDirectory:
 
     def write_status(self, state: str, step: int, reason: str | None = None) -> None:
         """Write status.json; `state` is running, complete, preempted or failed."""
-        if self.is_main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            status = {"state": state, "step": step, "reason": reason, "pids": self.pids}
+        self.step = step
+        if not self.is_main:
+            return
+        status = {"state": state, "step": step, "saved_step": self.saved_step, "loss": self.loss, "reason": reason}
+        status |= {"time": datetime.now(UTC).isoformat(timespec="seconds"), "host": platform.node(), "job": job_name()}
+        text = json.dumps(status | {"pids": self.pids}) + "\n"
+        with self.status_lock:
+            self.status_written = time.monotonic()
             try:
-                write_atomically(self.path / "status.json", json.dumps(status) + "\n")
+                self.path.mkdir(parents=True, exist_ok=True)
+                try:
+                    write_atomically(self.status_file, text)
+                except OSError:  # a full disk has no room for a new file, and often for the contents of an old one
+                    with self.status_file.open("r+") as file:
+                        file.write(text)
+                        file.truncate()
             except OSError as error:
                 print(f"warning: status.json could not be set to {state} ({step:,} updates): {error}", file=sys.stderr)
 
+    def heartbeat(self, step: int) -> None:
+        """Record how many updates are done; status.json says so at least every `HEARTBEAT_SECONDS`."""
+        self.step = step
+        if time.monotonic() - self.status_written > HEARTBEAT_SECONDS:
+            self.write_status("running", step)
+
     @contextmanager
-    def noting_failure(self, step: Callable[[], int]) -> Iterator[None]:
-        """Record in status.json what ended the run, and after which update, if an exception did."""
+    def noting_failure(self) -> Iterator[None]:
+        """Record in status.json what ended a run that had begun, and after which update, if an exception did."""
         try:
             yield
         except BaseException as error:
-            self.write_status("failed", step(), f"{type(error).__name__}: {error}")
+            if self.step is not None:
+                self.write_status("failed", self.step, f"{type(error).__name__}: {error}")
             raise
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl; one that a full disk does not take is written with the next one."""
+        self.loss = record.get("loss", self.loss)
         if self.is_main:
             self.unwritten_metrics += (json.dumps(record) + "\n").encode()
             try:
@@ -142,4 +189,5 @@ class RunDirectory:
         if self.is_main and self.metrics_file.exists():
             self.unwritten_metrics = b""
             kept = [record for record in self.read_metrics() if record["step"] <= step]
+            self.loss = next((record["loss"] for record in reversed(kept) if "loss" in record), None)
             write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))

@@ -1,15 +1,17 @@
 """Trackers, to which accelerate sends the figures of metrics.jsonl."""
 
+import contextlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from tqdm import tqdm
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from recipe.base.errors import UserError, describe_error, did_you_mean
+from recipe.base.hashing import digest
+from recipe.base.progress import print_line
+from recipe.run.directory import RunDirectory
 
 PROJECT_NAME = "pretraining"  # the project in which trackers show the runs side by side
 
@@ -41,27 +43,79 @@ def name_numbers(record: dict[str, Any], path: str = "") -> dict[str, float]:
 
 
 @contextmanager
-def tracking(accelerator: Accelerator, run: Path, arguments: dict[str, Any]) -> Iterator[None]:
+def tracking(accelerator: Accelerator, run: RunDirectory, arguments: dict[str, Any]) -> Iterator[None]:
     """Start the trackers on the main process, or raise a `UserError`, and close them at the end."""
-    plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in arguments.items()}
-    name = {"name": run.resolve().name}
-    try:
-        accelerator.init_trackers(PROJECT_NAME, plain, {"trackio": name | {"resume": "allow"}, "wandb": name})
-    except Exception as error:  # each tracker raises its own
-        raise UserError(f"`report_to`: a tracker cannot be started: {describe_error(error)}") from error
+    start_trackers(accelerator, run, arguments)
     try:
         yield
     finally:
-        call_trackers(accelerator, "finish")
+        finish_trackers(accelerator)
+
+
+def finish_trackers(accelerator: Accelerator) -> None:
+    """Close the trackers."""
+    call_trackers(accelerator, "finish")
+    accelerator.trackers.clear()
+
+
+def restart_trackers(accelerator: Accelerator, run: RunDirectory, arguments: dict[str, Any]) -> None:
+    """Have the trackers go back with a run; what fails is a warning."""
+    finish_trackers(accelerator)
+    try:
+        start_trackers(accelerator, run, arguments)
+    except UserError as error:
+        run.log([f"warning: {error}"])
+
+
+def start_trackers(accelerator: Accelerator, run: RunDirectory, arguments: dict[str, Any]) -> None:
+    """Start the trackers where training stands, so that no line is in one of their runs twice.
+
+    TensorBoard hides what it has of later updates. Trackio cannot cut a run back: its earlier copy of this one is
+    replaced by what metrics.jsonl holds. Others, as Weights & Biases, begin a run of their own at each start.
+
+    Raises:
+        UserError: a tracker cannot be started.
+    """
+    plain = {name: value if isinstance(value, int | float | str) else str(value) for name, value in arguments.items()}
+    path = run.path.resolve()
+    name = f"{path.name}-{digest(str(path))[:8]}"  # folders of one name are different runs
+    settings = {
+        "trackio": {"name": name},
+        "tensorboard": {"purge_step": (run.step or 0) + 1},
+        "wandb": {"name": name, "group": name},
+    }
+    try:
+        accelerator.init_trackers(PROJECT_NAME, plain, settings)
+        for tracker in accelerator.trackers:
+            if tracker.name == "trackio" and run.is_main and run.metrics_file.exists():
+                replace_in_trackio(tracker, run, name)
+    except Exception as error:  # each tracker raises its own
+        raise UserError(f"`report_to`: a tracker cannot be started: {describe_error(error)}") from error
+
+
+def replace_in_trackio(tracker: GeneralTracker, run: RunDirectory, name: str) -> None:
+    """Delete the newest run of this name, which is the one that goes on, and send what metrics.jsonl keeps of it."""
+    import trackio  # which is optional
+
+    with contextlib.suppress(ValueError):  # there is no such project on this machine
+        earlier = [one for one in trackio.Api().runs(PROJECT_NAME) if one.name == name]
+        if earlier:
+            earlier[-1].delete()
+    for record in run.read_metrics():
+        tracker.log(name_values(record), step=record["step"])
+
+
+def name_values(record: dict[str, Any]) -> dict[str, float]:
+    """Name the numbers of a line of metrics.jsonl, as `train/loss`, `eval/loss` or `corpora/books/tokens`."""
+    kind = "eval" if "eval_loss" in record else "train"
+    values = {name: value for name, value in record.items() if name not in ("step", "corpora")}
+    return name_numbers({kind: values, "corpora": record.get("corpora", {})})
 
 
 def log_metrics(accelerator: Accelerator, record: dict[str, Any]) -> None:
-    """Send a line of metrics.jsonl to all trackers, as `train/loss`, `eval/loss` or `corpora/books/tokens`."""
+    """Send a line of metrics.jsonl to all trackers."""
     if accelerator.is_main_process:
-        kind = "eval" if "eval_loss" in record else "train"
-        values = {name: value for name, value in record.items() if name not in ("step", "corpora")}
-        values = name_numbers({kind: values, "corpora": record.get("corpora", {})})
-        call_trackers(accelerator, "log", values, step=record["step"])
+        call_trackers(accelerator, "log", name_values(record), step=record["step"])
 
 
 def call_trackers(accelerator: Accelerator, method: str, *args: Any, **kwargs: Any) -> None:
@@ -69,6 +123,6 @@ def call_trackers(accelerator: Accelerator, method: str, *args: Any, **kwargs: A
     for tracker in list(accelerator.trackers):
         try:
             getattr(tracker, method)(*args, **kwargs)
-        except Exception as error:  # each tracker raises its own, and none is worth a run
+        except (Exception, SystemExit) as error:  # each tracker raises its own, and none is worth a run
             accelerator.trackers.remove(tracker)
-            tqdm.write(f"warning: {tracker.name} has failed and receives no more lines: {describe_error(error)}")
+            print_line(f"warning: {tracker.name} has failed and receives no more lines: {describe_error(error)}")

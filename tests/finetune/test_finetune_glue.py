@@ -73,6 +73,40 @@ def test_grid_ends_with_results_summary_table_plot_and_submission(run_glue, flag
     assert json.loads((out / "status.json").read_text())["state"] == "complete"
 
 
+def test_job_that_another_start_forgets_is_run_again(run_glue, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    claim, run, failures = Results.claim, Finetuner.run, [FloatingPointError("not finite")]
+
+    def run_or_fail(self, *arguments):
+        if failures:
+            raise failures.pop()
+        return run(self, *arguments)
+
+    def claim_and_forget(self, *arguments):
+        yield from claim(self, *arguments)
+        self.forget_failures()  # as another process does that starts now
+
+    monkeypatch.setattr(Finetuner, "run", run_or_fail)
+    monkeypatch.setattr(Results, "claim", claim_and_forget)
+    run_glue(flags)
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "complete"
+    assert len(learnt(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize(
+    "place", ["grid.Grid.keep_best", "report.write_report", "report.summarise", "jobs.Results.add"]
+)
+def test_crash_anywhere_is_noted(run_glue, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str):
+    def crash(*arguments, **values):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(f"recipe.finetune.{place}", crash)
+    with pytest.raises(OSError, match="No space left"):
+        run_glue(flags | {"tasks": "[rte]", "seeds": "[1]", "num_train_epochs": 1})
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("failed", "OSError: [Errno 28] No space left on device")
+    assert status["step"] == (1 if place.startswith("report") else 0)
+
+
 def test_seeds_differ_and_a_seed_repeats_itself(run_glue, flags, tmp_path: Path):
     run_glue(flags)
     run_glue(flags | {"output_dir": tmp_path / "again", "seeds": "[2,1]"})

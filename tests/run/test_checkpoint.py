@@ -64,6 +64,20 @@ def test_old_checkpoints_go_and_the_newest_is_found(tmp_path: Path):
     assert find_checkpoint(tmp_path, "latest") == (tmp_path / "step-00000100", [])
 
 
+def test_what_cannot_be_removed_is_a_warning(tmp_path: Path, capsys):
+    save(tmp_path / "elsewhere", 1)
+    (tmp_path / "run").mkdir()
+    link, leftover = tmp_path / "run" / "step-00000001", tmp_path / "run" / ".step-00000001"
+    for path in (link, leftover):
+        path.symlink_to(tmp_path / "elsewhere" / "step-00000001")
+    assert save(tmp_path / "run", 2, limit=1).is_dir()
+    assert find_checkpoint(tmp_path / "run", "latest")[0] == tmp_path / "run" / "step-00000002"
+    assert find_checkpoint(tmp_path / "elsewhere", "latest")[0] == tmp_path / "elsewhere" / "step-00000001"
+    printed = capsys.readouterr().out
+    for path in (link, leftover):
+        assert f"warning: {path} cannot be removed (OSError: Cannot call rmtree on a symbolic link)" in printed
+
+
 def test_going_back_sets_later_checkpoints_aside(tmp_path: Path):
     for step in (20, 30, 40):
         save(tmp_path, step)

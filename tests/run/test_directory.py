@@ -1,10 +1,13 @@
 import json
+import platform
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+import recipe.run.directory
 from recipe.base.errors import UserError
 from recipe.run.directory import RunDirectory, read_step
 from testing.helpers import ROOT
@@ -82,11 +85,76 @@ def test_only_the_main_process_writes(tmp_path: Path):
     assert not (tmp_path / "run").exists()
 
 
-def test_status_names_state_reason_and_processes(tmp_path: Path):
-    RunDirectory(tmp_path, is_main=True, pids=[11, 12]).write_status("preempted", 7, "SIGTERM")
-    assert json.loads((tmp_path / "status.json").read_text()) == {
+def read_status(folder: Path) -> dict:
+    return json.loads((folder / "status.json").read_text())
+
+
+def test_status_names_state_progress_time_and_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in (*recipe.run.directory.JOB_VARIABLES, "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    run = RunDirectory(tmp_path, is_main=True, pids=[11, 12])
+    run.write_status("preempted", 7, "SIGTERM")
+    status = read_status(tmp_path)
+    time = datetime.fromisoformat(status.pop("time"))
+    assert time.utcoffset() == timedelta()
+    assert time.microsecond == 0
+    assert status == {
         "state": "preempted",
         "step": 7,
+        "saved_step": None,
+        "loss": None,
         "reason": "SIGTERM",
+        "host": platform.node(),
+        "job": None,
         "pids": [11, 12],
     }
+    run.append_metrics({"step": 8, "loss": 2.5})
+    run.append_metrics({"step": 8, "eval_loss": 3.5})
+    run.saved_step = 8
+    monkeypatch.setenv("PBS_JOBID", "123.head")
+    run.write_status("running", 9)
+    status = read_status(tmp_path)
+    assert (status["loss"], status["saved_step"], status["job"]) == (2.5, 8, "123.head")
+    assert read_step(tmp_path) == 8  # of the weights that a card describes
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    run.write_status("running", 9)
+    assert read_status(tmp_path)["job"] == platform.node()
+
+
+def test_status_is_written_again_while_updates_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    now = 1000.0
+    monkeypatch.setattr(recipe.run.directory.time, "monotonic", lambda: now)
+    run = RunDirectory(tmp_path, is_main=True, pids=[])
+    run.write_status("running", 0)
+    now += recipe.run.directory.HEARTBEAT_SECONDS
+    run.heartbeat(1)
+    assert read_status(tmp_path)["step"] == 0
+    now += 1
+    run.heartbeat(2)
+    run.heartbeat(3)
+    assert read_status(tmp_path)["step"] == 2
+    with pytest.raises(KeyError), run.noting_failure():
+        raise KeyError("x")
+    assert (read_status(tmp_path)["state"], read_status(tmp_path)["step"]) == ("failed", 3)
+
+
+def test_failure_before_a_run_has_begun_leaves_no_status(tmp_path: Path):
+    run = RunDirectory(tmp_path / "run", is_main=True, pids=[])
+    with pytest.raises(UserError), run.noting_failure():
+        raise UserError("refused")
+    assert not run.path.exists()
+
+
+def test_status_on_a_full_disk_takes_the_place_of_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = RunDirectory(tmp_path, is_main=True, pids=[])
+    run.write_status("running", 5, "a reason that is longer than the next one")
+    monkeypatch.setattr(recipe.run.directory, "write_atomically", full)
+    run.write_status("failed", 6)
+    assert read_status(tmp_path)["state"] == "failed"
+    assert not capsys.readouterr().err
+    run.status_file.unlink()
+    run.write_status("failed", 6)
+    assert "status.json could not be set to failed (6 updates)" in capsys.readouterr().err

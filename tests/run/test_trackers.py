@@ -1,13 +1,19 @@
+import importlib
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from accelerate import Accelerator
+import trackio
 from accelerate.tracking import GeneralTracker, register_tracker_class
 
 from recipe.base.errors import UserError
 from recipe.run import trackers
-from recipe.run.trackers import check_trackers, log_metrics, tracking
-from testing.helpers import read_lines, reset_accelerate
+from recipe.run.directory import RunDirectory
+from recipe.run.trackers import check_trackers, tracking
+from testing.helpers import read_lines
 
 
 class Notebook(GeneralTracker):
@@ -86,17 +92,69 @@ def test_misspelt_and_missing_trackers_are_named(monkeypatch: pytest.MonkeyPatch
         check_trackers(["trackio", "wandb"])
 
 
-def test_trackio_keeps_the_curves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """This is the real tracker, started as the documentation does."""
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    reset_accelerate()
-    accelerator = Accelerator(log_with=check_trackers("trackio"))
-    with tracking(accelerator, tmp_path / "small", {"learning_rate": 1e-3, "corpora": [1, 2], "reason": None}):
-        for step in (10, 20):
-            log_metrics(accelerator, {"step": step, "loss": 1 / step, "learning_rate": 1e-3, "grad_norm": None})
-    reset_accelerate()
-    from trackio.sqlite_storage import SQLiteStorage
+def test_tracker_that_ends_the_process_is_one_warning(
+    notebook, run_pretrain, flags, tmp_path: Path, capsys, monkeypatch
+):
+    monkeypatch.setattr(notebook, "log", lambda *arguments, **values: sys.exit("out of quota"))
+    run_pretrain(flags | {"report_to": "notebook"})
+    assert "warning: notebook has failed and receives no more lines: SystemExit" in capsys.readouterr().out
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6
 
-    logs = SQLiteStorage.get_logs(trackers.PROJECT_NAME, "small")
-    assert [(log["step"], log["train/loss"]) for log in logs] == [(10, 0.1), (20, 0.05)]
+
+def test_settings_name_the_whole_path_and_where_to_go_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    seen = []
+    accelerator = SimpleNamespace(trackers=[], init_trackers=lambda project, config, settings: seen.append(settings))
+    for folder in (tmp_path / "a" / "run", tmp_path / "b" / "run"):
+        run = RunDirectory(folder, is_main=True, pids=[])
+        run.step = 7
+        with tracking(accelerator, run, {}):
+            pass
+    names = [settings["trackio"]["name"] for settings in seen]
+    assert names[0] != names[1]
+    assert all(name.startswith("run-") for name in names)
+    assert seen[0]["tensorboard"] == {"purge_step": 8}
+    assert seen[0]["wandb"]["group"] == names[0]
+
+
+@pytest.fixture
+def trackio_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], dict[str, list[list[tuple]]]]:
+    """The (update, loss) of each run of the real tracker, by the runs' names, which end in a checksum."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    utils, storage = importlib.import_module("trackio.utils"), importlib.import_module("trackio.sqlite_storage")
+    for module in (utils, storage):  # which may have been imported by another test
+        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+
+    def read() -> dict[str, list[list[tuple]]]:
+        lines: dict[str, list[list[tuple]]] = {}
+        for run in trackio.Api().runs(trackers.PROJECT_NAME):
+            logs = storage.SQLiteStorage.get_logs(trackers.PROJECT_NAME, run.name, run_id=run.id)
+            values = [(log["step"], log.get("train/loss", log.get("eval/loss"))) for log in logs]
+            lines.setdefault(run.name.rpartition("-")[0], []).append(values)
+        return lines
+
+    return read
+
+
+def expected_lines(run: Path) -> list[tuple]:
+    return [(line["step"], line.get("loss", line.get("eval_loss"))) for line in read_lines(run / "metrics.jsonl")]
+
+
+def test_trackio_has_each_line_once_after_a_resume(trackio_lines, run_pretrain, flags, tmp_path: Path):
+    flags |= {"report_to": "trackio", "logging_steps": 1, "resume_from_checkpoint": "latest"}
+    run = tmp_path / "run"
+    run_pretrain(flags)
+    assert trackio_lines() == {"run": [expected_lines(run)]}
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    run_pretrain(flags | {"learning_rate": 5e-3})
+    assert trackio_lines() == {"run": [expected_lines(run)]}
+
+
+def test_trackio_tells_folders_of_one_name_apart_and_keeps_what_was_there(trackio_lines, run_pretrain, flags, tmp_path):
+    flags |= {"report_to": "trackio"}
+    for folder in ("a", "b"):
+        run_pretrain(flags | {"output_dir": tmp_path / folder / "run"})
+    lines = trackio_lines()
+    assert len(lines["run"]) == 2
+    shutil.rmtree(tmp_path / "a")  # the user's new run in this place is no resume
+    run_pretrain(flags | {"output_dir": tmp_path / "a" / "run"})
+    assert len(trackio_lines()["run"]) == 3
