@@ -20,18 +20,25 @@ class PatientOutput(io.TextIOWrapper):
         with contextlib.suppress(OSError, ValueError):
             super().flush()
 
+    def close(self) -> None:
+        """Write what waits; the file stays open for the stream that this one has replaced."""
+        self.flush()
+
 
 def keep_output_from_failing() -> None:
     """Replace stdout and stderr by streams whose writing never fails, also where they are closed.
 
     They stay replaced, since the interpreter flushes them at its very end and would turn a failure into an exit status.
+    A stream that is no file, such as a notebook's, is left as it is.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # a closed one would be the next file's, which then received what libraries print
     os.close(descriptor)
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)  # None where it is closed
-        buffer, encoding, by_line = open(os.devnull, "wb"), "utf-8", False  # noqa: SIM115  open until the end
-        if stream is not None:
-            buffer, encoding, by_line = stream.buffer, stream.encoding, stream.line_buffering
-        setattr(sys, name, PatientOutput(buffer, encoding, "backslashreplace", line_buffering=by_line))
+        stream = getattr(sys, name)
+        if stream is None:  # it is closed
+            setattr(sys, name, PatientOutput(open(os.devnull, "wb"), "utf-8", "backslashreplace"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            line_buffering = stream.line_buffering
+            output = PatientOutput(stream.buffer, stream.encoding, "backslashreplace", line_buffering=line_buffering)
+            setattr(sys, name, output)

@@ -17,6 +17,8 @@ from recipe.base.errors import UserError, report_user_errors
 from recipe.base.progress import print_line, progress_bar
 
 with report_user_errors():
+    pass
+with report_user_errors():
     with progress_bar("phase", 9, "steps") as bar:
         for number in range(2000):
             print_line(f"{number} → \\udcff 漢")
