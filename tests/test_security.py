@@ -206,7 +206,7 @@ def test_repository_on_the_hub_is_checked_before_more_of_it_is_fetched(tmp_path:
         server.repos[REPO].commit("main", files | {"config.json": config}, "bad")
         bad = client.run("-c", code)
     assert [result.returncode for result in (absent, good, bad)] == [2, 0, 2]
-    assert f"`tokenizer_name` {REPO}: no tokenizer there, as a folder or on the hub" in absent.stderr
+    assert f"`tokenizer_name` is {REPO}: no tokenizer there, as a folder or on the hub" in absent.stderr
     assert "config.json names (`auto_map`) code of its repository, which is never run" in bad.stderr
     fetched = {path.name for path in (tmp_path / "home").rglob("*") if path.is_symlink()}
     assert fetched == {"config.json", "tokenizer.json"}
@@ -214,7 +214,7 @@ def test_repository_on_the_hub_is_checked_before_more_of_it_is_fetched(tmp_path:
 
 def test_offline_hub_is_named(tmp_path: Path):
     for option, name in (("tokenizer_name", "ann/tokenizer"), ("model_name_or_path", "ann/model")):
-        with pytest.raises(UserError, match=rf"`{option}` {name}: no \w+ there.*; HF_HUB_OFFLINE is set: unset it"):
+        with pytest.raises(UserError, match=rf"`{option}` is {name}: no \w+ there.*; HF_HUB_OFFLINE is set: unset it"):
             check_model_files(option, name, name.removeprefix("ann/"))
     args = PretrainArguments(
         output_dir=str(tmp_path / "run"),

@@ -43,7 +43,7 @@ def check_model_files(field: str, name_or_path: str, kind: str) -> None:
     Raises:
         UserError: it is refused, a file is damaged, or nothing is there.
     """
-    folder = find_folder(f"`{field}` {name_or_path}", name_or_path, kind)
+    folder = find_folder(f"`{field}` is {name_or_path}", name_or_path, kind)
     for name, limit in FILE_BYTES.items():
         file = folder / name
         if not file.is_file():
@@ -74,9 +74,11 @@ def find_folder(place: str, name_or_path: str, kind: str) -> Path:
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=list(FILE_BYTES)))
     except Exception as error:  # of the network, the hub, the cache or for a name that no repository has
-        offline = "; HF_HUB_OFFLINE is set: unset it, or name a folder" if constants.HF_HUB_OFFLINE else ""
-        problem = f"no {kind} there, as a folder or on the hub"
-        raise UserError(f"{place}: {problem}{offline} ({describe_error(error)})") from None
+        remedy = "make one by train_tokenizer.py" if kind == "tokenizer" else "name another"
+        if constants.HF_HUB_OFFLINE:
+            remedy = f"HF_HUB_OFFLINE is set: unset it, name a folder, or {remedy}"
+        problem = f"no {kind} there, as a folder or on the hub; {remedy} ({describe_error(error)})"
+        raise UserError(f"{place}: {problem}") from None
 
 
 def check_fields(place: str, values: dict[str, Any]) -> None:
