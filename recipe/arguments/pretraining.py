@@ -59,7 +59,7 @@ class PretrainArguments:
     decontaminate_against: list[PathName] = identity(default_factory=list)
     """Files or globs (`.tsv` of GLUE, or any text with a sentence a line or field) whose sentences must not be trained
     on: a document that shares 13 words in a row with one of them is dropped, as is one that holds all words of a
-    sentence of 8 to 12."""
+    sentence of 8 to 12. What tokenised text has apart counts as joined: `do n't` is `don't`."""
     max_unreadable_documents: NonNegativeInt = 0
     """Number of malformed documents in a corpus (in `streaming`, in a lane's part of it in a pass) that are skipped,
     counted and logged before the run stops with an error. Empty documents are always skipped and counted."""
@@ -69,13 +69,13 @@ class PretrainArguments:
     """What a block holds (paper, section 4.2). `full_sentences`: whole sentences, across the ends of documents.
     `doc_sentences`: whole sentences of one document. `contiguous`: tokens cut anywhere, without padding. `segment_pair`
     and `sentence_pair`: two parts, half of them from different documents. `sentence_order`: two consecutive segments,
-    half of them swapped."""
+    half of them swapped. Which ones is drawn anew for each visit of a block."""
     objective: Literal["masked_lm", "next_sentence", "sentence_order"] = identity(default="masked_lm")
     """What the model predicts: the masked tokens alone, in blocks of any packing; also whether the second part of a
     block follows the first (`segment_pair`, `sentence_pair`); or also which part comes first (`sentence_order`)."""
     masking: Literal["dynamic", "static"] = identity(default="dynamic")
-    """`dynamic`: a block has new masks on every visit (paper, section 4.1). `static`: a block has ten masks, which
-    repeat after ten visits, as in the data of BERT."""
+    """`dynamic`: a block has new masks, and a pair a new second part, on every visit (paper, section 4.1). `static`:
+    both repeat after ten visits, as in the data of BERT; up to there the run is the same as a dynamic one."""
     eval_corpora: list[CorpusArguments] = identity(default_factory=list)
     """Text to evaluate on, in the same form as `corpora`. Empty: blocks of `corpora` are held out."""
     eval_blocks: NonNegativeInt = identity(default=512)
@@ -97,8 +97,8 @@ class PretrainArguments:
     """Number of parts that `streaming` deals the corpora to and reads side by side. It must divide `train_batch_size`,
     and training processes times `dataloader_num_workers` must divide it."""
     shuffle_buffer_size: PositiveInt = identity(default=65_536)
-    """Number of blocks that `streaming` holds back for shuffling, over all lanes and corpora; they take 2 bytes a token
-    in memory and in each checkpoint."""
+    """Number of blocks that `streaming` holds back for shuffling, over all lanes and corpora, but at most an eighth of
+    a pass over a corpus; they take 2 bytes a token in memory and in each checkpoint."""
     token_store_dir: PathName | None = None
     """Folder of the token stores. Null: `token_stores` in the cache of `datasets` (HF_DATASETS_CACHE)."""
     preprocessing_num_workers: PositiveInt | None = None

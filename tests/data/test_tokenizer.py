@@ -162,6 +162,20 @@ def test_space_before_a_sentence_goes_with_it(tokenizer: PreTrainedTokenizerFast
     assert found == ["He was.", " Then — née — she was!", " “The end.”", "\n\nIt is."]
 
 
+@pytest.mark.parametrize("splitter", ["sentencex", "newline"])
+def test_joined_sentences_all_begin_with_one_space(tokenizer: PreTrainedTokenizerFast, splitter):
+    """Else a document's first sentence is known by its first token."""
+    documents = ["He was.\n  He was.\n\n\tHe was. \n", "  Née in Paris.\nHe was. \n " * 3, "\n", "It is"]
+    plain = DocumentEncoder(tokenizer, splitter, "en")
+    encoder = DocumentEncoder(tokenizer, splitter, "en", joins_sentences=True, max_document_characters=60)
+    assert encoder.fingerprint != plain.fingerprint
+    rows = list(encoder(documents))
+    found = [[tokenizer.decode(ids[a:b]) for a, b in itertools.pairwise([0, *ends])] for ids, ends in rows]
+    assert found == [[" He was."] * 3, [" Née in Paris.", " He was."] * 3, [], [" It is"]]
+    encoder.byte_lengths = None
+    assert rows_of(encoder, documents) == [(ids.tolist(), ends.tolist()) for ids, ends in rows]
+
+
 def test_newline_splitter_ends_sentences_at_line_ends(tokenizer: PreTrainedTokenizerFast):
     _, ends = next(DocumentEncoder(tokenizer, "newline", "en")(["One. Two.\nThree."]))
     assert len(ends) == 2

@@ -92,6 +92,18 @@ def test_metadata_pass_the_validation_of_the_hub_library(run):
     assert re.search(r"\| CoLA .*\| *61\.2 \|.*\| *63\.6 \| *-2\.4 \|", text)
 
 
+def test_share_of_random_or_swapped_parts_is_told(run):
+    assert "Of the pairs" not in build_card(run, run / "model")
+    records = read_lines(run / "metrics.jsonl")
+    for record in records:
+        for counts in record.get("corpora", {}).values():
+            counts["negative_pairs"] = 0.482
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for packing, kind in (("segment_pair", "have parts of two documents"), ("sentence_order", "are swapped")):
+        change(run, packing=packing)
+        assert f"Of the pairs, 48% (sample) {kind}." in build_card(run, run / "model")
+
+
 def test_what_was_not_run_is_not_there(run):
     text = (run / "model" / "README.md").read_text()
     for missing in ("GLUE", "kWh", "under way", "Documents left out", "updates skipped", "None", "nan"):
