@@ -219,7 +219,7 @@ def naming_disk_errors(path: Path) -> Iterator[None]:
                 f"no space is left in {path} ({format_bytes(free_bytes(path))} free); free some, or set "
                 "`token_store_dir` to a folder on another disk. What is finished is kept"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
             raise UserError(
                 f"{path} cannot be written ({error.strerror}); set `token_store_dir` to a folder that can, or copy the "
                 "token store that is given as `path` there"

@@ -28,6 +28,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -71,6 +72,7 @@ from recipe.data.packing import BlockFormat
 from recipe.run.plots import plot_runs, read_curves
 from recipe.run.directory import MANIFEST, list_checkpoints
 from recipe.run.directory import RunDirectory
+from recipe.data.integrity import Verification
 from recipe.data.packed_corpus import PackedCorpus
 from recipe.data.token_store import TokenStore
 from recipe.data.tokenizer import DocumentEncoder, load_tokenizer, save_tokenizer, train_byte_level_bpe
@@ -347,6 +349,30 @@ def fuzz_corpus(case: Case) -> None:
             assert not list(Path("stores").rglob(".*")), "half-written files stay"
 
 
+def fuzz_store(case: Case) -> None:
+    """Damage a file of a token store or of a view of it: it is refused or made again, and no other block comes out."""
+    corpus = CorpusArguments(name="c", path=str(case.material.corpus))
+
+    def read_blocks() -> list[list[int]]:
+        store = TokenStore(corpus, case.material.encoder, Decontaminator([]), Path("stores"))
+        store.build(0, None, 0)
+        packed = PackedCorpus(store, BlockFormat("full_sentences", 32, 0, 2, pair_special_tokens=4, seed=1))
+        packed.build(0)
+        blocks = [packed.block(number).input_ids.tolist() for number in range(len(packed))]
+        verification = Verification(packed.files_of_others())
+        verification.run(threading.Event())
+        verification.report()
+        return blocks
+
+    before = read_blocks()
+    files = [path for path in sorted(Path("stores").rglob("*")) if path.suffix in (".json", ".arrow", ".bin")]
+    for _ in range(case.rng.choice([0, 1, 1, 2])):
+        file = case.rng.choice(files)
+        if file.is_file():
+            case.damage(file)
+    assert read_blocks() == before, "other blocks than were written"
+
+
 def write_table(path: Path, records: Any, rng: random.Random) -> None:
     """Write a Parquet or Arrow file with the texts as strings or, now and then, as something else."""
     values = [record.get("text") if isinstance(record, dict) else record for record in records]
@@ -518,6 +544,7 @@ def fuzz_run(case: Case) -> None:
 TARGETS: dict[str, Callable[[Case], None]] = {
     "config": fuzz_config,
     "corpus": fuzz_corpus,
+    "store": fuzz_store,
     "glue": fuzz_glue,
     "checkpoint": fuzz_checkpoint,
     "run": fuzz_run,
