@@ -7,6 +7,7 @@
 
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from recipe.base.hashing import digest, file_checksum
 from recipe.base.progress import print_line
 from recipe.base.workers import InterruptedWaitError
 
+LOWEST_PRIORITY = 19
 STOP_SECONDS = 1  # for which the end of a run waits for a disk that does not answer
 
 
@@ -81,9 +83,12 @@ class StoredFile(NamedTuple):
 
     def check_size(self) -> None:
         """Raise a `UserError` if the file has another size: what is mapped into memory could not be read then."""
-        with raising_damaged_store(self.path):
-            if (size := os.stat(self.path).st_size) != self.size:
-                raise ValueError(f"it has {size:,} bytes, and had {self.size:,} when it was written")
+        try:  # rather than `raising_damaged_store`, since this is asked at each block
+            size = os.stat(self.path).st_size
+        except OSError as error:
+            raise damaged_store(self.path, str(error)) from error
+        if size != self.size:
+            raise damaged_store(self.path, f"it has {size:,} bytes, and had {self.size:,} when it was written")
 
 
 class Verification:
@@ -121,7 +126,15 @@ class Verification:
     def running(self) -> Iterator[None]:
         """Compare the files in a thread while the block runs, at whose end nothing waits; say how much was compared."""
         stopping = threading.Event()
-        thread = threading.Thread(target=self.run, args=(stopping,), daemon=True)
+
+        def run() -> None:
+            if (
+                sys.platform == "linux"
+            ):  # where a thread has a priority of its own: training gets the core if it needs it
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+            self.run(stopping)
+
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
         try:
             yield
