@@ -351,12 +351,13 @@ def fuzz_corpus(case: Case) -> None:
 
 def fuzz_store(case: Case) -> None:
     """Damage a file of a token store or of a view of it: it is refused or made again, and no other block comes out."""
-    corpus = CorpusArguments(name="c", path=str(case.material.corpus))
+    corpus = CorpusArguments(name="sample", path=str(case.material.corpus))
+    shutil.copytree(case.material.root / "stores", "stores")
 
     def read_blocks() -> list[list[int]]:
         store = TokenStore(corpus, case.material.encoder, Decontaminator([]), Path("stores"))
         store.build(0, None, 0)
-        packed = PackedCorpus(store, BlockFormat("full_sentences", 32, 0, 2, pair_special_tokens=4, seed=1))
+        packed = PackedCorpus(store, BlockFormat("full_sentences", 32, 0, 2, pair_special_tokens=4, seed=42))
         packed.build(0)
         blocks = [packed.block(number).input_ids.tolist() for number in range(len(packed))]
         verification = Verification(packed.files_of_others())

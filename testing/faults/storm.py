@@ -162,6 +162,7 @@ class Storm:
         self.done: Counter[tuple[str, str, str]] = Counter()
         self.runs = self.requests = 0  # requests to the hub before the last start
         self.failures: list[str] = []
+        self.shown = 0  # of these
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_HUB")} | {
             "HF_HOME": str(folder / "home"),
             "HF_ENDPOINT": hub.url,
@@ -206,6 +207,9 @@ class Storm:
                 self.check_readable(run)
                 if self.done.total() == before and failed:
                     raise RuntimeError(self.log.read_text())
+                for failure in self.failures[self.shown :]:
+                    print(failure, flush=True)
+                self.shown = len(self.failures)
                 if self.done.total() > before:
                     print(f"{self.done.total():4}  {', '.join(self.last)}", flush=True)
                     copies += self.copy_checkpoint(run)
