@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from recipe.base.errors import UserError
 from recipe.base.progress import progress_bar
 from recipe.data.batches import Batch, Counts, MicroBatches, TrainingData
 from recipe.modeling.model import model_flops_per_token
@@ -92,12 +93,15 @@ class TrainingLog:
             [format_data_line(state, self.corpora(counts), args.positions(state.step), args.max_steps)]
         )
 
-    def evaluate(self) -> None:
-        """Evaluate on the held-out blocks, and log it."""
+    def evaluate(self) -> Exception | None:
+        """Evaluate on the held-out blocks, and log it; return an error on all ranks if one of them has failed."""
         session = self.session
-        means = evaluate(session.accelerator, session.objective, self.eval_batches)
+        means, failure = evaluate(session.accelerator, session.objective, self.eval_batches)
+        if failure:
+            return failure
         record = eval_record(session.state, dict(zip(self.measures, means, strict=True)), self.unigram_loss)
         session.report(record, format_eval_line(record, session.args.max_steps))
+        return None
 
 
 class SpikeGuard:
@@ -145,20 +149,37 @@ class SpikeGuard:
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, objective: nn.Module, batches: MicroBatches) -> list[float]:
-    """Return the means of the objective's measures over the held-out blocks, each counted once; NaN without any."""
+def evaluate(
+    accelerator: Accelerator, objective: nn.Module, batches: MicroBatches
+) -> tuple[list[float], Exception | None]:
+    """Return the means of the objective's measures over the held-out blocks, each counted once; NaN without any.
+
+    Also an error, on all ranks if any of them has failed, so that they can save and end together.
+    """
+    failure: Exception | None = None
     objective.eval()
     totals = torch.zeros((), device=accelerator.device)
-    micro_batches = next(batches.iterate(0, 1, num_workers=0))[0]
-    with progress_bar(
-        "evaluating", len(micro_batches), "micro-batches", accelerator.is_main_process, stays=False
-    ) as bar:
-        for batch in micro_batches:
-            totals = totals + torch.stack(objective(**to_device(batch, accelerator.device)))
-            bar.update()
+    try:
+        micro_batches = next(batches.iterate(0, 1, num_workers=0))[0]
+        with progress_bar(
+            "evaluating", len(micro_batches), "micro-batches", accelerator.is_main_process, stays=False
+        ) as bar:
+            for batch in micro_batches:
+                totals = totals + torch.stack(objective(**to_device(batch, accelerator.device)))
+                bar.update()
+    except torch.OutOfMemoryError as error:
+        size = batches.micro_batch_size
+        failure = UserError(
+            f"`per_device_eval_batch_size` is {size}, and the device's memory is too small for it ({error}); give "
+            "less, and go on with --resume_from_checkpoint latest"
+        )
+    except Exception as error:  # whatever it is, the other ranks have to know
+        failure = error
     objective.train()
+    if accelerator.reduce(torch.tensor(float(failure is not None), device=accelerator.device), "sum").item():
+        return [], failure or UserError("another process cannot evaluate; see its message")
     sums, counts = accelerator.reduce(totals, "sum")
-    return (sums / counts).tolist()
+    return (sums / counts).tolist(), None
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -38,8 +38,8 @@ def train(session: Session, data: TrainingData, resume: Resume) -> bool:
     Raises:
         FloatingPointError: too many updates in a row were not finite, or the loss spikes again and again.
         LostFolderError: another process has taken the run's folder, or it is gone; nothing was saved since.
-        UserError: a corpus cannot be read any more. As after any error of the data, there is a checkpoint of the last
-            update.
+        UserError: a corpus cannot be read any more, or the device has no room for an evaluation. As after any error of
+            the data or of an evaluation, there is a checkpoint of the last update.
     """
     args, state, writer = session.args, session.state, session.writer
     log, spikes, request = TrainingLog(session, data), SpikeGuard(session), StopRequest(args.max_train_hours)
@@ -90,17 +90,20 @@ def train(session: Session, data: TrainingData, resume: Resume) -> bool:
                 continue
             if state.step % args.logging_steps == 0 or is_last:
                 log.log_training(update, learning_rate, counts)
+            failure = None
             with log.watch.paused():
                 if args.eval_blocks and (state.step % args.eval_steps == 0 or is_last):
                     watchdog.at("evaluating")
-                    log.evaluate()
-                if state.step % args.save_steps == 0 or is_last or update.stopping:
+                    failure = log.evaluate()
+                if state.step % args.save_steps == 0 or is_last or update.stopping or failure:
                     watchdog.at("saving")
                     log.log_data(counts)
                     session.save(lanes)
             request.update_done(writer.seconds or slow_write)
-            if is_last or update.stopping:
+            if is_last or update.stopping or failure:
                 session.wait_for_checkpoint()
+            if failure:
+                raise failure
             if update.stopping and not is_last:
                 return stop()
     return True

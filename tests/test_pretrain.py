@@ -515,6 +515,31 @@ def test_run_whose_end_fails_says_so_and_is_finished_by_the_same_command(
     assert (tmp_path / "run" / "model" / "README.md").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            torch.OutOfMemoryError("no room"),
+            r"`per_device_eval_batch_size` is 4, .*too small for it \(no room\); give less",
+        ),
+        (OSError(5, "Input/output error"), "Input/output error"),
+    ],
+)
+def test_evaluation_that_fails_costs_no_update(flags, run_pretrain, tmp_path: Path, monkeypatch, error, expected):
+    def fail(*arguments):
+        raise error
+
+    flags |= {"save_steps": 100, "resume_from_checkpoint": "latest"}
+    with monkeypatch.context() as patch:
+        patch.setattr("recipe.monitoring.to_device", fail)
+        with pytest.raises((UserError, OSError), match=expected):
+            run_pretrain(flags)
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"], status["saved_step"]) == ("failed", 3, 3)
+    run_pretrain(flags)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
+
+
 def test_crash_while_a_run_is_built_is_noted(flags, run_pretrain, tmp_path: Path, monkeypatch):
     def crash(*arguments):
         raise RuntimeError("the device is broken")

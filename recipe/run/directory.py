@@ -197,7 +197,10 @@ class RunDirectory:
                 self.path.mkdir(parents=True, exist_ok=True)
                 try:
                     write_atomically(self.status_file, text)
-                except OSError:  # a full disk has no room for a new file, and often for the contents of an old one
+                except OSError:
+                    if not self.status_file.exists():
+                        raise
+                    # A full disk has no room for a new file, and has it for the contents of an old one.
                     with self.status_file.open("r+") as file:
                         file.write(text)
                         file.truncate()
