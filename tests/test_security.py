@@ -233,6 +233,7 @@ def test_offline_hub_is_named(tmp_path: Path):
         ({"num_hidden_layers": 10**8}, "`num_hidden_layers` is 100000000; give 1 to 256"),
         ({"num_hidden_layers": 0}, "`num_hidden_layers` is 0; give 1 to 256"),
         ({"model_type": "qwen3", "num_hidden_layers": 10**8}, "`num_hidden_layers` is 100000000; give 1 to 256"),
+        ({"model_type": "albert", "inner_group_num": 256}, "`inner_group_num` is 256; give 1 to 4"),
         ({"num_labels": 10**9}, "`num_labels` is 1000000000; give 0 to 4,096"),
         ({"vocab_size": 10**9}, "`vocab_size` is 1000000000; give 1 to 16,777,216"),
         ({"max_position_embeddings": 10**18}, "`max_position_embeddings` is 1000000000000000000; give 0 to"),

@@ -18,7 +18,7 @@ FILE_BYTES = {"config.json": JSON_BYTES, "tokenizer_config.json": JSON_BYTES, "a
 FILE_BYTES |= dict.fromkeys(("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt"), VOCABULARY_BYTES)
 # The largest whole number for the first of these patterns that a field's name has. What is built one by one, in Python,
 # takes time and memory before anything has a size; other numbers are sizes of tensors, or ids.
-LARGEST = {r"(layers?|groups?|group_num|blocks?)$": 256, r"(experts|labels)$": 2**12, "": 2**24}
+LARGEST = {r"group_num$": 4, r"(layers?|groups?|blocks?)$": 256, r"(experts|labels)$": 2**12, "": 2**24}
 # Without these a model has no layer, or none with a number in it.
 POSITIVE = {"num_hidden_layers", "num_hidden_groups", "inner_group_num", "num_attention_heads"}
 POSITIVE |= {"hidden_size", "intermediate_size", "embedding_size", "vocab_size"}

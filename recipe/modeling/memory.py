@@ -74,7 +74,7 @@ def compute_memory(
         optimizer=8 * parameters,
         activations=peaks[0] - 4 * parameters - logits,  # and without the gradients
         logits=logits,
-        row=(peaks[2] - peaks[1]) // LINEAR_FROM_ROWS,
+        row=max(1, (peaks[2] - peaks[1]) // LINEAR_FROM_ROWS),  # beside weights of petabytes a row is nothing
         first_rows=peaks[1] + 12 * parameters,
     )
 

@@ -40,7 +40,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.base.errors import UserError, describe_error, raising_damaged_file
-from recipe.base.files import check_free_space, replace_folder
+from recipe.base.files import check_free_space, read_json, replace_folder
 from recipe.base.hashing import file_checksum
 from recipe.base.progress import print_line
 from recipe.run.directory import MANIFEST, STATE_FILES, checkpoint_path, checkpoint_step, list_checkpoints
@@ -192,7 +192,7 @@ class CheckpointWriter:
 def find_fault(path: Path) -> str | None:
     """Find what is wrong with a checkpoint; None if nothing is."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_json(path / MANIFEST)
         if missing := sorted(REQUIRED_FILES - manifest.keys()):
             return f"{MANIFEST} lacks {', '.join(missing)}"
         for name, expected in manifest.items():
@@ -233,7 +233,7 @@ def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path | None, list[s
 def read_state(path: Path) -> dict[str, Any]:
     """Read state.json of a checkpoint, and refuse another format."""
     with reading(path, "state.json") as file:
-        state = json.loads(file.read_text())
+        state = read_json(file)
         if state["format"] != FORMAT:
             raise UserError(f"checkpoint {path} has format {state['format']}, and this code reads format {FORMAT}")
     return state

@@ -75,3 +75,10 @@ def test_pairs_and_shared_layers_are_computed_too():
     parameters = sum(parameter.numel() for parameter in build_model(config, None, predicts_pairs=True).parameters())
     assert memory.parameters == parameters
     assert memory.activations > 0
+
+
+def test_weights_beside_which_a_row_is_nothing_have_no_micro_batch():
+    sizes = {"hidden_size": 2**24, "intermediate_size": 2**24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(**ROBERTA_DEFAULTS, **sizes, vocab_size=2**24)
+    memory = compute_memory(lambda: make_objective(config=config), 4, 32, "no", on_gpu=False)
+    assert memory.largest_micro_batch(1e11) == 0
