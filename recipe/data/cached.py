@@ -18,13 +18,13 @@ from recipe.data.integrity import Verification
 from recipe.data.packed_corpus import PackedCorpus
 from recipe.data.packing import Block
 from recipe.data.preprocessor import Preprocessor
-from recipe.data.sampling import BlockOrder
+from recipe.data.sampling import BlockOrder, permute
 from recipe.data.token_store import TokenStore
 
 TRAINED_ON_DAMAGE = (
     "The updates since this start may have been trained on it: to be sure, resume from a checkpoint that is older"
 )
-LABELLED_BLOCKS = 2_000  # of each corpus, on which the labels of pairs are counted
+LABELLED_BLOCKS = 4_000  # of each corpus, on which the labels of pairs are counted
 STATIC_VISITS = 10  # that differ (paper, section 4.1: BERT's data was duplicated ten times)
 # Of training text, that the unigram baseline is counted on: 0.004 nats more than on 23M, with 50,265 entries.
 UNIGRAM_TOKENS = 5_000_000
@@ -67,8 +67,9 @@ class CachedData(TrainingData):
                     f"block of `max_seq_length` ({args.max_seq_length}); give more text or shorter blocks"
                 )
             if args.packing in PAIR_PACKINGS:
-                sample = map(packed.block, np.linspace(0, len(packed) - 1, LABELLED_BLOCKS, dtype=int).tolist())
-                self.pair_labels.append(preprocessor.count_labels(sample))
+                first = np.arange(min(LABELLED_BLOCKS, len(packed)))
+                sample = permute(first, len(packed), Purpose.PARTNER, args.seed).tolist()
+                self.pair_labels.append(preprocessor.count_labels(map(packed.block, sample)))
                 preprocessor.check_pairs(packed.store.corpus, self.pair_labels[-1], packed.counts["documents"])
 
         sizes = [len(packed) for packed in self.packed]

@@ -106,8 +106,8 @@ class TokenStore:
         place = f"corpus {corpus.name!r}: the token store {self.path}"
         if read_json(self.path / "store.json").get("made_with") != self.made_with:
             raise UserError(
-                f"{place} was made with another tokenizer, `sentence_splitter`, `language` or `decontaminate_against`; "
-                "give those, or the text as `path`"
+                f"{place} was made with another tokenizer, `sentence_splitter`, `language` or `decontaminate_against`, "
+                "or `packing` (pairs and others have different stores); give those, or the text as `path`"
             )
         if missing := sum(not self.is_done(shard) for shard in range(self.num_shards)):
             raise UserError(

@@ -276,6 +276,7 @@ def test_identity_holds_the_experiment_and_nothing_else(config_file):
         "adam_beta1": 0.9,
         "adam_beta2": 0.98,
         "adam_epsilon": 1e-6,
+        "classifier_dropout": None,
     }
 
 
