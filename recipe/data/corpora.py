@@ -366,7 +366,7 @@ def open_source(corpus: CorpusArguments) -> Source:
     """Open a corpus, or raise a `UserError` if there is none of that path, on disk or on the hub."""
     files = local_files(corpus)
     if files == []:
-        raise UserError(f"corpus {corpus.name!r}: {corpus.path} is a token store, and text is needed; give its folder")
+        raise UserError(f"corpus {corpus.name!r}: {corpus.path} is a token store; give the folder of its text")
     return HubSource(corpus) if files is None else LocalSource(corpus, files)
 
 

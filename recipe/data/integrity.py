@@ -141,8 +141,8 @@ class Verification:
         finally:
             stopping.set()
             thread.join(STOP_SECONDS)
-            if not self.is_reported and not self.fault:
-                print_line(self.describe())
+            if not self.is_reported:
+                print_line(f"warning: {self.fault}" if self.fault else self.describe())
 
     def report(self) -> None:
         """Say once that all files match; raise a `UserError` if one does not.
@@ -150,6 +150,7 @@ class Verification:
         It is asked by the thread that trains: a process that is forked while another prints could not print any more.
         """
         if self.fault:
+            self.is_reported = True
             raise UserError(self.fault)
         if not self.is_reported and self.verified == len(self.files):
             self.is_reported = True

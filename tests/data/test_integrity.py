@@ -176,6 +176,11 @@ def test_verification_ends_with_the_run_and_says_how_far_it_was(tmp_path: Path, 
         verification.report()
         verification.report()
     assert capsys.readouterr().out.count("3 files, 3 KB, match their checksums") == 1
+    (tmp_path / "2").write_bytes(b"3" * 1000)
+    verification = Verification(verification.files)
+    with verification.running():  # no update comes after the fault is found
+        wait_for(lambda: verification.fault)
+    assert "warning: the token store's" in capsys.readouterr().out
 
 
 @pytest.fixture
