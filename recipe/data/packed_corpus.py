@@ -202,6 +202,8 @@ class PackedCorpus:
         if self.format.exchanges and (partner := self.partner(number, key)) != number:
             shard, other = self.find(partner)
             seconds, documents_of_partner, _ = self.shards[shard].read(other)
+            if min(len(parts), len(seconds)) < 2:
+                raise damaged_store(self.shards[shard].files[3].path, "it calls a block of one part a pair")
             parts, documents, label = [parts[0], seconds[1]], [documents[0], documents_of_partner[1]], RANDOM
         return self.checked(self.format.assemble(parts, label, sum(documents)), self.shards[shard])
 
