@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -154,8 +154,8 @@ def next_update(
     totals = accelerator.reduce(torch.from_numpy(counts.array).to(accelerator.device), "sum")
     counts = Counts(num_corpora, totals.cpu().numpy())
     if counts["failed"] or counts["lost"]:
-        problem = "cannot read its corpora any more" if counts["failed"] else "has lost the run's folder"
-        failure = failure or UserError(f"another process {problem}; see its message")
+        messages = filter(None, gather_object([str(failure or "")]))
+        failure = failure or UserError(f"another process has ended: {next(messages)}")
         local = None
     if counts["stopping"]:
         local = None
