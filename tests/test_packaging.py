@@ -20,7 +20,6 @@ TESTS = [file for folder in ("tests", "testing", "benchmarks") for file in (ROOT
 # Declared though no module of the recipe imports it, and why.
 NOT_IMPORTED = {
     "docstring_parser": "jsonargparse reads with it the help texts below the fields",
-    "trackio": "accelerate imports the tracker that `report_to` names",
     "pytest-xdist": "`make test` runs two workers",
     "coverage": "measures what the tests reach",
     "ruff": "`make lint`",

@@ -19,6 +19,7 @@ from testing.helpers import ROOT
 def test_error_that_says_what_to_do_is_its_message_and_status_2(error, capsys):
     with pytest.raises(SystemExit) as ended, report_user_errors():
         raise error("lower --learning_rate")
+    sys.stderr.flush()
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: lower --learning_rate\n"
 

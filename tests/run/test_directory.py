@@ -10,6 +10,7 @@ import pytest
 import recipe.run.directory
 from recipe.base.errors import UserError
 from recipe.run.directory import RunDirectory, checkpoint_path, list_checkpoints, read_step
+from recipe.run.lock import JOB_VARIABLES
 from testing.helpers import ROOT
 
 
@@ -92,7 +93,7 @@ def read_status(folder: Path) -> dict:
 
 
 def test_status_names_state_progress_time_and_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in (*recipe.run.directory.JOB_VARIABLES, "KUBERNETES_SERVICE_HOST"):
+    for name in (*JOB_VARIABLES, "KUBERNETES_SERVICE_HOST"):
         monkeypatch.delenv(name, raising=False)
     run = RunDirectory(tmp_path, is_main=True, pids=[11, 12])
     run.write_status("preempted", 7, "SIGTERM")
