@@ -325,10 +325,12 @@ class Storm:
             time.sleep(self.rng.uniform(0, 6))
             return
         begun, metrics, status = time.time(), run / "metrics.jsonl", run / "status.json"
-        requests, wait = self.requests, self.rng.uniform(0, 1)
+        requests, wait, least = self.requests, self.rng.uniform(0, 1), sys.maxsize
         while process.poll() is None:
-            written = [file.stat().st_mtime if file.exists() else 0 for file in (metrics, status)]
-            if written[0] > written[1] > begun:  # there is a line after the status that a start writes first
+            has_begun = status.exists() and status.stat().st_mtime > begun
+            size = metrics.stat().st_size if metrics.exists() else 0
+            least = min(least, size) if has_begun else sys.maxsize
+            if size > least:  # this start has added a line to what it has kept of the file
                 if wait > 0:  # so that it is not always the first such moment
                     time.sleep(wait)
                     wait = 0
