@@ -112,6 +112,8 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
 
     with tried.trying("output_dir") as remarks:
         if not args.prepare_only:
+            if args.dry_run:
+                run.lock.check_free()
             run.check(args.resume_from_checkpoint)
         remarks.append(f"{run.path} can be written")
     with tried.trying("tokenizer") as remarks:
@@ -134,7 +136,7 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
                 parameters = count_parameters(build_model(check.config, None, args.predicts_pairs))
             remarks.append(check_space(run.checkpoints, parameters, args.save_total_limit))
     wanted = args.resume_from_checkpoint
-    if wanted is not None and check.tokenizer:
+    if wanted is not None and check.tokenizer and not args.prepare_only:
         with tried.trying("checkpoint") as remarks:
             path = main_only(lambda: fetch_checkpoint(args))
             opened = open_checkpoint(run.checkpoints, path, check.identity, asdict(args))

@@ -166,8 +166,8 @@ class Session:
         failure, *_ = gather_object([self.writer.failure])
         if failure:
             raise UserError(
-                f"the last checkpoint could not be written ({failure}); free some space and resume with "
-                "--resume_from_checkpoint latest"
+                f"the last checkpoint could not be written ({failure}); free some space and give "
+                "--resume_from_checkpoint latest, which goes on from the one before it, if there is one"
             )
 
     def finish(self, tokenizer: PreTrainedTokenizerFast, is_complete: bool) -> None:
@@ -253,6 +253,6 @@ def build_session(
     lanes = load_training_state(checkpoint, prepared, adamw, accelerator.scaler) if checkpoint else {}
     run.write_config(recorded_values(args), environment(accelerator) | {"tokenizer_checksum": identity["tokenizer"]})
     if accelerator.is_main_process:
-        archive_later_checkpoints(run.checkpoints, state.step)
+        run.log(archive_later_checkpoints(run.checkpoints, state.step))
     run.cut_metrics(state.step)
     return session, session.resume_data(lanes)

@@ -1,6 +1,7 @@
 """The training loop, straight down: `train` calls `next_update`, `update_weights` and its `train_step`."""
 
 import math
+import platform
 from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -154,8 +155,9 @@ def next_update(
     totals = accelerator.reduce(torch.from_numpy(counts.array).to(accelerator.device), "sum")
     counts = Counts(num_corpora, totals.cpu().numpy())
     if counts["failed"] or counts["lost"]:
-        messages = filter(None, gather_object([str(failure or "")]))
-        failure = failure or UserError(f"another process has ended: {next(messages)}")
+        own = f"rank {accelerator.process_index} on {platform.node()}: {failure}" if failure else ""
+        found = next(filter(None, gather_object([own])))
+        failure = failure or UserError(f"another process has ended, {found}")
         local = None
     if counts["stopping"]:
         local = None

@@ -9,6 +9,7 @@ every byte of the text.
 import hashlib
 import itertools
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
@@ -59,6 +60,11 @@ def split_batches(texts: Iterable[list[str]], max_characters: int) -> Iterator[l
     return ([piece for text in batch for piece in split_text(text, max_characters)] for batch in texts)
 
 
+def shows_progress() -> bool:
+    """Tell whether the trainers may print their progress: where stdout is no terminal, a failure to print ends them."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
 def train_byte_level_bpe(
     texts: Iterable[list[str]],
     vocab_size: int,
@@ -78,6 +84,7 @@ def train_byte_level_bpe(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
+        show_progress=shows_progress(),
         vocab_size=vocab_size - 1,  # without `<mask>`
         min_frequency=min_frequency,
         special_tokens=ROBERTA_TOKENS,
@@ -97,6 +104,7 @@ def train_wordpiece(
     """Learn BERT's kind of vocabulary, without accents if lower-cased; for the arguments see `train_byte_level_bpe`."""
     tokenizer = BertTokenizer(do_lower_case=do_lower_case).backend_tokenizer
     trainer = trainers.WordPieceTrainer(
+        show_progress=shows_progress(),
         vocab_size=vocab_size,
         min_frequency=min_frequency,
         special_tokens=BERT_TOKENS,
@@ -114,7 +122,9 @@ def train_unigram(
     It normalizes by NFKD where SentencePiece has NFKC, and drops accents when uncased.
     """
     tokenizer = AlbertTokenizer(do_lower_case=do_lower_case, keep_accents=not do_lower_case).backend_tokenizer
-    trainer = trainers.UnigramTrainer(vocab_size=vocab_size, special_tokens=ALBERT_TOKENS, unk_token="<unk>")
+    trainer = trainers.UnigramTrainer(
+        show_progress=shows_progress(), vocab_size=vocab_size, special_tokens=ALBERT_TOKENS, unk_token="<unk>"
+    )
     tokenizer.train_from_iterator(split_batches(texts, max_document_characters), trainer)
     return tokenizer
 

@@ -50,14 +50,19 @@ REQUIRED_FILES = {"config.json", "model.safetensors", "optimizer.pt", "state.jso
 BYTES_PER_PARAMETER = 12  # weight and two moments, in float32
 
 
-def archive_later_checkpoints(folder: Path, step: int) -> None:
+def archive_later_checkpoints(folder: Path, step: int) -> list[str]:
     """Rename checkpoints later than `step` to `abandoned-…`, so that `latest` is of the branch that goes on from it.
 
     The newest come first: a process that is killed in between leaves none without those before it.
+
+    Returns:
+        lines for the log.
     """
-    for path in reversed(list_checkpoints(folder)):
-        if (checkpoint_step(path) or 0) > step:
-            path.rename(path.with_name(f"abandoned-{time.time_ns()}-{path.name}"))
+    later = [path for path in reversed(list_checkpoints(folder)) if (checkpoint_step(path) or 0) > step]
+    for path in later:
+        path.rename(path.with_name(f"abandoned-{time.time_ns()}-{path.name}"))
+    names = ", ".join(path.name for path in later)
+    return [f"set aside as abandoned-… in {folder}, where nothing removes them: {names}"] if later else []
 
 
 def check_space(folder: Path, num_parameters: int, limit: int) -> str:
@@ -173,7 +178,8 @@ class CheckpointWriter:
             self.last, self.failure = write(), None
         except Exception as error:  # each library has its own
             self.failure = describe_error(error)
-            self.log(f"warning: no checkpoint of update {step:,}: {self.failure}; the last one is {self.last}")
+            last = self.last or "not there yet"
+            self.log(f"warning: no checkpoint of update {step:,}: {self.failure}; the last one is {last}")
             return
         try:
             then(self.last)

@@ -128,8 +128,9 @@ class RunDirectory:
                 )
             if not has_checkpoints and (evidence := self.evidence_of_checkpoints()):
                 raise UserError(
-                    f"`resume_from_checkpoint` is latest, and {self.checkpoints} holds none, though {evidence};"
-                    f" bring them back (is a disk not mounted?), or remove {self.path} to start anew"
+                    f"`resume_from_checkpoint` is latest, and {self.checkpoints} holds no checkpoint, though "
+                    f"{evidence}; bring the checkpoints back (is a disk not mounted?), or choose another `output_dir` "
+                    "to start anew"
                 )
             return
         if wanted and Path(wanted).resolve().parent == self.checkpoints.resolve():
@@ -153,7 +154,8 @@ class RunDirectory:
                     return f"{self.status_file.name} says that update {status['saved_step']:,} was saved"
                 return None
         steps = [record["step"] for record in self.read_metrics()]
-        if steps and self.config_file.exists() and max(steps) >= read_config(self.path)["save_steps"]:
+        save_steps = read_config(self.path)["save_steps"] if self.config_file.exists() else 0
+        if steps and max(steps) >= save_steps:
             return f"{self.metrics_file.name} tells of {max(steps):,} updates"
         return None
 
@@ -171,7 +173,7 @@ class RunDirectory:
         """Say where everything of a finished run lies, and what to type next."""
         return [
             f"model: {self.model}",
-            f"loss plot: {self.loss_plot}",
+            *([f"loss plot: {self.loss_plot}"] if self.loss_plot.exists() else []),
             f"checkpoints, metrics and config: {self.path}",
             "next: accelerate launch finetune_glue.py --config recipe/configs/glue/quick.yaml "
             f"--model_name_or_path {self.model} --output_dir {self.path / 'glue'}",

@@ -63,15 +63,29 @@ class RunLock:
         write_atomically(self.owner_file, json.dumps(owner) + "\n")
         self.written = self.stamp()
 
+    def check_free(self) -> None:
+        """Raise a `UserError` if another process holds the folder; nothing is written."""
+        if self.file.is_file():
+            try:
+                FileLock(self.file).acquire(timeout=0).lock.release()
+            except Timeout:
+                raise self.refusal() from None
+            except OSError:  # it cannot be locked, which `acquire` says
+                return
+
     def wait(self) -> None:
         """Wait until the folder is free, or raise a `UserError` that names its holder."""
         try:
             self.lock.acquire(timeout=WAIT_SECONDS)
         except Timeout:
-            raise UserError(
-                f"`output_dir` {self.folder} is in use by {self.holder()}; stop that process first, or choose another "
-                f"folder. If it is surely gone, with its machine perhaps, remove {self.file}"
-            ) from None
+            raise self.refusal() from None
+
+    def refusal(self) -> UserError:
+        """Word the error about a folder that another process holds."""
+        return UserError(
+            f"`output_dir` {self.folder} is in use by {self.holder()}; stop that process first, or choose another "
+            f"folder. If it is surely gone, with its machine perhaps, remove {self.file}"
+        )
 
     def release(self) -> None:
         """Give the folder back, and remove it if this process has made it and nothing was written to it."""

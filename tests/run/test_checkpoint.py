@@ -83,7 +83,8 @@ def test_what_cannot_be_removed_is_a_warning(tmp_path: Path, capsys):
 def test_going_back_sets_later_checkpoints_aside(tmp_path: Path):
     for step in (20, 30, 40):
         save(tmp_path, step)
-    archive_later_checkpoints(tmp_path, 20)
+    [line] = archive_later_checkpoints(tmp_path, 20)
+    assert "step-00000040, step-00000030" in line
     save(tmp_path, 25, limit=2)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000020", "step-00000025"]
     assert len(list(tmp_path.glob("abandoned-*"))) == 2

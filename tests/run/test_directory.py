@@ -172,8 +172,9 @@ def make_remains(run: Path, kind: str) -> None:
         (run / "model").mkdir()
     elif kind == "status":
         (run / "status.json").write_text('{"state": "failed", "step": 25, "saved_step": 20}')
-    elif kind == "metrics":
-        (run / "config.yaml").write_text("save_steps: 20\n")
+    elif kind.startswith("metrics"):
+        if kind == "metrics":
+            (run / "config.yaml").write_text("save_steps: 20\n")
         (run / "metrics.jsonl").write_text('{"step": 25}\n')
     elif kind == "download":
         (run / "checkpoints" / ".from-hub").mkdir(parents=True)
@@ -186,6 +187,7 @@ def make_remains(run: Path, kind: str) -> None:
         ("model", "is the model of a complete run"),
         ("status", "says that update 20 was saved"),
         ("metrics", "tells of 25 updates"),
+        ("metrics alone", "tells of 25 updates"),
         ("download", "is a download that has not ended; give the same hub:// address again"),
     ],
 )

@@ -45,6 +45,8 @@ def holder(folder: Path) -> Iterator[subprocess.Popen]:
 def test_second_process_is_refused_and_told_of_the_first(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(lock, "WAIT_SECONDS", 0.1)
     with holder(tmp_path / "run") as process:
+        with pytest.raises(UserError, match=rf"in use by process {process.pid} on .* \(job 77\)"):
+            RunLock(tmp_path / "run").check_free()
         with pytest.raises(UserError, match=rf"in use by process {process.pid} on .* \(job 77\), since 2") as refused:
             RunLock(tmp_path / "run").acquire()
         assert f"remove {tmp_path / 'run' / '.lock'}" in str(refused.value)
@@ -55,6 +57,7 @@ def test_folder_of_a_killed_process_is_free(tmp_path: Path):
         process.kill()
         process.wait()
         held = RunLock(tmp_path / "run")
+        held.check_free()
         held.acquire()
         assert json.loads(held.owner_file.read_text())["pid"] == os.getpid()
         held.release()
