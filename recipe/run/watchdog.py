@@ -24,7 +24,9 @@ def open_store(accelerator: Accelerator) -> Store:
     host = os.environ["MASTER_ADDR"]
     main = TCPStore(host, 0, is_master=True, wait_for_workers=False) if accelerator.is_main_process else None
     [port] = broadcast_object_list([main.port if main else 0])
-    return main or TCPStore(host, port, is_master=False)
+    store = main or TCPStore(host, port, is_master=False)
+    accelerator.wait_for_everyone()  # the main process may have nothing to train, and end before others have connected
+    return store
 
 
 class Watchdog:

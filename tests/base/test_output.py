@@ -68,3 +68,19 @@ def test_run_whose_output_goes_to_a_full_disk_is_complete(flags, tmp_path: Path)
     with open("/dev/full", "w") as full:
         assert start(flags, stdout=full, stderr=full).wait() == 0
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
+
+
+@pytest.mark.parametrize("kind", ["byte_level_bpe", "wordpiece", "unigram"])
+def test_vocabulary_is_not_lost_to_a_full_disk_behind_stdout(tmp_path: Path, kind: str):
+    """The trainers print from Rust, where a failure to do so ends the process."""
+    options = {
+        "output_dir": tmp_path / "tokenizer",
+        "tokenizer_type": kind,
+        "vocab_size": 800,
+        "max_train_bytes": 200_000,
+    }
+    flags = ["--config=recipe/configs/tokenizer/tiny.yaml", *(f"--{name}={value}" for name, value in options.items())]
+    command = [sys.executable, "train_tokenizer.py", *flags]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, cwd=ROOT, stdout=full, stdin=subprocess.DEVNULL).returncode == 0
+    assert (tmp_path / "tokenizer" / "tokenizer.json").is_file()
