@@ -188,6 +188,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def push(api: HfApi, config: dict[str, Any], folder: Path) -> str:
     """Commit a folder's files to `main`, tagged with its name if it is a checkpoint; return the repository's id."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is gone: removed, moved or unmounted; nothing more is pushed from there")
     repo_id = api.create_repo(config["hub_model_id"], private=config["hub_private_repo"], exist_ok=True).repo_id
     is_checkpoint = checkpoint_step(folder) is not None
     # Those of these files that the folder lacks belong to an earlier checkpoint.

@@ -248,7 +248,7 @@ class Storm:
         number = signal.SIGKILL if target == "a worker" else self.rng.choice(SIGNALS)
         moment = self.moment(run) if chosen != "starting" else chosen
         kill(targets[target], number)
-        self.await_end(members, f"{number.name} to {target}")
+        self.await_end(process, members, f"{number.name} to {target}")
         self.record(number.name, target, moment)
         if chosen != "starting":
             if target == "a worker":
@@ -273,8 +273,8 @@ class Storm:
                 time.sleep(0.01)
             time.sleep(self.rng.uniform(0, 2))
             kill(members, signal.SIGCONT)
-            self.await_end(members, "a takeover")
-            if "is now in use by" not in (text := self.log.read_text()) and process.wait():
+            self.await_end(process, members, "a takeover")
+            if "is now in use by" not in (text := self.log.read_text()) and process.returncode:
                 self.failures.append(f"taken over, and ended with: {text[-1000:]}")
         # The second start is refused, or goes on once the first has ended.
         second.wait(END_SECONDS)
@@ -289,8 +289,8 @@ class Storm:
         if not (members := family(process)):
             return
         away = run.rename(run.with_name(f"{run.name}-away"))
-        self.await_end(members, "a move of the folder")
-        if process.wait():
+        self.await_end(process, members, "a move of the folder")
+        if process.returncode:
             self.record("moved away", "folder", "training")
         if run.exists():  # a checkpoint was being written or staged; nothing else is
             self.failures += [f"{path} made anew" for path in run.iterdir() if path.name not in ("checkpoints", "hub")]
@@ -312,8 +312,10 @@ class Storm:
             self.failures.append(f"{file} was damaged at byte {at}: {self.log.read_text()[-1000:]}")
         self.record("damaged store", file.suffix, "starting")
 
-    def await_end(self, members: list[psutil.Process], what: str) -> None:
-        """Wait for the end of processes; those that are left are a failure."""
+    def await_end(self, process: subprocess.Popen, members: list[psutil.Process], what: str) -> None:
+        """Wait for the end of a start's processes; those that are left are a failure."""
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(END_SECONDS)  # before psutil does, which would keep the exit status to itself
         _, left = psutil.wait_procs(members, timeout=END_SECONDS)
         if left:
             self.failures.append(f"{len(left)} processes left after {what}")

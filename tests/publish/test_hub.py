@@ -208,6 +208,14 @@ def test_answer_that_is_lost_makes_no_second_commit(hub, client, waiting_run):
     assert list(hub.repos[REPO].messages.values()) == ["initial commit", "step-00000006"]
 
 
+def test_folder_that_is_gone_is_not_pushed_again_and_again(hub, client, waiting_run):
+    code = "import recipe.publish.hub as hub; hub.list_waiting = lambda run: [run / 'hub' / 'step-7']; hub.main()"
+    result = client.run("-c", code, waiting_run)
+    assert result.returncode
+    assert "step-7 is gone: removed, moved or unmounted" in result.stderr
+    assert "trying again" not in result.stdout
+
+
 def test_training_state_of_an_earlier_checkpoint_does_not_stay_beside_a_model(hub, client, waiting_run):
     hub.repos[REPO] = Repo(private=False)
     hub.repos[REPO].commit("main", {"optimizer.pt": b"old", "glue.json": b"old", "NOTES.md": b"the user's"}, "before")
