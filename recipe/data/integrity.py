@@ -128,9 +128,7 @@ class Verification:
         stopping = threading.Event()
 
         def run() -> None:
-            if (
-                sys.platform == "linux"
-            ):  # where a thread has a priority of its own: training gets the core if it needs it
+            if sys.platform == "linux":  # where a thread has a priority of its own: training gets the core if needed
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
             self.run(stopping)
 
