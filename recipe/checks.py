@@ -20,6 +20,7 @@ from recipe.arguments.corpus import describe_left_out, find_files
 from recipe.base.errors import UserError
 from recipe.base.files import check_free_space
 from recipe.base.formatting import format_bytes, format_count
+from recipe.base.model_files import count_ids
 from recipe.data.cached import find_store
 from recipe.data.corpora import check_corpus, corpus_bytes, open_source
 from recipe.data.preprocessor import Preprocessor
@@ -120,7 +121,9 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
         named_by = "tokenizer_name" if args.tokenizer_name else "model_name_or_path"
         check.tokenizer = load_tokenizer(args.tokenizer_name or str(args.model_name_or_path), named_by)
         check.identity = identity_of(args) | {"tokenizer": tokenizer_checksum(check.tokenizer)}
-        remarks.append(f"{len(check.tokenizer):,} entries")
+        largest = count_ids(check.tokenizer.get_vocab()) - 1
+        gaps = f", ids up to {largest:,}" if largest >= len(check.tokenizer) else ""
+        remarks.append(f"{len(check.tokenizer):,} entries{gaps}")
     with tried.trying("model") as remarks:
         remarks.append(check_model(check))
     with tried.trying("batch") as remarks:

@@ -22,6 +22,7 @@ from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.base.errors import UserError
+from recipe.base.model_files import count_ids
 from recipe.base.workers import start_worker, starting_workers
 from recipe.data.masking import DynamicMaskingCollator
 from recipe.data.packing import CONTINUES, RANDOM, Block
@@ -29,6 +30,7 @@ from recipe.data.preprocessor import Preprocessor
 from recipe.data.sampling import apportion
 from recipe.data.streaming import Buffer
 from recipe.data.token_store import LEFT_OUT
+from recipe.data.tokenizer import role_ids
 
 Batch = dict[str, torch.Tensor]
 
@@ -327,10 +329,11 @@ class TrainingData(ABC):
         With add-one smoothing over the vocabulary. This is what a model without context would reach.
         """
         tokenizer = self.preprocessor.tokenizer
-        counts = np.ones(len(tokenizer))
+        counts = np.zeros(count_ids(tokenizer.get_vocab()))
+        counts[[*tokenizer.get_vocab().values()]] = 1
         for ids in self.sample_blocks():
             counts += np.bincount(ids, minlength=len(counts))
-        counts[tokenizer.all_special_ids] = 0
+        counts[role_ids(tokenizer)] = 0
         nats = -np.log(counts / counts.sum(), where=counts > 0, out=np.zeros_like(counts))
         batches, _ = next(self.eval_batches(Rank()).iterate(0, 1, num_workers=0))
         labels = torch.cat([batch["labels"].flatten() for batch in batches]).numpy()

@@ -19,7 +19,7 @@ from transformers import (
 from recipe.arguments.pretraining import first_position
 from recipe.base.errors import UserError, describe_error, did_you_mean
 from recipe.base.formatting import format_bytes
-from recipe.base.model_files import check_model_files, check_numbers
+from recipe.base.model_files import check_model_files, check_numbers, count_ids
 
 DECODER_FIELDS = {"is_decoder", "add_cross_attention", "use_cache"}  # of the config classes, and of no use here
 
@@ -86,7 +86,7 @@ def load_config(
         fitting: dict[str, Any] = {}
         if tokenizer is not None:
             fitting = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "pad", "eos")}
-            fitting["vocab_size"] = len(tokenizer)
+            fitting["vocab_size"] = count_ids(tokenizer.get_vocab())
         return CONFIG_MAPPING[model_type](**(DEFAULTS[model_type] | fitting | model_config))
     except OSError as error:
         raise UserError(f"`model_name_or_path` {source}: no model there, as a folder or on the hub: {error}") from None
@@ -95,9 +95,11 @@ def load_config(
 
 
 def check_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Refuse a tokenizer with more entries than the model, or with another padding token."""
+    """Refuse a tokenizer with higher ids than the model has rows for, or with another padding token."""
+    num_ids = count_ids(tokenizer.get_vocab())
+    gaps = f", with ids up to {num_ids - 1}" if num_ids > len(tokenizer) else ""
     for name, is_wrong, fact in (
-        ("vocab_size", config.vocab_size < len(tokenizer), f"has {len(tokenizer)} entries"),
+        ("vocab_size", config.vocab_size < num_ids, f"has {len(tokenizer)} entries{gaps}"),
         ("pad_token_id", config.pad_token_id != tokenizer.pad_token_id, f"pads with {tokenizer.pad_token_id}"),
     ):
         if is_wrong:
