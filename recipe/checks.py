@@ -28,7 +28,7 @@ from recipe.data.streamed import StreamedData
 from recipe.data.token_store import TokenStore
 from recipe.data.token_store import check_space as check_store_space
 from recipe.data.tokenizer import load_tokenizer, tokenizer_checksum
-from recipe.modeling.model import build_config, build_model, check_host_memory, count_parameters
+from recipe.modeling.model import build_config, build_model, check_host_memory, count_parameters, usable_length
 from recipe.publish.hub import check_push, fetch_checkpoint
 from recipe.run.checkpoint import check_space, open_checkpoint
 from recipe.run.directory import HUB_SCHEME, RunDirectory
@@ -174,6 +174,9 @@ def check_model(check: CheckedRun) -> str:
         check_host_memory(contentless, "model_name_or_path" if source else "model_config")
         torch.manual_seed(args.seed)
         check.model = build_model(check.config, source, args.predicts_pairs)
+    if check.tokenizer:
+        before = check.tokenizer.model_max_length if source else 0
+        check.tokenizer.model_max_length = usable_length(check.config, args.max_seq_length, before)
     return "fits the tokenizer" if check.tokenizer else f"{check.config.vocab_size:,} entries, without a tokenizer"
 
 

@@ -84,6 +84,9 @@ def test_exported_model_needs_none_of_our_code(finished_run: Path, tmp_path: Pat
     )
     assert "token_str" in result.stdout
     assert len(pipeline("fill-mask", model=model)("He<mask> it.")) == 5
+    # The tokenizer was trained for 64 tokens and the model for 32, which longer texts are cut to.
+    assert AutoTokenizer.from_pretrained(model).model_max_length == 32
+    assert len(pipeline("feature-extraction", model=model)("he " * 700, truncation=True)[0]) == 32
 
 
 def test_training_learns_to_use_the_context(echo_flags, run_pretrain, tmp_path: Path):
@@ -396,13 +399,14 @@ def test_training_goes_on_from_a_prepared_store_without_the_text(flags, run_pret
 def test_pretrained_model_goes_on_with_its_own_tokenizer(flags, finished_run, run_pretrain, tmp_path, tokenizer):
     # A learning rate that moves nothing: what comes out is what was loaded.
     domain = flags | {"output_dir": tmp_path / "domain", "model_name_or_path": tmp_path / "run" / "model"}
-    domain |= {"learning_rate": 1e-12, "seed": 7}
+    domain |= {"learning_rate": 1e-12, "seed": 7, "max_seq_length": 40}
     del domain["tokenizer_name"], domain["model_config"]
     run_pretrain(domain)
     before, after = weights(tmp_path / "run"), weights(tmp_path / "domain")
     assert all(torch.allclose(before[name], after[name], atol=1e-8) for name in before)
     exported = AutoTokenizer.from_pretrained(tmp_path / "domain" / "model")
     assert exported.get_vocab() == tokenizer.get_vocab()
+    assert exported.model_max_length == 40  # more than before
     assert [line["step"] for line in read_lines(tmp_path / "domain" / "metrics.jsonl") if "loss" in line] == [2, 4, 6]
 
 

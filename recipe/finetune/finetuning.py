@@ -84,6 +84,7 @@ def load_glue_tokenizer(name_or_path: str, max_seq_length: int) -> PreTrainedTok
         longest -= config.pad_token_id + 1  # positions start behind the pad token's
     if max_seq_length > longest:
         raise UserError(f"`max_seq_length` is {max_seq_length}; the model reads {longest} tokens at the most")
+    tokenizer.model_max_length = max(max_seq_length, min(tokenizer.model_max_length, longest))  # of what is saved
     return tokenizer
 
 

@@ -120,10 +120,25 @@ def check_sizes(config: PreTrainedConfig, max_seq_length: int) -> None:
     width, heads, positions = config.hidden_size, config.num_attention_heads, config.max_position_embeddings
     if width % heads:
         raise UserError(f"`model_config`: `hidden_size` ({width}) is not a multiple of `num_attention_heads` ({heads})")
-    needed = max_seq_length + first_position(config.model_type, config.pad_token_id)
-    if positions < needed:
+    if longest_sequence(config) < max_seq_length:
+        needed = max_seq_length + positions - longest_sequence(config)
         problem = f"needs `max_position_embeddings` >= {needed}, got {positions}"
         raise UserError(f"`max_seq_length` ({max_seq_length}) {problem}")
+
+
+def longest_sequence(config: PreTrainedConfig) -> int:
+    """Return how many tokens a model has positions for."""
+    return config.max_position_embeddings - first_position(config.model_type, config.pad_token_id)
+
+
+def usable_length(config: PreTrainedConfig, max_seq_length: int, length_before: int = 0) -> int:
+    """Return how many tokens a model can be given after training, which its tokenizer cuts longer texts to.
+
+    Args:
+        max_seq_length: of training; further positions of a new model are untrained.
+        length_before: what the tokenizer of a pretrained model cut to; a number beyond all bounds if it did not.
+    """
+    return max(max_seq_length, min(length_before, longest_sequence(config)))
 
 
 def build_model(
@@ -146,6 +161,9 @@ def build_model(
     if missing := sorted(loading["missing_keys"]):
         problem = f"lacks weights of a {model_class.__name__}: {missing[:3]}"
         raise UserError(f"`model_name_or_path` {source} {problem}")
+    if unused := sorted(name for name in loading["unexpected_keys"] if ".encoder." in f".{name}"):
+        problem = f"has weights that its config has no layers for, {unused[:3]}: correct `num_hidden_layers`"
+        raise UserError(f"`model_name_or_path` {source} {problem}, or save the model without them")
     return model
 
 

@@ -6,7 +6,14 @@ from transformers import AlbertConfig, BertConfig, RobertaConfig, RobertaForSequ
 
 from recipe.arguments import PretrainArguments, parse_config
 from recipe.base.errors import UserError
-from recipe.modeling.model import ROBERTA_DEFAULTS, build_config, build_model, count_parameters, model_flops_per_token
+from recipe.modeling.model import (
+    ROBERTA_DEFAULTS,
+    build_config,
+    build_model,
+    count_parameters,
+    model_flops_per_token,
+    usable_length,
+)
 from recipe.modeling.objectives import OBJECTIVES
 from testing.helpers import ROOT, SMALL_MODEL
 
@@ -92,6 +99,33 @@ def test_checkpoint_comes_as_float32(tokenizer, tmp_path):
     build_model(config, None).half().save_pretrained(tmp_path)
     model = build_model(build_config({}, str(tmp_path), tokenizer, 128), str(tmp_path))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "bert", "albert"])
+def test_checkpoint_with_more_layers_than_its_config_is_refused(tokenizer, tmp_path, model_type):
+    build_model(build_config(SMALL_MODEL, None, tokenizer, 128, model_type), None).save_pretrained(tmp_path)
+    config = build_config({"num_hidden_layers": 1}, str(tmp_path), tokenizer, 128, model_type)
+    if model_type == "albert":  # whose layers share their weights
+        assert build_model(config, str(tmp_path)).config.num_hidden_layers == 1
+        return
+    with pytest.raises(UserError, match=r"no layers for, \['\w+.encoder.layer.1.*: correct `num_hidden_layers`"):
+        build_model(config, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("positions", "max_seq_length", "length_before", "expected"),
+    [
+        (514, 128, 0, 128),  # new, with positions that were never trained
+        (514, 512, 128, 512),  # of a tokenizer that cuts too much
+        (130, 128, 512, 128),  # of one that cuts too little
+        (130, 64, 10**30, 128),  # of one that cuts nothing
+        (514, 128, 512, 512),  # trained further on short blocks
+    ],
+)
+def test_tokenizer_cuts_to_what_the_model_can_read(positions, max_seq_length, length_before, expected):
+    config = RobertaConfig(max_position_embeddings=positions)
+    assert usable_length(config, max_seq_length, length_before) == expected
+    assert usable_length(BertConfig(max_position_embeddings=512), 512, length_before) == 512
 
 
 @pytest.mark.parametrize("objective", ["masked_lm", "next_sentence"])
