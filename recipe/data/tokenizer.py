@@ -46,12 +46,7 @@ ENCODED_CHARACTERS = 2_000_000  # encoded at once; an `Encoding` takes some 100 
 PIECE_CHARACTERS, MARGIN_CHARACTERS = 10_000, 2_000  # of a long paragraph, whose sentences are found piece by piece
 UNKNOWN_LENGTH = -(2**40)  # of a token: no others make up for it in the sum of a text
 UNWRITTEN = "\U0010ffff" * 8  # no character, and in no text
-# What a lone tokenizer.json must hold to be of a class in transformers, which adds `<mask>` itself.
-ROLE_TOKENS = {models.BPE: ROBERTA_TOKENS, models.WordPiece: BERT_TOKENS, models.Unigram: ALBERT_TOKENS}
-NAME_CLASS = (
-    "load it by `PreTrainedTokenizerFast(tokenizer_file=…, bos_token=…, …)` with all its special tokens, and "
-    "`save_pretrained` it, which writes the tokenizer_config.json that is missing"
-)
+NAME_CLASS = "load it by its class and `save_pretrained` it, for the tokenizer_config.json that is missing"
 
 
 def split_text(text: str, max_characters: int) -> Iterator[str]:
@@ -214,8 +209,7 @@ def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
 def load_tokenizer(name_or_path: str, option: str = "tokenizer_name") -> PreTrainedTokenizerFast:
     """Load a fast tokenizer from a folder or the hub; raise a `UserError` if it cannot serve masked language modelling.
 
-    A folder with no more than a `tokenizer.json`, or `vocab.json` and `merges.txt`, is loaded as the RoBERTa, BERT or
-    ALBERT tokenizer that it is. `option` named it.
+    RoBERTa's needs no more than its `tokenizer.json`, or `vocab.json` and `merges.txt`. `option` named it.
     """
     field = f"`{option}` is {name_or_path}"
     folder = check_model_files(option, name_or_path, "tokenizer")
@@ -223,7 +217,7 @@ def load_tokenizer(name_or_path: str, option: str = "tokenizer_name") -> PreTrai
         if any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json")):
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         else:
-            tokenizer = load_unnamed_tokenizer(folder)
+            tokenizer = load_bare_tokenizer(folder)
     except UserError as error:
         raise UserError(f"{field}, {error}") from None
     except Exception as error:  # of one library or another
@@ -243,31 +237,24 @@ def load_tokenizer(name_or_path: str, option: str = "tokenizer_name") -> PreTrai
     return tokenizer
 
 
-def load_unnamed_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Load a tokenizer whose files do not name its class, by its kind of vocabulary and its special tokens.
+def load_bare_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load a tokenizer whose files do not name its class, if it is RoBERTa's.
 
     Raises:
-        UserError: it is none of the three classes, or would not be the same as one of them.
+        UserError: it is another, or there is none.
     """
     file = folder / "tokenizer.json"
-    kinds = {"vocab.txt": models.WordPiece, "vocab.json": models.BPE}
-    kind = next((kind for name, kind in kinds.items() if (folder / name).is_file()), models.Unigram)
-    saved: dict[str, Any] = {}
-    if file.is_file():
-        backend = Tokenizer.from_file(str(file))
-        kind, saved = type(backend.model), json.loads(backend.to_str())
-        tokens = ROLE_TOKENS.get(kind, [])
-        if not tokens or set(tokens) - backend.get_vocab().keys():
-            wanted = " or ".join(", ".join(tokens) for tokens in ROLE_TOKENS.values())
-            raise UserError(f"whose tokenizer.json is alone and has no {wanted} in it; {NAME_CLASS}")
-    options: dict[str, Any] = {"mask_token": MASK_TOKEN} if kind is models.BPE else {}
-    tokenizer = FAST_CLASSES[kind].from_pretrained(folder, trust_remote_code=False, **options)
+    if not file.is_file() and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        problem = "and no tokenizer.json is there, nor vocab.json with merges.txt; make one by train_tokenizer.py, or"
+        raise UserError(f"{problem} {NAME_CLASS}")
+    options: dict[str, Any] = {"mask_token": MASK_TOKEN}
+    tokenizer = RobertaTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     loaded = json.loads(tokenizer.backend_tokenizer.to_str())
-    for part in ("normalizer", "pre_tokenizer"):
-        if saved and saved[part] != loaded[part]:
-            raise UserError(
-                f"whose tokenizer.json is alone, with another `{part}` than a {type(tokenizer).__name__}; {NAME_CLASS}"
-            )
+    saved = json.loads(Tokenizer.from_file(str(file)).to_str()) if file.is_file() else loaded
+    is_alike = all(saved[part] == loaded[part] for part in ("normalizer", "pre_tokenizer"))
+    if not is_alike or saved["model"]["type"] != "BPE" or set(ROBERTA_TOKENS) - saved["model"]["vocab"].keys():
+        tokens = ", ".join(ROBERTA_TOKENS)
+        raise UserError(f"and is no byte-level BPE with {tokens}, as RoBERTa's without a class's name is; {NAME_CLASS}")
     return tokenizer
 
 

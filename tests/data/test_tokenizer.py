@@ -430,3 +430,41 @@ def test_long_lines_without_sentences_come_to_an_end(tokenizer, text: str):
     ends = DocumentEncoder(tokenizer, "sentencex", "zh").sentence_ends(text)
     assert (np.diff(ends) > 0).all()
     assert ends.tolist() == find_ends(text, sentencex.segment("zh", text)).tolist()
+
+
+@pytest.mark.parametrize("files", [["tokenizer.json"], ["vocab.json", "merges.txt"]])
+def test_bare_files_are_the_tokenizer_of_roberta(tokenizer: PreTrainedTokenizerFast, tokenizer_dir, tmp_path, files):
+    for file in files:
+        shutil.copy(tokenizer_dir / file, tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert isinstance(loaded, RobertaTokenizerFast)
+    assert loaded.special_tokens_map == tokenizer.special_tokens_map
+    assert loaded.added_tokens_decoder[399].lstrip
+    assert loaded("He <mask> there", "It is")["input_ids"] == tokenizer("He <mask> there", "It is")["input_ids"]
+
+
+def test_bare_files_of_others_are_named_with_the_way_out(tokenizer_dirs, tmp_path):
+    for kind in ("bert", "albert"):
+        (tmp_path / kind).mkdir()
+        shutil.copy(tokenizer_dirs[kind] / "tokenizer.json", tmp_path / kind)
+    (tmp_path / "gpt2").mkdir()
+    text = (tokenizer_dirs["roberta"] / "tokenizer.json").read_text().replace('"</s>"', '"<|endoftext|>"')
+    (tmp_path / "gpt2" / "tokenizer.json").write_text(text)
+    for kind in ("bert", "albert", "gpt2"):
+        with pytest.raises(
+            UserError, match=r"is no byte-level BPE with <s>, .*, as RoBERTa's .*; load it by its class"
+        ):
+            load_tokenizer(str(tmp_path / kind), "model_name_or_path")
+    (tmp_path / "word").mkdir()
+    shutil.copy(tokenizer_dirs["bert"] / "vocab.txt", tmp_path / "word")  # which does not say what is lower-cased
+    with pytest.raises(UserError, match=r"`model_name_or_path` is .*, and no tokenizer.json is there, nor vocab.json"):
+        load_tokenizer(str(tmp_path / "word"), "model_name_or_path")
+
+
+@pytest.mark.parametrize("name", ["runs/tokenizer", "/nowhere/tokenizer", "a/b/tokenizer"])
+def test_missing_folder_is_refused_without_asking_the_hub(tmp_path: Path, monkeypatch, name: str):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    with pytest.raises(UserError, match=f"`tokenizer_name` is {name}: no tokenizer there: there is no such folder"):
+        load_tokenizer(name)
