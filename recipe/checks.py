@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from recipe.arguments import CorpusArguments, PretrainArguments, identity_of
 from recipe.arguments.corpus import describe_left_out, find_files
+from recipe.arguments.languages import describe_rules
 from recipe.base.errors import UserError
 from recipe.base.files import check_free_space
 from recipe.base.formatting import format_bytes, format_count
@@ -187,6 +188,9 @@ def check_corpora(check: CheckedRun) -> None:
         with tried.trying("preprocessing") as remarks:
             check.preprocessor = Preprocessor(args, check.tokenizer)
             remarks.append(f"sentences by {args.sentence_splitter}, blocks of {args.packing}")
+            if args.sentence_splitter == "sentencex" and (remark := describe_rules(args.language)):
+                remarks.append(remark)
+                check.lines.append(f"warning: {remark}")
     stores: list[TokenStore] = []
     corpora = [*args.corpora, *args.eval_corpora]
     num_readable = 0

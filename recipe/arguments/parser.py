@@ -129,6 +129,9 @@ def parse_config(cls: type[Arguments], description: str, arguments: list[str] | 
                 flags[i] = f"{flag}=true"
         values, sources = read_configs(cls, found.config)
         check_flags(flags)
+        # The parser would leave to an entry of a flag's list the fields that the file's entry at its place has.
+        given = {flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")}
+        values = {name: value for name, value in values.items() if not (name in given and isinstance(value, list))}
         # The parser would replace a `model_config` as a whole. With quotes and types, what is read stays what it is.
         merged = [f"--config={yaml.safe_dump(values, default_style=chr(34), sort_keys=False)}"] if values else []
         namespace = parser.parse_args(merged + flags)

@@ -21,6 +21,7 @@ from recipe.arguments.checks import (
     identity,
 )
 from recipe.arguments.corpus import CorpusArguments, check_corpora
+from recipe.arguments.languages import check_language
 from recipe.base.errors import UserError, require
 
 # Blocks of these packings have one part: they can be cut short, and do not depend on what comes after the next block.
@@ -50,7 +51,7 @@ class PretrainArguments:
     tokenizer_name: PathName | None = identity(default=None)
     """Folder or hub id of the tokenizer. Null: the tokenizer of `model_name_or_path`."""
     language: str = identity(default="en")
-    """ISO 639-1 code of the text's language, for the sentence splitter."""
+    """Code of the text's language (ISO 639-1, `en`, or three letters of 639-3), for the sentence splitter."""
     sentence_splitter: Literal["sentencex", "newline"] = identity(default="sentencex")
     """How sentences are found: by the library sentencex, or by line, in text that has one sentence a line."""
     deduplicate: bool = identity(default=False)
@@ -204,6 +205,7 @@ class PretrainArguments:
         check_values(self)
         require(bool(self.output_dir), "output_dir", "empty", "name a folder")
         require(bool(self.corpora), "corpora", "empty", "name at least one corpus")
+        check_language(self.language)
         check_corpora("corpora", self.corpora)
         check_corpora("eval_corpora", self.eval_corpora)
         for name in PLAN_FIELDS:

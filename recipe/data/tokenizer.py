@@ -136,8 +136,28 @@ def train_unigram(
     trainer = trainers.UnigramTrainer(
         show_progress=shows_progress(), vocab_size=vocab_size, special_tokens=ALBERT_TOKENS, unk_token="<unk>"
     )
+    copy = Tokenizer.from_str(tokenizer.to_str())  # the trainer keeps the other locked
+    texts = counting_characters(texts, copy, vocab_size)
     tokenizer.train_from_iterator(split_batches(texts, max_document_characters), trainer)
     return tokenizer
+
+
+def counting_characters(texts: Iterable[list[str]], tokenizer: Tokenizer, vocab_size: int) -> Iterator[list[str]]:
+    """Yield batches of texts, and after the last raise a `UserError` if Unigram lacks entries for their characters.
+
+    The trainer needs one for each. It would find out when all its work is done.
+    """
+    characters: set[str] = set()
+    for batch in texts:
+        characters.update(*batch)
+        yield batch
+    words = count_words(tokenizer, [" ".join(sorted(characters))])
+    needed = len(set().union(*words)) + len(ALBERT_TOKENS)
+    if needed > vocab_size:
+        raise UserError(
+            f"`vocab_size` is {vocab_size:,}, and unigram has an entry for each character of the text, which are "
+            f"{needed:,} with the special tokens; give that many and more for words, or leave out text with rare ones"
+        )
 
 
 def save_tokenizer(
@@ -190,20 +210,28 @@ def check_saved_tokenizer(tokenizer: Tokenizer, output_dir: Path, texts: list[st
             raise RuntimeError(f"{source} lost `add_prefix_space`")
 
 
-def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
-    """Raise a `UserError` if common words of the text, occurring 100 times at least, are not single tokens.
+def count_words(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[str]:
+    """Count what a tokenizer would cut texts into if all of it were single tokens."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        normalized = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+        counts.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normalized))
+    return counts
+
+
+def find_lost_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> list[str]:
+    """Return which common words of `count_words`, occurring 100 times at least, are not single tokens.
 
     A count that overflows in the trainer loses them silently (tokenizers#2058: "the" was missing). Only as many words
-    are checked as the vocabulary surely has room for: one for each 100 entries beyond bytes and special tokens.
+    are checked as the vocabulary surely has room for: one for each 100 entries beyond bytes and special tokens. None
+    are in a Unigram vocabulary, which does without words that their parts make likely enough.
     """
-    commonest = word_counts.most_common(min(COMMON_WORDS, (tokenizer.get_vocab_size() - 261) // 100))
+    if isinstance(tokenizer.model, models.Unigram):
+        return []
+    commonest = word_counts.most_common(max(0, min(COMMON_WORDS, (tokenizer.get_vocab_size() - 261) // 100)))
     common = [word for word, count in commonest if count >= COMMON_WORD_COUNT]
-    lost = [word for word in common if len(tokenizer.encode(" " + word, add_special_tokens=False).ids) != 1]
-    if lost:
-        raise UserError(
-            f"the common words {lost} did not become single tokens, as when the trainer's counts overflow; lower "
-            "`max_train_bytes`"
-        )
+    lost = [word for word in common if [token.value for token in tokenizer.model.tokenize(word)] != [word]]
+    return [tokenizer.decoder.decode([word]) for word in lost]
 
 
 def load_tokenizer(name_or_path: str, option: str = "tokenizer_name") -> PreTrainedTokenizerFast:

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from recipe.arguments import (
+    CorpusArguments,
     GlueArguments,
     PretrainArguments,
     TokenizerArguments,
@@ -48,6 +49,32 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(config_file):
     assert [corpus.name for corpus in args.corpora] == ["a", "b"]
 
 
+def test_list_of_a_flag_takes_nothing_from_that_of_a_file(config_file):
+    corpora = [{"name": "x", "path": "x", "config_name": "20231101.en", "weight": 2.0}]
+    args = parse("--config", config_file(corpora=corpora), "--corpora", '[{"name": "y", "path": "y"}]')
+    assert args.corpora == [CorpusArguments(name="y", path="y")]
+    args = parse("--config", config_file(corpora=corpora), '--corpora=[{"name": "y", "path": "y"}]', "--seed", 1)
+    assert args.corpora == [CorpusArguments(name="y", path="y")]
+
+
+@pytest.mark.parametrize(
+    ("language", "hint"),
+    [
+        ("german", "; did you mean `de`?"),
+        ("Japanese", "; did you mean `ja`?"),
+        ("chines", "; did you mean `zh`?"),
+        ("de_AT", "; did you mean `de`?"),
+        ("EN", "; did you mean `en`?"),
+        ("xx", ""),
+        ("", ""),
+    ],
+)
+def test_language_is_a_code(config_file, language: str, hint: str):
+    with pytest.raises(UserError) as caught:
+        parse("--config", config_file(), f"--language={language}")
+    assert str(caught.value) == f"`language` is {language!r}, which is no code of ISO 639-1 such as en, de or zh{hint}"
+
+
 @pytest.fixture
 def overlay(tmp_path: Path):
     """A function that writes a second YAML file, from text, and returns its path."""
@@ -63,12 +90,12 @@ def overlay(tmp_path: Path):
 def test_overlay_replaces_single_fields_single_keys_of_the_model_and_whole_lists(config_file, overlay):
     base = config_file(model_config={"num_hidden_layers": 3, "layer_norm_eps": 1e-5})
     first = overlay("model_config: {num_hidden_layers: 6, hidden_size: 64}\nseed: 1\n", "first.yaml")
-    second = overlay("corpora: [{name: c, path: c.jsonl}]\nseed: 2\nlanguage: '1e3'\n")
+    second = overlay("corpora: [{name: c, path: c.jsonl}]\nseed: 2\nlicense: '1e3'\n")
     args = parse("--config", base, "--config", first, "--config", second)
     assert args.model_config == {"num_hidden_layers": 6, "layer_norm_eps": 1e-5, "hidden_size": 64}
     assert [corpus.name for corpus in args.corpora] == ["c"]
     assert (args.seed, args.learning_rate, args.output_dir) == (2, 0.0006, "runs/x")
-    assert args.language == "1e3"  # quoted in the file: a text, not a number
+    assert args.license == "1e3"  # quoted in the file: a text, not a number
 
 
 def test_flag_wins_over_every_file_wherever_it_stands(config_file, overlay):

@@ -5,7 +5,6 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,6 @@ from recipe.base.errors import UserError
 from recipe.data.tokenizer import (
     PIECE_CHARACTERS,
     DocumentEncoder,
-    check_common_words,
     check_saved_tokenizer,
     find_ends,
     load_tokenizer,
@@ -87,12 +85,6 @@ def test_check_after_saving_sees_a_different_tokenizer(texts, tokenizer_dir: Pat
     other = train_byte_level_bpe([texts[:10]], 300, 2, add_prefix_space=False, max_document_characters=10_000)
     with pytest.raises(RuntimeError, match="does not give the trained ids"):
         check_saved_tokenizer(other, tokenizer_dir, texts[:20], add_prefix_space=False)
-
-
-def test_lost_common_word_is_noticed(tokenizer: PreTrainedTokenizerFast):
-    check_common_words(tokenizer.backend_tokenizer, Counter({"the": 1000, "zyzzyva": 10}))
-    with pytest.raises(UserError, match="zyzzyva"):
-        check_common_words(tokenizer.backend_tokenizer, Counter({"zyzzyva": 1000}))
 
 
 def test_vocabulary_is_that_of_one_thread_on_several(tmp_path: Path):
