@@ -203,6 +203,9 @@ def check_corpora(check: CheckedRun) -> None:
                 check_corpus(corpus, args.max_unreadable_documents)
             elif store is None or not store.is_complete:
                 check.preprocessor.check_corpus(corpus)
+                unknown = check.preprocessor.describe_head(corpus)
+                remarks += unknown
+                check.lines += unknown if args.streaming else []  # a store has their exact number
             if args.dry_run:
                 check.tokens[corpus.name], remark = count_tokens(corpus, check.preprocessor, store)
                 remarks.append(f"{corpus.path}, {remark}")

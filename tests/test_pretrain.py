@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -16,6 +18,7 @@ import yaml
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from recipe.base.errors import UserError
+from recipe.data.masking import DynamicMaskingCollator
 from testing.helpers import (
     PATIENCE_SECONDS,
     PYTHONPATH,
@@ -72,6 +75,37 @@ def test_run_leaves_what_it_promises(flags, run_pretrain, tmp_path: Path, capsys
     printed = capsys.readouterr().out
     assert "held-out loss" in printed
     assert str(run / "model") in printed
+
+
+@pytest.mark.parametrize("mode", [{}, {"streaming": "true", "num_lanes": 4}])
+def test_own_tokens_are_trained_on_and_unknown_ones_are_told(
+    flags, run_pretrain, tmp_path: Path, texts, tokenizer_dirs, capsys, mode
+):
+    """In both modes, and the export reads the same ids."""
+    stock = AutoTokenizer.from_pretrained(tokenizer_dirs["bert"])
+    stock.add_tokens(["<url>", "糖尿病"], special_tokens=True)
+    stock.save_pretrained(tmp_path / "own")
+    corpus = write_jsonl(tmp_path / "own.jsonl", [f"{text} 😀{' See <url> and 糖尿病.' * 20}" for text in texts])
+    flags |= {"corpora": json.dumps([{"name": "own", "path": str(corpus)}]), "tokenizer_name": tmp_path / "own"}
+    flags |= {"model_type": "bert", "mlm_probability": 0.5}
+    seen = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        collate = DynamicMaskingCollator.__call__
+
+        def count(self, *args):
+            batch = collate(self, *args)
+            seen.update(batch["labels"].flatten().tolist())
+            return batch
+
+        patch.setattr(DynamicMaskingCollator, "__call__", count)
+        run_pretrain(flags | mode)
+    assert all(seen[stock.convert_tokens_to_ids(token)] for token in ("<url>", "糖尿病"))
+    printed = capsys.readouterr().out
+    assert re.search(r"warning: corpus own: \d+ of [\d,]+ tokens \(\d.\d\d%\) are \[UNK\], for characters", printed)
+    if not mode:
+        assert f"warning: corpus own: {len(texts)} of " in printed
+    exported = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert exported("see <url> 糖尿病")["input_ids"] == stock("see <url> 糖尿病")["input_ids"]
 
 
 def test_exported_model_needs_none_of_our_code(finished_run: Path, tmp_path: Path):
@@ -320,6 +354,7 @@ def test_stream_goes_on_from_two_processes_to_one_and_back(flags, run_pretrain, 
 
 ONE_RANK_FAILS = """
 import os
+import re
 import pretrain
 import recipe.data.corpora
 import recipe.data.streaming

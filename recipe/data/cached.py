@@ -143,6 +143,8 @@ class CachedData(TrainingData):
                 + self.describe_pairs(number)
                 + (f"; left out: {', '.join(left_out)}" if left_out else "")
             )
+            counts = packed.store.counts()
+            lines += self.preprocessor.describe_unknown(name, counts["unknown"], counts["tokens"])
         return lines
 
     def corpora_record(self, counts: list[list[int]], streams: np.ndarray) -> dict[str, dict[str, float]]:

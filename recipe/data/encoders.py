@@ -42,6 +42,7 @@ class RunEncoder:
         # A normalizer may leave nothing of a text.
         documents.counts["empty"] += len(texts) - len(rows)
         documents.counts["documents"] = len(rows)
+        documents.counts["unknown"] = sum(self.encoder.count_unknown(ids) for ids, _, _ in rows)
         return documents.counts, rows
 
 

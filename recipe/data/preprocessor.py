@@ -13,7 +13,7 @@ from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.arguments.pretraining import PAIR_PACKINGS, first_position
 from recipe.base.errors import UserError
 from recipe.base.hashing import Purpose, hash64, pass_key
-from recipe.data.corpora import check_corpus, open_source
+from recipe.data.corpora import check_corpus, group_by_size, open_source
 from recipe.data.hygiene import Decontaminator, DocumentFilter
 from recipe.data.masking import DynamicMaskingCollator
 from recipe.data.packing import CONTINUES, Block, BlockFormat
@@ -78,6 +78,21 @@ class Preprocessor:
         reader = CorpusReader(open_source(corpus), {}, self.encoder, filters, self.format)
         blocks, texts = reader.pack_sample(HEAD_CHARACTERS, DOCUMENT_CHARACTERS)
         self.check_pairs(corpus, self.count_labels(blocks), len(texts))
+
+    def describe_head(self, corpus: CorpusArguments) -> list[str]:
+        """Say how much at the head of a corpus the tokenizer does not know."""
+        texts = (text[:DOCUMENT_CHARACTERS] for _, text in open_source(corpus).read(0) if isinstance(text, str))
+        encoded = [ids for ids, _ in self.encoder(next(group_by_size(texts, len, DOCUMENT_CHARACTERS), []))]
+        return self.describe_unknown(corpus.name, sum(map(self.encoder.count_unknown, encoded)), sum(map(len, encoded)))
+
+    def describe_unknown(self, name: str, unknown: int, tokens: int) -> list[str]:
+        """Return a warning of the tokens of a corpus that stand for what the tokenizer does not know, if there are any.
+
+        What was there is lost for the model, and these tokens are never masked.
+        """
+        share = f"{unknown:,} of {tokens:,} tokens ({unknown / max(1, tokens):.2%})"
+        problem = f"are {self.tokenizer.unk_token}, for characters or words that the tokenizer does not have"
+        return [f"warning: corpus {name}: {share} {problem}"] if unknown else []
 
     def count_labels(self, blocks: Iterable[Block]) -> Counter[int]:
         """Count the labels of the pairs of some blocks in a first visit; blocks of one part have -100."""

@@ -8,8 +8,8 @@
     <token_store_dir>/books-1f6c…/
       store.json                   what it was made of and with
       shard-00000.arrow            `input_ids`, `sentence_ends`, `checksum` of the text
-      shard-00000.json             counts of documents, of tokens and of what was left out, size and SHA-256 of the
-                                   Arrow file, and a digest of its texts; written last
+      shard-00000.json             counts of documents, tokens, unknown tokens and of what was left out, size and
+                                   SHA-256 of the Arrow file, and a digest of its texts; written last
       full_sentences-512-9b2e…/shard-00000/{segments,block_ends,labels}.bin, counts.json
 
 All processes on all nodes do this side by side: each takes a shard whose lock nobody holds until none is left, then
@@ -49,7 +49,7 @@ from recipe.data.tokenizer import DocumentEncoder
 STORE_FORMAT = 3  # part of the folder's name: raise it when the contents come out differently
 UNIT_TOKENS = 4_000_000  # that a unit has at least, if its shard has; one block of it is short
 LEFT_OUT = ("empty", "unreadable", "contaminated")  # why documents are left out of a store
-COUNTED = ("documents", "tokens", *LEFT_OUT)
+COUNTED = ("documents", "tokens", "unknown", *LEFT_OUT)
 STORE_BYTES_PER_TEXT_BYTE = 0.4  # at the least: two bytes a token, and a token has about 5 bytes of text at the most
 
 
@@ -143,7 +143,7 @@ class TokenStore:
         return [self.note(shard) for shard in range(self.num_shards)]
 
     def counts(self) -> Counter[str]:
-        """Count the documents and tokens in the store, and the documents that were left out, by reason."""
+        """Count the documents, tokens and unknown tokens in the store, and the documents left out, by reason."""
         return sum((Counter({name: note[name] for name in COUNTED}) for note in self.notes()), Counter())
 
     def checksums(self) -> list[np.ndarray]:

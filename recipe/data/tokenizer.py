@@ -425,6 +425,10 @@ class DocumentEncoder:
                     yield whole, np.concatenate([*ends, [length]] if length else ends).astype(np.int64, copy=False)
                     ids, ends, length = [], [np.empty(0, np.int64)], 0
 
+    def count_unknown(self, ids: np.ndarray) -> int:
+        """Count how often a text has something that the tokenizer does not know."""
+        return 0 if self.unk_token_id is None else int(np.count_nonzero(ids == self.unk_token_id))
+
     def pieces(self, texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
         """Cut documents into pieces, and say which are their document's last."""
         for text in texts:
