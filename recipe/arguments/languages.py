@@ -39,6 +39,7 @@ def check_language(language: str) -> None:
     code = re.split("[-_]", name)[0]  # of `de-AT`
     hint = f"; did you mean `{code}`?" if code in CODES else did_you_mean(name, NAMES)
     hint = re.sub("`(.*)`", lambda near: f"`{NAMES.get(near[1], near[1])}`", hint)
+    hint = hint or f"; sentencex has rules for {', '.join(WITH_RULES)}, and finds sentences in others too"
     raise UserError(f"`language` is {language!r:.50}, which is no code of ISO 639-1 such as en, de or zh{hint}")
 
 

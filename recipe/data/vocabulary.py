@@ -102,7 +102,10 @@ def save_checked(args: TokenizerArguments, tokenizer: Tokenizer, text: Vocabular
         shutil.rmtree(folder, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix="tokenizer-"))
         save_tokenizer(tokenizer, folder, *settings)
-    check_saved_tokenizer(tokenizer, folder, text.sample, args.add_prefix_space)
+    try:
+        check_saved_tokenizer(tokenizer, folder, text.sample, args.add_prefix_space)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}; the vocabulary is kept in {folder}") from None
     if failure:
         raise UserError(
             f"`output_dir` {output_dir} cannot be written ({failure}); the tokenizer is in {folder}: move it"

@@ -7,6 +7,7 @@
 
 import hashlib
 import math
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -150,6 +151,11 @@ def load_classifier(name_or_path: str, task: Task, classifier_dropout: float | N
         raise UserError(
             f"`model_name_or_path` {name_or_path} lacks weights of the encoder, or has them in another shape than its "
             f"config says: {', '.join(lacking[:3])}"
+        )
+    if unused := sorted(name for name in loading["unexpected_keys"] if re.search(r"\.layers?\.\d+\.", name)):
+        raise UserError(
+            f"`model_name_or_path` {name_or_path} has weights that its config has no layers for: "
+            f"{', '.join(unused[:3])}"
         )
     if any(not name.startswith(prefix) for name in model.state_dict().keys() - loading["missing_keys"]):
         new = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)

@@ -2,6 +2,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import sentencex
 import yaml
 
 from recipe.arguments import (
@@ -14,6 +15,7 @@ from recipe.arguments import (
     recorded_values,
 )
 from recipe.arguments.checks import divisors
+from recipe.arguments.languages import WITH_RULES, describe_rules
 from recipe.base.errors import UserError
 from recipe.base.files import read_yaml, to_yaml
 from testing.helpers import ROOT
@@ -57,6 +59,9 @@ def test_list_of_a_flag_takes_nothing_from_that_of_a_file(config_file):
     assert args.corpora == [CorpusArguments(name="y", path="y")]
 
 
+RULES = f"; sentencex has rules for {', '.join(WITH_RULES)}, and finds sentences in others too"
+
+
 @pytest.mark.parametrize(
     ("language", "hint"),
     [
@@ -65,14 +70,22 @@ def test_list_of_a_flag_takes_nothing_from_that_of_a_file(config_file):
         ("chines", "; did you mean `zh`?"),
         ("de_AT", "; did you mean `de`?"),
         ("EN", "; did you mean `en`?"),
-        ("xx", ""),
-        ("", ""),
+        ("xx", RULES),
+        ("", RULES),
     ],
 )
 def test_language_is_a_code(config_file, language: str, hint: str):
     with pytest.raises(UserError) as caught:
         parse("--config", config_file(), f"--language={language}")
     assert str(caught.value) == f"`language` is {language!r}, which is no code of ISO 639-1 such as en, de or zh{hint}"
+
+
+def test_language_without_rules_is_told_and_rules_are_those_of_the_library():
+    assert not describe_rules("de")
+    assert describe_rules("sv").startswith("sentencex has no rules of its own for `language` sv and takes those of")
+    abbreviated = "Er kam ggf. Anna war da. Am 3. Mai."
+    assert sentencex.segment("de", abbreviated) != sentencex.segment("en", abbreviated)
+    assert sentencex.segment("sv", abbreviated) == sentencex.segment("en", abbreviated)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def test_tokenizer_has_its_name_once_it_has_passed_the_checks(args, tmp_path: Pa
 
     with monkeypatch.context() as patch:
         patch.setattr(vocabulary, "check_saved_tokenizer", fail)
-        with pytest.raises(RuntimeError, match="lost"):
+        with pytest.raises(RuntimeError, match=r"lost; the vocabulary is kept in .*/\.unchecked"):
             save_checked(args, trained, text)
     assert [path.name for path in (tmp_path / "tokenizer").iterdir()] == [".unchecked"]
     assert (tmp_path / "tokenizer" / ".unchecked" / "tokenizer.json").exists()

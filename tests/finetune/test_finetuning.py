@@ -233,6 +233,14 @@ def test_model_without_encoder_weights_is_refused(small_model: Path, tmp_path: P
         load_classifier(str(tmp_path / "half"), TASKS["rte"])
 
 
+def test_model_with_more_layers_than_its_config_is_refused(small_model: Path, tmp_path: Path):
+    folder = shutil.copytree(small_model, tmp_path / "deep")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(UserError, match=r"has weights that its config has no layers for: roberta\.encoder\.layer\.1"):
+        load_classifier(str(folder), TASKS["rte"])
+
+
 def test_weights_of_another_shape_than_the_config_says_are_refused(small_model: Path, tmp_path: Path):
     folder = shutil.copytree(small_model, tmp_path / "wide")
     config = json.loads((folder / "config.json").read_text())
