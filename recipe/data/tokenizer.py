@@ -310,18 +310,22 @@ def build_text_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """Copy what encodes text so that a token with a role stays text where a document spells it.
 
     All others, also special tokens that users have added (`<url>`), keep their ids. `encode_special_tokens`, which is
-    to be set on the copy, spares special tokens; the model of Unigram finds its pieces in the text nevertheless, so
-    that those with a role get names there that no text has.
+    to be set on the copy, spares special tokens. Models other than BPE find what is in their vocabulary in the text
+    nevertheless, so that tokens with a role have names there that no text has.
     """
     state, roles = json.loads(tokenizer.backend_tokenizer.to_str()), role_ids(tokenizer)
-    is_unigram = state["model"]["type"] == "Unigram"
-    for index in roles if is_unigram else ():
-        if index < len(state["model"]["vocab"]):
-            state["model"]["vocab"][index][0] = f"{UNWRITTEN}{index}"
+    model, names = state["model"], {}
+    if model["type"] != "BPE" or model["ignore_merges"]:
+        names = {tokenizer.convert_ids_to_tokens(index): f"{UNWRITTEN}{index}" for index in roles}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): index for token, index in model["vocab"].items()}
+    else:
+        model["vocab"] = [(names.get(token, token), score) for token, score in model["vocab"]]
+    if "unk_token" in model:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     for token in state["added_tokens"]:
         token["special"] = token["id"] in roles
-        if is_unigram and token["special"] and token["id"] < len(state["model"]["vocab"]):
-            token["content"] = f"{UNWRITTEN}{token['id']}"
+        token["content"] = names.get(token["content"], token["content"])
     return Tokenizer.from_str(json.dumps(state))
 
 

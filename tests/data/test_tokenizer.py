@@ -12,7 +12,7 @@ import pytest
 import sentencex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
     AlbertTokenizer,
     AutoTokenizer,
@@ -330,6 +330,38 @@ def test_own_special_tokens_keep_their_ids_and_roles_stay_text(tokenizer_dirs, t
     assert not set(ids) & set(role_ids(loaded)) - {loaded.unk_token_id}
     assert loaded.convert_ids_to_tokens(ids[ends[0] - 1 : ends[0]]) == ["."]
     assert loaded(text)["input_ids"] == AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+
+
+PIECES = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "he", "there", *"abdehkmnprstuw<>/"]
+VOCAB = {token: index for index, token in enumerate([*PIECES, *(f"##{piece}" for piece in PIECES[7:])])}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel(VOCAB, unk_token="<unk>"),
+        models.WordPiece(VOCAB, unk_token="<unk>"),
+        models.BPE(VOCAB, [("h", "e")], unk_token="<unk>", ignore_merges=True),
+        models.BPE(VOCAB, [("h", "e")], unk_token="<unk>"),
+        models.Unigram([(token, -1.0) for token in PIECES], unk_id=3),
+    ],
+    ids=["words", "pieces", "bpe-words", "bpe", "unigram"],
+)
+def test_words_of_the_text_that_are_tokens_with_a_role_stay_text(tmp_path: Path, model):
+    """Words are cut at white space alone here, so that the models are asked for the tokens' own names."""
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    roles = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="<mask>", **roles)
+    tokenizer.add_tokens([AddedToken("<url>", special=True)])
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    encoder = pickle.loads(pickle.dumps(DocumentEncoder(loaded, "newline", "en")))
+    [(ids, _)] = encoder(["he <mask> was <s> </s> <pad> <unk> there <url> ☂"])
+    assert not set(ids) & {0, 1, 2, 4}
+    assert encoder.count_unknown(ids)
+    assert ids[0] == VOCAB["he"]
+    assert ids[-2:].tolist() == [loaded.convert_tokens_to_ids("<url>"), 3]
 
 
 ADDED = [
