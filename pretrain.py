@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 
 from recipe.arguments import PretrainArguments, parse_config
-from recipe.arguments.corpus import local_files
+from recipe.arguments.corpus_files import local_files
 from recipe.base.errors import report_user_errors
 
 

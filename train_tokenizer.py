@@ -6,7 +6,7 @@ python train_tokenizer.py --config recipe/configs/tokenizer/bbpe-50k.yaml
 from pathlib import Path
 
 from recipe.arguments import TokenizerArguments, parse_config
-from recipe.arguments.corpus import local_files
+from recipe.arguments.corpus_files import local_files
 from recipe.base.errors import UserError, report_user_errors
 from recipe.base.files import check_output_dir
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from recipe.arguments import CorpusArguments, PretrainArguments, identity_of
-from recipe.arguments.corpus import describe_left_out, find_files
+from recipe.arguments.corpus_files import describe_left_out, find_files
 from recipe.base.errors import UserError
 from recipe.base.files import check_free_space
 from recipe.base.formatting import format_bytes, format_count

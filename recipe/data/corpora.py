@@ -25,7 +25,7 @@ from datasets import IterableDataset, load_dataset
 from huggingface_hub import HfApi
 
 from recipe.arguments import CorpusArguments
-from recipe.arguments.corpus import CODECS, LINES, TABLES, local_files
+from recipe.arguments.corpus_files import CODECS, LINES, TABLES, local_files
 from recipe.base.errors import UserError, describe_error
 from recipe.base.formatting import format_bytes
 from recipe.base.hashing import digest, hash64

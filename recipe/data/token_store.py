@@ -33,7 +33,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from recipe.arguments import CorpusArguments
-from recipe.arguments.corpus import is_token_store, local_files
+from recipe.arguments.corpus_files import is_token_store, local_files
 from recipe.base.errors import UserError
 from recipe.base.files import check_free_space, free_bytes, replace_file
 from recipe.base.formatting import format_bytes

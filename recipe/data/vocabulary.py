@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from recipe.arguments import CorpusArguments, TokenizerArguments
-from recipe.arguments.corpus import describe_left_out, find_files
+from recipe.arguments.corpus_files import describe_left_out, find_files
 from recipe.base.errors import UserError, describe_error
 from recipe.base.progress import progress_bar
 from recipe.data.corpora import check_corpus, corpus_bytes, sample_texts

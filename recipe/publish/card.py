@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
 from recipe.arguments import CorpusArguments
-from recipe.arguments.corpus import local_files
+from recipe.arguments.corpus_files import local_files
 from recipe.base.errors import UserError, raising_damaged_file
 from recipe.base.files import write_atomically
 from recipe.base.formatting import format_count, format_duration

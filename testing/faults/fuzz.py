@@ -49,7 +49,7 @@ from recipe.publish.card import write_card
 from recipe.arguments import CorpusArguments, GlueArguments, PretrainArguments, TokenizerArguments
 from recipe.base.errors import UserError
 from recipe.base.hashing import file_checksum
-from recipe.arguments.corpus import SUFFIXES, TABLES
+from recipe.arguments.corpus_files import SUFFIXES, TABLES
 from recipe.data.corpora import (
     Part,
     Source,

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recipe.arguments import CorpusArguments
-from recipe.arguments.corpus import local_files
+from recipe.arguments.corpus_files import local_files
 from recipe.base.errors import UserError
 from recipe.data.corpora import (
     LocalSource,
@@ -100,17 +100,64 @@ def test_linked_files_are_what_their_names_say(tmp_path: Path):
     (tmp_path / "blobs").mkdir()
     write_jsonl(tmp_path / "blobs" / "0a1b2c", ["one", "two"])
     (tmp_path / "data" / "linked").mkdir(parents=True)
-    (tmp_path / "data" / "train.jsonl").symlink_to(tmp_path / "blobs" / "0a1b2c")
+    (tmp_path / "data" / "shard.jsonl").symlink_to(tmp_path / "blobs" / "0a1b2c")
     (tmp_path / "more").mkdir()
     write_jsonl(tmp_path / "more" / "b.jsonl", ["three"])
     (tmp_path / "data" / "sub").symlink_to(tmp_path / "more")
-    assert read(tmp_path / "data") == ["three", "one", "two"]
+    assert read(tmp_path / "data") == ["one", "two", "three"]
     assert len(read(tmp_path / "data" / "**" / "**" / "*.jsonl")) == 3
 
 
-def test_folder_of_save_to_disk_is_read_without_its_descriptions(tmp_path: Path):
-    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "saved")
-    assert read(tmp_path / "saved") == ["one", "two"]
+def test_folder_of_save_to_disk_is_read_without_its_descriptions_and_caches(tmp_path: Path):
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(saved)
+    before = set(saved.iterdir())
+    datasets.load_from_disk(saved).map(lambda row: {"text": row["text"] + "!"}, load_from_cache_file=False)
+    assert any("cache-" in path.name for path in set(saved.iterdir()) - before), "the copy lies beside the data"
+    assert read(saved) == ["one", "two"]
+    assert read(saved / "*.arrow") == ["one", "two"]
+
+
+def test_split_of_a_dataset_dict_is_read_whatever_its_name(tmp_path: Path):
+    splits = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test", "unlabelled")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "dict")
+    for name in splits:
+        assert read(tmp_path / "dict", split=name) == [name]
+    with pytest.raises(UserError, match=r"has the splits test, train, unlabelled by .*, not dev \(`split`\)"):
+        read(tmp_path / "dict", split="dev")
+
+
+LAYOUTS = {
+    "numbered": [
+        "data/train-00000-of-00002.jsonl",
+        "data/train-00001-of-00002.jsonl",
+        "data/extra-00000-of-00001.jsonl",
+    ],
+    "folders": ["train/a.jsonl", "training-2/b.jsonl", "x/dev/c.jsonl", "y/my test/d.jsonl", "notes.jsonl"],
+    "files": ["train.jsonl", "b-train-1.jsonl", "val_0.jsonl", "eval.jsonl", "latest.jsonl"],
+    "folders before files": ["train/test.jsonl", "valid/train.jsonl", "train.jsonl"],
+    "both": ["train-test.jsonl", "train.jsonl"],
+    "words in words": ["trains.jsonl", "pretrain.jsonl", "contest.jsonl", "devil/x.jsonl"],
+    "only one": ["test/a.jsonl", "test/b.jsonl"],
+}
+
+
+@pytest.mark.parametrize("names", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("split", ["train", "validation", "test", "extra"])
+def test_folder_has_the_splits_that_load_dataset_finds(tmp_path: Path, names: list[str], split: str):
+    for name in names:
+        (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / "here" / name, [name])
+    try:
+        cache = str(tmp_path / "cache")
+        expected = datasets.load_dataset(str(tmp_path / "here"), split=split, streaming=True, cache_dir=cache)
+    except ValueError as error:
+        assert "Bad split" in str(error)  # noqa: PT017
+        with pytest.raises(UserError, match=r"not .* \(`split`\); the pattern .*\*\* takes|is no folder with"):
+            read(tmp_path / "here", split=split)
+    else:
+        assert sorted(read(tmp_path / "here", split=split)) == sorted(row["text"] for row in expected)
+    assert sorted(read(tmp_path / "here" / "**")) == sorted(names), "a pattern takes all"
 
 
 def test_shards_of_small_files_are_not_too_many(tmp_path: Path, monkeypatch):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from recipe.arguments import CorpusArguments
-from recipe.arguments.corpus import local_files
+from recipe.arguments.corpus_files import local_files
 from recipe.base.errors import UserError
 from recipe.data import token_store
 from recipe.data.corpora import LocalSource
