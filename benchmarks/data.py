@@ -45,9 +45,10 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.data.batches import Rank, Resume
 from recipe.data.cached import CachedData
-from recipe.data.corpora import Part, open_source, read_lines
+from recipe.data.corpora import Part, open_source
 from recipe.data.modes import open_data
 from recipe.data.preprocessor import Preprocessor
+from recipe.data.readers import read_lines
 from recipe.data.sampling import BlockOrder
 from recipe.data.streamed import StreamedData
 from recipe.data.tokenizer import load_tokenizer

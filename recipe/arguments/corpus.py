@@ -25,8 +25,8 @@ class CorpusArguments:
     """Revision of a data set on the hub; `refs/convert/parquet` opens one that is still a loading script."""
     text_column: str = "text"
     """Name of the column that holds the documents."""
-    sample_by: Literal["document", "paragraph"] = "document"
-    """What counts as one document of a `.txt`: the whole file, or each paragraph between blank lines."""
+    sample_by: Literal["document", "paragraph", "line"] = "document"
+    """What counts as one document of a `.txt`: the whole file, each paragraph between blank lines, or each line."""
     weight: PositiveFloat | None = None
     """Share of this corpus in training, relative to the weights of others; all have one or none. Null: its size."""
 

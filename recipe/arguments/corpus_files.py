@@ -16,7 +16,7 @@ from recipe.base.errors import UserError
 
 LeftOut = dict[str, list[Path]]  # what is at a local path and is not read, by the reason
 
-# What the name of a local file may end in; which of them are read how is decided in `recipe/data/corpora.py`.
+# What the name of a local file may end in; which of them are read how is decided in `recipe/data/readers.py`.
 LINES, TEXTS, TABLES = (".jsonl", ".json"), (".txt",), (".parquet", ".arrow")
 CODECS = {".gz": "gzip", ".zst": "zstd"}  # pyarrow's names
 SUFFIXES = tuple(kind + packed for kind in LINES + TEXTS for packed in ("", *CODECS)) + TABLES

@@ -46,7 +46,7 @@ from recipe.data.hygiene import Decontaminator, check_unreadable
 from recipe.data.integrity import StoredFile, note_file, raising_damaged_store, read_json, write_json
 from recipe.data.tokenizer import DocumentEncoder
 
-STORE_FORMAT = 2  # part of the folder's name: raise it when the contents come out differently
+STORE_FORMAT = 3  # part of the folder's name: raise it when the contents come out differently
 UNIT_TOKENS = 4_000_000  # that a unit has at least, if its shard has; one block of it is short
 LEFT_OUT = ("empty", "unreadable", "contaminated")  # why documents are left out of a store
 COUNTED = ("documents", "tokens", *LEFT_OUT)

@@ -77,12 +77,22 @@ def test_formats_folders_and_globs(tmp_path: Path):
     assert read(tmp_path / "a.jsonl") == everything[:2]
 
 
+TEXT_TYPES = [
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.dictionary(pa.int8(), pa.string()),
+    pa.dictionary(pa.uint32(), pa.large_string()),
+]
+
+
 @pytest.mark.parametrize("name", ["a.arrow", "stream.arrow", "a.parquet"])
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+@pytest.mark.parametrize("kind", TEXT_TYPES, ids=str)
 def test_no_flipped_bit_of_a_table_sends_the_reader_astray(tmp_path: Path, name: str, kind: pa.DataType):
     """Arrow's files have no checksums, and a position in one that is wrong may lie outside of it. (`corpus_bytes` is
     left out: pyarrow ends the process where a Parquet column's size statistics are wrong, which nothing can catch.)"""
-    texts = pa.array(["some words é", "", None, "more and more words of text " * 3], kind)
+    texts = pa.array(["some words é", "", None, "more and more words of text " * 3])
+    texts = (texts.dictionary_encode() if pa.types.is_dictionary(kind) else texts).cast(kind)
     path = write_table(tmp_path / name, texts)
     whole = path.read_bytes()
     refused = 0
@@ -173,6 +183,58 @@ def test_paragraphs_of_a_text_file(tmp_path: Path):
     (tmp_path / "a.txt").write_text("\n\none\nline\n\n \ntwo\n")
     assert [text.strip() for text in read(tmp_path, sample_by="paragraph")] == ["one\nline", "two"]
     assert len(read(tmp_path)) == 1
+
+
+ENDS = {"unix": "\n", "windows": "\r\n", "old mac": "\r"}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
+def test_line_ends_of_a_text_are_line_feeds(tmp_path: Path, name: str, end: str):
+    lines = ["\ufeffone", "é two", "", "", "three\tand so on\x0b\x0c\x85\u2028", "four"]
+    data = end.join(lines).encode()
+    (tmp_path / name).write_bytes(data) if name == "a.txt" else compress(tmp_path / name, data)
+    lines[0] = "one"
+    assert read(tmp_path) == ["\n".join(lines)]
+    assert read(tmp_path, sample_by="paragraph") == ["one\né two\n", "\n".join(lines[4:])]
+    assert read(tmp_path, sample_by="line") == [line for line in lines if line]
+
+
+def test_last_line_needs_no_end(tmp_path: Path):
+    for content in ("one\r\ntwo", "one\r\ntwo\r\n"):
+        (tmp_path / "a.txt").write_bytes(content.encode())
+        assert read(tmp_path, sample_by="line") == ["one", "two"]
+
+
+def test_json_lines_may_end_in_carriage_returns(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\r\n')
+    assert read(tmp_path) == ["one", "two"]
+
+
+@pytest.mark.parametrize("kind", TEXT_TYPES, ids=str)
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a-stream.arrow"])
+def test_text_of_any_type_is_read_and_nulls_are_empty(tmp_path: Path, name: str, kind: pa.DataType):
+    values = ["one", None, "two é", "one"]
+    encoded = pa.array(values).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(values)
+    write_table(tmp_path / name, encoded.cast(kind))
+    write_table(tmp_path / f"b{Path(name).suffix}", pa.nulls(3))
+    assert read(tmp_path) == ["one", "two é", "one"]
+    source = open_source(corpus(tmp_path))
+    assert [number for number, _ in source.read(0, 2)] == list(range(2, 7)), "nulls are numbered"
+    check_corpus(corpus(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_column_that_is_there_twice_is_named(tmp_path: Path, name: str):
+    write_table(tmp_path / name, ["x"])
+    table = pa.table([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_file(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(UserError, match=rf"{name} has 2 columns 'text'; rename all but one, or set `text_column`"):
+        read(tmp_path)
 
 
 def test_other_text_column(tmp_path: Path):
@@ -297,7 +359,7 @@ def test_damaged_later_member_is_named(tmp_path: Path, name: str, harm: str):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.txt.gz", "a.parquet", "a.arrow"])
 def test_giant_record_is_named_and_not_unpacked(tmp_path: Path, name: str, monkeypatch):
-    monkeypatch.setattr("recipe.data.corpora.MAX_RECORD_BYTES", 100_000)
+    monkeypatch.setattr("recipe.data.readers.MAX_RECORD_BYTES", 100_000)
     path, giant = tmp_path / name, "x" * 90_000_000
     if name.endswith((".parquet", ".arrow")):
         write_table(path, ["small", giant], rows=1)
@@ -323,7 +385,7 @@ def test_lack_of_memory_is_told_with_the_file(tmp_path: Path, monkeypatch):
     def fail(*_: object, **__: object) -> str:
         raise MemoryError
 
-    monkeypatch.setattr("recipe.data.corpora.parse_line", fail)
+    monkeypatch.setattr("recipe.data.readers.parse_line", fail)
     with pytest.raises(UserError, match=r"a\.jsonl, line 1 or 2 has more than 1 GB, or than fits into memory"):
         read(write_jsonl(tmp_path / "a.jsonl", ["one"]))
 
