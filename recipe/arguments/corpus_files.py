@@ -207,6 +207,14 @@ def leave_out_second_names(files: list[Path], left_out: LeftOut) -> list[Path]:
     return sorted((same[0] for same in names.values()), key=str)
 
 
+def by_kind(files: Iterable[Path]) -> dict[str, list[Path]]:
+    """Group files that are text of a corpus by their kind, such as `.jsonl.gz`."""
+    kinds: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        kinds[next(suffix for suffix in SUFFIXES if file.name.endswith(suffix))].append(file)
+    return kinds
+
+
 def describe_left_out(left_out: LeftOut) -> str:
     """Say how much is left out, why, and the first few names of it; an empty string if nothing is."""
     parts = []

@@ -268,12 +268,19 @@ class PretrainArguments:
     def check_lanes(self, num_processes: int) -> None:
         """Raise a `UserError` if processes times workers do not divide `num_lanes`."""
         workers = max(1, self.dataloader_num_workers)
-        if self.streaming and self.num_lanes % (num_processes * workers):
-            raise UserError(
-                f"`num_lanes` ({self.num_lanes}) is not a multiple of {num_processes} processes x {workers} "
-                f"`dataloader_num_workers` = {num_processes * workers}; choose other workers or, with more processes "
-                "than lanes, `streaming: false`"
-            )
+        if not self.streaming or self.num_lanes % (num_processes * workers) == 0:
+            return
+        remedies = ["`streaming: false`"]
+        if fitting := [n for n in divisors(self.train_batch_size) if n % (num_processes * workers) == 0]:
+            nearest = min(fitting, key=lambda n: abs(n - self.num_lanes))
+            remedies.insert(0, f"--num_lanes {nearest}, which begins another experiment")
+        if self.num_lanes % num_processes == 0:
+            fewer = max(n for n in divisors(self.num_lanes // num_processes) if n <= workers)
+            remedies.insert(0, f"--dataloader_num_workers {fewer}")
+        raise UserError(
+            f"`num_lanes` ({self.num_lanes}) is not a multiple of {num_processes} processes x {workers} "
+            f"`dataloader_num_workers` = {num_processes * workers}; give {', or '.join(remedies)}"
+        )
 
     def gradient_accumulation_steps(self, num_processes: int) -> int:
         """Return the number of micro-batches of one process in an update; raise a `UserError` if it is not whole."""

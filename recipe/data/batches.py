@@ -279,11 +279,6 @@ class TrainingData(ABC):
         names = [*self.names, *(f"eval {corpus.name}" for corpus in self.args.eval_corpora)]
         return dict(zip(names, values, strict=True))
 
-    def apportion_eval_blocks(self, corpora: list[CorpusArguments], sizes: Sequence[float]) -> list[int]:
-        """Share `eval_blocks` among corpora by their weights, or by their sizes where they have none."""
-        weights = given_weights(corpora)
-        return apportion(self.args.eval_blocks, list(sizes) if weights is None else weights)
-
     def pair_record(self, corpus: int) -> dict[str, float]:
         """Return which share of the pairs of a corpus is random or swapped; nothing where blocks are no pairs."""
         labels = self.pair_labels[corpus] if self.pair_labels else Counter()
@@ -342,3 +337,9 @@ def given_weights(corpora: list[CorpusArguments]) -> list[float] | None:
     """Return the corpora's weights, or None where they have none and their sizes decide."""
     weights = [corpus.weight for corpus in corpora if corpus.weight is not None]
     return weights if len(weights) == len(corpora) else None
+
+
+def apportion_eval_blocks(eval_blocks: int, corpora: list[CorpusArguments], sizes: Sequence[float]) -> list[int]:
+    """Share held-out blocks among corpora by their weights, or by their sizes where they have none."""
+    weights = given_weights(corpora)
+    return apportion(eval_blocks, list(sizes) if weights is None else weights)

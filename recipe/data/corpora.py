@@ -9,6 +9,7 @@ How the records of a file are read is in `recipe/data/readers.py`.
 
 import hashlib
 import io
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,13 +22,14 @@ from datasets import IterableDataset, load_dataset
 from huggingface_hub import HfApi
 
 from recipe.arguments import CorpusArguments
-from recipe.arguments.corpus_files import local_files
+from recipe.arguments.corpus_files import TABLES, by_kind, local_files
 from recipe.base.errors import UserError, describe_error
 from recipe.base.hashing import digest, hash64
 from recipe.base.workers import STOP_WAITING
 from recipe.data.readers import (
     BATCH_ROWS,
     check_column,
+    check_table,
     choose_reader,
     damaged_file,
     is_too_large,
@@ -249,23 +251,35 @@ def open_hub_corpus(corpus: CorpusArguments) -> tuple[IterableDataset, str | Non
 
 
 def check_corpus(corpus: CorpusArguments, max_unreadable: int = 0) -> None:
-    """Read a document of a corpus, after at most `max_unreadable` malformed ones; raise a `UserError` if that fails."""
-    source = open_source(corpus)
+    """Raise a `UserError` if a corpus cannot be read, as far as one document of each kind of file tells.
+
+    Malformed documents before it are passed over, at most `max_unreadable`. Every table is asked for its column.
+    """
     place = f"corpus {corpus.name!r}: {corpus.path}"
-    for shard in range(source.num_shards):
-        try:
-            for _, text in source.records(shard, 0, WHOLE):
-                if isinstance(text, UserError):
-                    max_unreadable -= 1
-                    if max_unreadable < 0:
-                        raise text
-                elif text.strip():
-                    return
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{place} cannot be read: {describe_error(error)}") from error
-    raise UserError(f"{place} holds no text; give documents that are not empty")
+    files = local_files(corpus)
+    for file in files or []:
+        if file.name.endswith(TABLES):
+            check_table(str(file), corpus.text_column)
+    sources = [LocalSource(corpus, same) for same in by_kind(files).values()] if files else [open_source(corpus)]
+    if not any([has_text(source, max_unreadable, place) for source in sources]):  # noqa: C419  all are tried
+        raise UserError(f"{place} holds no text; give documents that are not empty")
+
+
+def has_text(source: Source, max_unreadable: int, place: str) -> bool:
+    """Read to the first document of a source that is not empty, and say whether there is one."""
+    try:
+        for _, text in itertools.chain.from_iterable(source.records(n, 0, WHOLE) for n in range(source.num_shards)):
+            if isinstance(text, UserError):
+                max_unreadable -= 1
+                if max_unreadable < 0:
+                    raise text
+            elif text.strip():
+                return True
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{place} cannot be read: {describe_error(error)}") from error
+    return False
 
 
 def corpus_bytes(corpus: CorpusArguments) -> float:

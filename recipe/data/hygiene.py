@@ -11,6 +11,7 @@ from typing import TypeGuard
 
 import numpy as np
 
+from recipe.arguments import CorpusArguments
 from recipe.base.errors import UserError
 
 TREEBANK_SPLITS = ("can not", "gim me", "gon na", "got ta", "lem me", "wan na", "'t is", "'t was")
@@ -157,6 +158,14 @@ def check_unreadable(name: str, count: int, limit: int, problem: str) -> None:
             f"corpus {name!r} has {count} unreadable documents, more than `max_unreadable_documents` ({limit}) allows: "
             f"{problem}; correct the text, or raise the limit to pass over such documents"
         )
+
+
+def nothing_left(corpus: CorpusArguments, left_out: str) -> UserError:
+    """Word the error about a corpus of which nothing can be trained on, given what is left out of it."""
+    return UserError(
+        f"corpus {corpus.name!r}: {corpus.path} holds no text that can be trained on: {left_out}. A document with "
+        "words of `decontaminate_against` is left out whole; a .txt is one, or more by `sample_by: line` or `paragraph`"
+    )
 
 
 def text_checksum(text: str) -> int:

@@ -1,10 +1,11 @@
 """What documents become batches with: encoder, filters, block format and collators."""
 
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -14,15 +15,24 @@ from recipe.arguments.pretraining import PAIR_PACKINGS, first_position
 from recipe.base.errors import UserError
 from recipe.base.hashing import Purpose, hash64, pass_key
 from recipe.data.corpora import check_corpus, open_source
-from recipe.data.hygiene import Decontaminator, DocumentFilter
+from recipe.data.hygiene import Decontaminator, DocumentFilter, nothing_left
 from recipe.data.masking import DynamicMaskingCollator
 from recipe.data.packing import CONTINUES, Block, BlockFormat
 from recipe.data.streaming import CorpusReader
 from recipe.data.tokenizer import DocumentEncoder
 
-# What is looked at for pairs before a corpus is tokenised: of its head, and of one document in it.
-HEAD_CHARACTERS, DOCUMENT_CHARACTERS = 2_000_000, 100_000
+# What is looked at before a corpus is tokenised: of its head, for pairs and for a plan, and of one document in it.
+PAIR_CHARACTERS, HEAD_CHARACTERS, DOCUMENT_CHARACTERS = 2_000_000, 300_000, 100_000
 MIN_PAIR_SHARE = 0.05  # of the blocks, that each of the two kinds of pairs must have
+
+
+class Head(NamedTuple):
+    """What the documents at the head of a corpus have, and the seconds in which one process encodes them."""
+
+    bytes: int
+    tokens: int
+    blocks: int
+    seconds: float
 
 
 class Preprocessor:
@@ -74,10 +84,24 @@ class Preprocessor:
         check_corpus(corpus, self.args.max_unreadable_documents)
         if not self.args.predicts_pairs:
             return
+        blocks, texts = self.pack_head(corpus, PAIR_CHARACTERS)
+        self.check_pairs(corpus, self.count_labels(blocks), len(texts))
+
+    def pack_head(self, corpus: CorpusArguments, max_characters: int) -> tuple[list[Block], list[str]]:
+        """Pack the first documents of a corpus, and return the blocks and the documents; a `UserError` without any."""
         filters = partial(self.document_filter, corpus)
         reader = CorpusReader(open_source(corpus), {}, self.encoder, filters, self.format)
-        blocks, texts = reader.pack_sample(HEAD_CHARACTERS, DOCUMENT_CHARACTERS)
-        self.check_pairs(corpus, self.count_labels(blocks), len(texts))
+        blocks, texts = reader.pack_sample(max_characters, DOCUMENT_CHARACTERS)
+        if not blocks:
+            raise nothing_left(corpus, "all documents are empty, malformed or contaminated")
+        return blocks, texts
+
+    def measure_head(self, corpus: CorpusArguments) -> Head:
+        """Measure the first documents of a corpus, and how fast one process encodes them."""
+        blocks, texts = self.pack_head(corpus, HEAD_CHARACTERS)
+        started = time.perf_counter()
+        tokens = sum(len(ids) for ids, _ in self.encoder(texts))  # again: the first time, threads start
+        return Head(sum(len(text.encode()) for text in texts), tokens, len(blocks), time.perf_counter() - started)
 
     def count_labels(self, blocks: Iterable[Block]) -> Counter[int]:
         """Count the labels of the pairs of some blocks in a first visit; blocks of one part have -100."""

@@ -124,12 +124,26 @@ def read_paragraphs(file: str, skip: int) -> Iterator[bytes]:
         yield from itertools.islice((join(lines) for is_blank, lines in groups if not is_blank), skip, None)
 
 
-def read_table(file: str, skip: int, column: str) -> Iterator[bytes]:
-    """Yield the rows of a Parquet or Arrow file but the first `skip`, of which whole row groups are not even read."""
-    groups: list[tuple[int, Callable[[], Iterable[pa.RecordBatch]]]]  # rows of each, and how to read them
+def open_table(file: str) -> tuple[pa.Schema, pq.ParquetFile | pa.ipc.RecordBatchFileReader]:
+    """Open a Parquet or Arrow file, and return its schema and a reader of it."""
     if file.endswith(".parquet"):
         table = pq.ParquetFile(file)
-        check_column(table.schema_arrow, file, column)
+        return table.schema_arrow, table
+    source = pa.memory_map(file)
+    try:
+        reader = pa.ipc.open_file(source)
+    except pa.ArrowInvalid:
+        source.seek(0)
+        reader = pa.ipc.open_stream(source)  # what `datasets` writes
+    return reader.schema, reader
+
+
+def read_table(file: str, skip: int, column: str) -> Iterator[bytes]:
+    """Yield the rows of a Parquet or Arrow file, of which row groups that are skipped are not even read."""
+    groups: list[tuple[int, Callable[[], Iterable[pa.RecordBatch]]]]  # rows of each, and how to read them
+    schema, table = open_table(file)
+    check_column(schema, file, column)
+    if isinstance(table, pq.ParquetFile):
         abouts = [table.metadata.row_group(n) for n in range(table.num_row_groups)]
         for n, about in enumerate(abouts):  # of all columns: pyarrow crashes where the size of one is damaged
             if about.total_byte_size > max(1, about.num_rows) * MAX_RECORD_BYTES:
@@ -139,14 +153,8 @@ def read_table(file: str, skip: int, column: str) -> Iterator[bytes]:
             for n, about in enumerate(abouts)
         ]
     else:
-        source = pa.memory_map(file)
-        try:
-            reader = pa.ipc.open_file(source)
-        except pa.ArrowInvalid:
-            source.seek(0)
-            reader = pa.ipc.open_stream(source)  # what `datasets` writes
-        check_column(reader.schema, file, column)
-        tables = [pa.Table.from_batches([batch]) for batch in reader.read_all().select([column]).to_batches()]
+        batches = table.read_all().select([column]).to_batches()
+        tables = [pa.Table.from_batches([batch]) for batch in batches]
         groups = [(len(table), functools.partial(table.to_batches, BATCH_ROWS)) for table in tables]
     for size, read in groups:
         if skip < size:
@@ -164,14 +172,20 @@ def as_bytes(texts: pa.Array) -> pa.Array:
     return values
 
 
+def check_table(file: str, column: str) -> None:
+    """Raise a `UserError` if a Parquet or Arrow file cannot be opened or does not have the column, as text."""
+    try:
+        check_column(open_table(file)[0], file, column)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise error if isinstance(error, UserError) else damaged_file(file, error) from None
+
+
 def check_column(schema: pa.Schema, place: str, column: str) -> None:
     """Raise a `UserError` unless a table has one such column, of text, of categories that are text, or of nulls."""
     if column not in schema.names:
         raise UserError(f"{place} has no column {column!r} among {schema.names}; set the corpus's `text_column`")
     if (count := schema.names.count(column)) > 1:
-        raise UserError(
-            f"{place} has {count} columns {column!r}; rename all but one, or set `text_column`"
-        )
+        raise UserError(f"{place} has {count} columns {column!r}; rename all but one, or set `text_column`")
     kind = schema.field(column).type
     if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in BYTES_TYPES:
         raise UserError(f"{place}: column {column!r} is {kind}, not text; set the corpus's `text_column`")

@@ -42,7 +42,7 @@ from recipe.base.progress import progress_bar
 from recipe.base.workers import build_together
 from recipe.data.corpora import Source, corpus_bytes, group_by_size, open_source, source_fingerprint
 from recipe.data.encoders import Encoded, EncodedDocument, Encoders, RunEncoder, runs_of
-from recipe.data.hygiene import Decontaminator, check_unreadable
+from recipe.data.hygiene import Decontaminator, check_unreadable, nothing_left
 from recipe.data.integrity import StoredFile, note_file, raising_damaged_store, read_json, write_json
 from recipe.data.tokenizer import DocumentEncoder
 
@@ -196,7 +196,8 @@ class TokenStore:
         counts = self.counts()
         check_unreadable(self.corpus.name, counts["unreadable"], max_unreadable, f"counted in {self.path}")
         if not counts["tokens"]:
-            raise UserError(f"corpus {self.corpus.name!r}: {self.corpus.path} holds no text that can be trained on")
+            left_out = ", ".join(f"{counts[reason]:,} {reason}" for reason in LEFT_OUT if counts[reason])
+            raise nothing_left(self.corpus, f"of its documents, {left_out or 'none'} are left out")
 
     def watch(self, runs: Iterator[Encoded], max_unreadable: int, bar: Any) -> Iterator[Encoded]:
         """Yield the runs of a shard, show them on the bar, and end at one malformed document too many."""
