@@ -6,6 +6,7 @@ import pickle
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -263,7 +264,7 @@ def test_store_of_a_hub_data_set_stays_with_the_commit_that_it_was_begun_with(tm
 
     def open_hub(asked):
         opened.append(asked.revision)
-        return Hub(asked, local_files(asked))
+        return Hub(asked, local_files(replace(asked, revision=None)))
 
     monkeypatch.setattr(token_store, "open_source", open_hub)
     store = build(corpus, encoder, tmp_path)
