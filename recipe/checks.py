@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerF
 from recipe.arguments import CorpusArguments, PretrainArguments, identity_of
 from recipe.arguments.corpus_files import by_kind, describe_left_out, find_files, local_files
 from recipe.base.errors import UserError
-from recipe.base.files import check_free_space, check_output_dir, nearest_existing_parent
+from recipe.base.files import check_free_space, check_output_dir
 from recipe.base.formatting import format_bytes, format_count
 from recipe.data.cached import check_tokens, count_held_out, find_store
 from recipe.data.corpora import check_corpus, corpus_bytes
@@ -216,8 +216,8 @@ def check_corpora(check: CheckedRun) -> None:
     if check.preprocessor and num_readable == len(corpora):
         with tried.trying("data") as remarks:
             if stores:
-                check_store_space(stores[0].path.parent, stores)
                 check_writable(args, check.preprocessor, stores)
+                check_store_space(stores[0].path.parent, stores)
             if args.dry_run and stores:
                 remarks.append(check_stores(stores, check.sizes))
                 check_blocks(args, check.sizes)
@@ -263,10 +263,9 @@ def size_up(
 
 def check_writable(args: PretrainArguments, preprocessor: Preprocessor, stores: list[TokenStore]) -> None:
     """Raise a `UserError` if a token store or view that is still to be made cannot be written."""
-    missing = [
-        store for store in stores if args.deduplicate or not PackedCorpus(store, preprocessor.format).is_complete
-    ]
-    for folder in sorted({nearest_existing_parent(store.path) for store in missing}):
+    views = [PackedCorpus(store, preprocessor.format) for store in stores]
+    missing = [view.store.path for view in views if args.deduplicate or not view.is_complete]
+    for folder in sorted({path if path.exists() else path.parent for path in missing}):
         check_output_dir(folder, "token_store_dir")
 
 

@@ -167,6 +167,10 @@ class CachedData(TrainingData):
                 + self.describe_pairs(number)
                 + (f"; left out: {', '.join(left_out)}" if left_out else "")
             )
+        if self.args.prepare_only:
+            given, root = self.args.token_store_dir, self.stores[0].path.parent
+            with_stores = "" if given else f", and --token_store_dir {root} where that is not the cache of `datasets`"
+            lines.append(f"next: the same command without --prepare_only{with_stores}")
         return lines
 
     def corpora_record(self, counts: list[list[int]], streams: np.ndarray) -> dict[str, dict[str, float]]:

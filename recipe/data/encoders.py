@@ -42,6 +42,7 @@ class RunEncoder:
         # A normalizer may leave nothing of a text.
         documents.counts["empty"] += len(texts) - len(rows)
         documents.counts["documents"] = len(rows)
+        documents.counts["text_bytes"] = sum(len(text.encode()) for text in records if isinstance(text, str))
         return documents.counts, rows
 
 

@@ -1,5 +1,6 @@
 """What documents become batches with: encoder, filters, block format and collators."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -76,8 +77,9 @@ class Preprocessor:
         return block._asdict() | {"corpus": corpus, "block": number, "visit": visit}
 
     def document_filter(self, corpus: CorpusArguments) -> DocumentFilter:
-        """Return a new filter, with counts of its own, for documents of a corpus."""
-        return DocumentFilter(corpus.name, self.args.max_unreadable_documents, self.decontaminator)
+        """Return a new filter, with counts of its own, for documents of a corpus; one process speaks of them."""
+        is_quiet = os.environ.get("RANK", "0") != "0"
+        return DocumentFilter(corpus.name, self.args.max_unreadable_documents, self.decontaminator, is_quiet=is_quiet)
 
     def check_corpus(self, corpus: CorpusArguments) -> None:
         """Read a little of a corpus; raise a `UserError` if it cannot be read, or has no pairs to learn from."""
