@@ -264,7 +264,8 @@ def size_up(
 def check_writable(args: PretrainArguments, preprocessor: Preprocessor, stores: list[TokenStore]) -> None:
     """Raise a `UserError` if a token store or view that is still to be made cannot be written."""
     views = [PackedCorpus(store, preprocessor.format) for store in stores]
-    missing = [view.store.path for view in views if args.deduplicate or not view.is_complete]
+    # Which view a run with `deduplicate` has is known only once all stores are there.
+    missing = [v.store.path for v in views if not (v.store.is_complete if args.deduplicate else v.is_complete)]
     for folder in sorted({path if path.exists() else path.parent for path in missing}):
         check_output_dir(folder, "token_store_dir")
 

@@ -50,6 +50,7 @@ ASSUMED_FROM = "assumed: published BERT pretraining reaches 20 to 60 %"
 MEASURED = Path(__file__).with_name("measured_mfu.json")  # a row for each result of `benchmarks/throughput.py`
 # Passes over a corpus: those of the paper over 160 GB, and from where on a plan warns.
 PAPER_PASSES, MAX_PASSES = 40, 200
+SURE_FRACTION = 0.75  # of a device's memory, within which a larger micro-batch is recommended
 RECOMPUTE_FACTOR = 4 / 3  # what gradient checkpointing does, of what is done without
 
 
@@ -168,8 +169,8 @@ def check_memory(args: PretrainArguments, config: PreTrainedConfig, hardware: Ha
         remedy = f"give --per_device_train_batch_size {largest} or less" if largest else "train a smaller model"
         remedy += "" if args.gradient_checkpointing else ", or --gradient_checkpointing true"
         raise UserError(f"`per_device_train_batch_size` is {rows}, which takes {text}; {remedy}")
-    share = args.train_batch_size // hardware.count
-    fitting = max(n for n in divisors(share) if n <= max(rows, memory.largest_micro_batch(hardware.memory)))
+    share, room = args.train_batch_size // hardware.count, memory.largest_micro_batch(SURE_FRACTION * hardware.memory)
+    fitting = max(n for n in divisors(share) if n <= max(rows, room))
     if hardware.is_gpu and memory.total < hardware.memory / 4 and fitting >= 2 * rows:
         text += f"; most of it stays empty: --per_device_train_batch_size {fitting} fits too, for the same updates"
     return text
@@ -237,8 +238,8 @@ def describe_passes(args: PretrainArguments, sizes: list[CorpusSize]) -> list[st
     weights = given_weights(args.corpora) or blocks
     passes, lines = [], []
     for corpus, size, weight in zip(args.corpora, blocks, weights, strict=True):
-        share = weight / sum(weights)
-        times = share * args.max_steps * args.train_batch_size / size
+        share = weight / (sum(weights) or math.nan)
+        times = share * args.max_steps * args.train_batch_size / (size or math.nan)
         text = f"{corpus.name} {format_count(times)} times, {share:.1%} of the blocks"
         passes.append(f"{corpus.name} unknown" if math.isnan(times) else text)
         if times > MAX_PASSES:
