@@ -56,9 +56,9 @@ from recipe.data.corpora import (
     check_corpus,
     corpus_bytes,
     open_source,
-    packing_of,
     sample_texts,
 )
+from recipe.data.readers import packing_of
 from recipe.finetune.finetuning import encode_splits
 from recipe.finetune.tasks.glue import TASKS, Task
 from recipe.finetune.tasks.loading import load_task
@@ -328,7 +328,10 @@ def fuzz_corpus(case: Case) -> None:
         compress(path, mutate_bytes(text, rng) if rng.random() < 0.4 else text)
     if rng.random() < 0.5:
         case.damage(path)
-    fields_of = {"sample_by": rng.choice(["document", "paragraph"]), "text_column": rng.choice(["text"] * 9 + ["id"])}
+    fields_of = {
+        "sample_by": rng.choice(["document", "paragraph", "line"]),
+        "text_column": rng.choice(["text"] * 9 + ["id"]),
+    }
     corpus = CorpusArguments(name="c", path=rng.choice([str(path), "."]), **fields_of)
     check_corpus(corpus, rng.choice([0, 100]))
     assert corpus_bytes(corpus) >= 0
