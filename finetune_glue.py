@@ -30,7 +30,7 @@ def main() -> None:
     import datasets
     import transformers
 
-    from recipe.finetune.finetuning import load_glue_tokenizer, model_checksum
+    from recipe.finetune.classifier import check_classifier, load_glue_tokenizer
     from recipe.finetune.grid import Grid, plan_jobs
     from recipe.finetune.report import describe_jobs, summarise, write_report
     from recipe.finetune.tasks.loading import load_task
@@ -47,8 +47,9 @@ def main() -> None:
     accelerator = start_accelerator()
     run = open_run(args.output_dir, accelerator)
     started = time.perf_counter()
-    tokenizer = load_glue_tokenizer(args.model_name_or_path, args.max_seq_length)
-    checksum = {"model_checksum": model_checksum(args.model_name_or_path, TASKS[names[0]])}
+    tokenizer = load_glue_tokenizer(args.model_name_or_path, args.max_seq_length, args.tokenizer_name)
+    widest = max((TASKS[name] for name in names), key=lambda task: len(task.columns))
+    checksum = {"model_checksum": check_classifier(args.model_name_or_path, widest, tokenizer, args.max_seq_length)}
     if run.config_file.exists():
         saved = read_yaml(run.config_file)
         check_identity(saved | (saved.get("environment") or {}), identity_of(args) | checksum, run.path)

@@ -26,7 +26,9 @@ class GlueArguments:
     output_dir: PathName
     """Folder of the results: results.jsonl, summary.json, table.md, glue.png, submission.zip."""
     model_name_or_path: PathName = identity()
-    """Folder or hub id of the pretrained model, with its tokenizer."""
+    """Folder or hub id of the pretrained model."""
+    tokenizer_name: PathName | None = identity(default=None)
+    """Folder or hub id of the tokenizer. Null: the one beside the model."""
     glue_dir: PathName | None = identity(default=None)
     """Folder of the official TSV files (`RTE/train.tsv` and so on). Null: `nyu-mll/glue` from the hub."""
     tasks: list[str] | None = None

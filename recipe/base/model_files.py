@@ -104,6 +104,6 @@ def check_numbers(place: str, values: Any, name: str = "") -> None:
         elif isinstance(value, int):
             most = next(most for pattern, most in LARGEST.items() if re.search(pattern, str(field)))
             least = int(field in POSITIVE)
-            # A negative one stands for none in some fields of the library.
-            if not (least or -1) <= value <= most:
+            # A negative one stands for none in some fields of the library, and -100 for a label that is ignored.
+            if not (least or -100) <= value <= most:
                 raise UserError(f"{place}: `{field}` is {value!r:.100}; give {least} to {most:,}")

@@ -19,7 +19,8 @@ from recipe.arguments import GlueArguments
 from recipe.base.errors import UserError, describe_error
 from recipe.base.files import replace_folder, write_atomically
 from recipe.base.progress import print_line, progress_bar
-from recipe.finetune.finetuning import Finetuner, Outcome, encode_splits, load_classifier
+from recipe.finetune.classifier import load_classifier
+from recipe.finetune.finetuning import Finetuner, Outcome, encode_splits
 from recipe.finetune.jobs import Job, Results
 from recipe.finetune.tasks.glue import TASKS
 from recipe.finetune.tasks.scoring import format_predictions
@@ -110,7 +111,7 @@ class Grid:
         reason = None
         try:
             torch.manual_seed(job.seed)
-            model = load_classifier(self.source(job), task, self.args.classifier_dropout)
+            model = load_classifier(self.source(job), task, self.args.classifier_dropout, self.tokenizer.pad_token_id)
             # The best weights are of use if they are saved, or predict a test set.
             keeps = self.keeps_model(job.task) or any(task.splits[name].submission for name in self.tasks[job.task])
             outcome = finetuner.run(job, self.encoded(job.task), model, is_writer and keeps)

@@ -17,7 +17,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from recipe.base.errors import UserError
-from recipe.finetune.finetuning import Finetuner, load_classifier
+from recipe.finetune.classifier import load_classifier
+from recipe.finetune.finetuning import Finetuner
 from recipe.finetune.jobs import Job, Results
 from recipe.finetune.tasks.glue import TASKS, Split, Task
 from testing.glue_data import sentence, write, write_cola, write_mnli, write_rte, write_stsb
