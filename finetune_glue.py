@@ -14,6 +14,7 @@ from recipe.arguments import GlueArguments, identity_of, parse_config
 from recipe.base.errors import report_user_errors
 from recipe.base.files import check_output_dir, read_yaml
 from recipe.finetune.tasks.glue import TASKS, check_tasks, find_files
+from recipe.run.stopping import Stopped, ending_at_signals
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
 
     from recipe.finetune.classifier import check_classifier, load_glue_tokenizer
     from recipe.finetune.grid import Grid, plan_jobs
-    from recipe.finetune.report import describe_jobs, summarise, write_report
+    from recipe.finetune.report import check_failures, describe_jobs, summarise, write_report
     from recipe.finetune.tasks.loading import load_task
     from recipe.finetune.tasks.scoring import describe_data
     from recipe.publish.glue_card import add_glue_to_card
@@ -68,22 +69,26 @@ def main() -> None:
         return
 
     run.write_config(asdict(args), environment(accelerator) | checksum)
-    with run.noting_failure():
-        if accelerator.is_main_process:
-            grid.results.forget_failures()
-        run.write_status("running", len(grid.results.read()))
-        accelerator.wait_for_everyone()
-        records = grid.run(jobs, run.heartbeat)
-        if not accelerator.is_main_process:
-            return
+    try:
+        with ending_at_signals(), run.noting_failure():
+            if accelerator.is_main_process:
+                grid.results.forget_failures()
+            run.write_status("running", len(grid.results.read()))
+            accelerator.wait_for_everyone()
+            records = grid.run(jobs, run.heartbeat)
+            if not accelerator.is_main_process:
+                return
 
-        summary = summarise(records, jobs, data, args.compare_with)
-        hours = (time.perf_counter() - started) / 3600
-        print("\n".join(write_report(run.path, summary, hours, args.model_name_or_path)))
-        lines = add_glue_to_card(run.path)
-        run.write_status("complete", len(jobs))
-        for line in lines:
-            print(line)
+            summary = summarise(records, jobs, data, args.compare_with)
+            hours = (time.perf_counter() - started) / 3600
+            lines = write_report(run.path, summary, hours, args.model_name_or_path)
+            print("\n".join([*lines, *add_glue_to_card(run.path)]))
+            check_failures(records, jobs, grid.results.file)
+            run.write_status("complete", len(jobs))
+    except Stopped as stop:
+        done = f"{run.step or 0:,} of {len(jobs):,} jobs have a result"
+        accelerator.print(f"stopped by {stop.reason}: {done}; the same command runs the others")
+        raise
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recipe.arguments import GlueArguments
 from recipe.finetune.classifier import pad_rows
 from recipe.finetune.jobs import Job
+from recipe.finetune.progress import Progress
 from recipe.finetune.tasks.glue import TASKS, Task
 from recipe.finetune.tasks.scoring import score
 from recipe.modeling.optimizer import build_optimizer, build_scheduler
@@ -91,7 +92,14 @@ class Finetuner:
         self.rank: int = self.accelerator.process_index if self.is_shared else 0
         self.world_size: int = self.accelerator.num_processes if self.is_shared else 1
 
-    def run(self, job: Job, splits: dict[str, EncodedSplit], model: PreTrainedModel, keeps_weights: bool) -> Outcome:
+    def run(
+        self,
+        job: Job,
+        splits: dict[str, EncodedSplit],
+        model: PreTrainedModel,
+        keeps_weights: bool,
+        progress: Progress | None = None,
+    ) -> Outcome:
         """Train a model of `load_classifier` in place for `num_train_epochs`, and evaluate it after each.
 
         Raises:
@@ -104,7 +112,7 @@ class Finetuner:
             torch.manual_seed(job.seed + (self.rank << 48))  # other rows, other dropout
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = build_optimizer(model, job.learning_rate, betas, args.adam_epsilon, args.weight_decay)
-        steps = args.num_train_epochs * math.ceil(len(train.lengths) / job.batch_size)
+        steps = job.num_updates(len(train.lengths), args.num_train_epochs)
         scheduler = build_scheduler(optimizer, math.ceil(args.warmup_ratio * steps), steps, 0)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.accelerator.mixed_precision == "fp16")
         epochs: list[dict[str, float]] = []
@@ -112,12 +120,17 @@ class Finetuner:
         for epoch in range(args.num_train_epochs):
             module.train()
             loss_sum = torch.zeros((), device=self.device)
-            for rows in epoch_batches(train.lengths, job.batch_size, job.seed, epoch):
+            batches = epoch_batches(train.lengths, job.batch_size, job.seed, epoch)
+            for number, rows in enumerate(batches, start=1):
                 loss_sum += self.backward(module, task, train, rows, scaler)
                 scaler.step(optimizer)
                 scaler.update()
                 scheduler.step()
                 optimizer.zero_grad()
+                if progress:
+                    seen = number * job.batch_size / self.world_size
+                    where = f"{epoch + 1} of {args.num_train_epochs}"
+                    progress.step(job, epoch * len(batches) + number, where, loss_sum, seen)
             loss = float(self.accelerator.reduce(loss_sum, "sum") if self.is_shared else loss_sum) / len(train.lengths)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the training loss of epoch {epoch + 1} is {loss}")

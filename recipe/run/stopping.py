@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -34,6 +34,38 @@ def watch_launcher() -> None:
         time.sleep(1)
     print(f"the launcher (process {PARENT_PID}) is gone, and the run stops", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Stopped(SystemExit):
+    """The end of a process by a stop signal, with the exit status that shells have for it; `reason` names it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.reason = signal.Signals(number).name
+
+
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle the stop signals inside the context."""
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
+
+
+@contextmanager
+def ending_at_signals() -> Iterator[None]:
+    """Raise `Stopped` at the first stop signal inside the context: for work that may end anywhere."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for one in STOP_SIGNALS:  # a terminal and a launcher send one each
+            signal.signal(one, signal.SIG_IGN)
+        raise Stopped(number)
+
+    with handling(end):
+        yield
 
 
 class StopRequest:
@@ -67,10 +99,6 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the stop signals inside the context."""
-        before = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
-        try:
+        """Take stop signals as the request inside the context."""
+        with handling(self.handle):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
