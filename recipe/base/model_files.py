@@ -43,7 +43,11 @@ def check_model_files(field: str, name_or_path: str, kind: str) -> None:
     Raises:
         UserError: it is refused, a file is damaged, or nothing is there.
     """
-    folder = find_folder(f"`{field}` is {name_or_path}", name_or_path, kind)
+    place = f"`{field}` is {name_or_path}"
+    folder = find_folder(place, name_or_path, kind)
+    if kind == "model" and not (folder / "config.json").is_file():
+        where = describe_run_path(folder) or "in a folder without a config.json"
+        raise UserError(f"{place}: no model there, {where}; name another")
     for name, limit in FILE_BYTES.items():
         file = folder / name
         if not file.is_file():
@@ -67,8 +71,11 @@ def check_model_files(field: str, name_or_path: str, kind: str) -> None:
 
 def find_folder(place: str, name_or_path: str, kind: str) -> Path:
     """Return the folder of a model or tokenizer: that of its path, or that of the hub's cache."""
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+    path = Path(name_or_path)
+    if path.is_dir():
+        return path
+    if where := describe_run_path(path):
+        raise UserError(f"{place}: no {kind} there, {where}; name another")
     from huggingface_hub import constants, snapshot_download  # takes longer than answering `--help`
 
     try:
@@ -79,6 +86,17 @@ def find_folder(place: str, name_or_path: str, kind: str) -> Path:
             remedy = f"HF_HUB_OFFLINE is set: unset it, name a folder, or {remedy}"
         problem = f"no {kind} there, as a folder or on the hub; {remedy} ({describe_error(error)})"
         raise UserError(f"{place}: {problem}") from None
+
+
+def describe_run_path(path: Path) -> str:
+    """Say of which run a path is, and where its models are; an empty string for a path that is of none."""
+    run = next((folder for folder in [path, *path.parents[:2]] if (folder / "status.json").is_file()), None)
+    if run is None:
+        return ""
+    with raising_damaged_file(run / "status.json", "name another folder"):
+        state = read_json(run / "status.json")["state"]
+    models = [folder for folder in [*sorted(run.glob("checkpoints/step-*")), run / "model"] if folder.is_dir()]
+    return f"in the run {run}, which is {state} and has {', '.join(map(str, models)) or 'no checkpoint yet'}"
 
 
 def check_fields(place: str, values: dict[str, Any]) -> None:

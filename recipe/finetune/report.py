@@ -11,7 +11,7 @@ from typing import Any
 from recipe.base.errors import UserError
 from recipe.base.files import write_atomically
 from recipe.finetune.jobs import Job
-from recipe.finetune.tasks.glue import TASKS
+from recipe.finetune.tasks.glue import TASKS, submitted_rows
 from recipe.run.plots import plot_glue
 
 
@@ -180,8 +180,8 @@ def format_notes(summary: dict[str, Any]) -> list[str]:
 
 
 def write_submission(folder: Path, target: Path) -> list[str]:
-    """Write a zip of the predictions that exist; return the names of the site's eleven files that it lacks."""
-    names = [split.submission for task in TASKS.values() for split in task.splits.values() if split.submission]
+    """Write a zip of the predictions on GLUE that exist; return the names of the site's eleven files that it lacks."""
+    names = submitted_rows()
     found = [name for name in names if (folder / name).is_file()]
     if found:
         with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as file:
@@ -202,6 +202,10 @@ def write_report(folder: Path, summary: dict[str, Any], hours: float, model: str
     missing = write_submission(folder / "predictions", submission)
     if submission.exists():
         lines.append(f"submission: {submission}" + (f", without {', '.join(missing)}" if missing else ""))
-        if all(row["official"] for row in rows):
+        is_whole = not missing and all(
+            (folder / "predictions" / name).read_text("utf-8").count("\n") == 1 + number
+            for name, number in submitted_rows().items()
+        )
+        if is_whole and all(row["official"] for row in rows):
             lines.append("next: submit it at https://gluebenchmark.com/submit")
     return lines

@@ -138,9 +138,20 @@ def build_model(
     if source is None:
         return model_class(config)
     try:
-        model, loading = model_class.from_pretrained(source, config=config, output_loading_info=True, **LOADING)
+        model, loading = model_class.from_pretrained(
+            source,
+            config=config,
+            ignore_mismatched_sizes=True,  # they are named below
+            output_loading_info=True,
+            **LOADING,
+        )
     except Exception as error:  # of one library or another
         raise UserError(f"`model_name_or_path` {source} cannot be loaded: {describe_error(error)}") from error
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, saved, wanted = mismatched[0]
+        problem = f"{name} is {' x '.join(map(str, saved))}, and its config with `model_config` over it makes it "
+        remedy = "a checkpoint keeps its sizes, that of its table of positions too: leave them out of `model_config`"
+        raise UserError(f"`model_name_or_path` {source}: {problem}{' x '.join(map(str, wanted))}; {remedy}")
     if missing := sorted(loading["missing_keys"]):
         problem = f"lacks weights of a {model_class.__name__}: {missing[:3]}"
         raise UserError(f"`model_name_or_path` {source} {problem}")

@@ -42,6 +42,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recipe.base.errors import UserError, describe_error, raising_damaged_file
 from recipe.base.files import check_free_space, read_json, replace_folder
 from recipe.base.hashing import file_checksum
+from recipe.base.model_files import describe_run_path
 from recipe.base.progress import print_line
 from recipe.run.directory import MANIFEST, STATE_FILES, checkpoint_path, checkpoint_step, list_checkpoints
 
@@ -223,6 +224,12 @@ def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path | None, list[s
         path = Path(resume_from)
         if not path.is_dir():
             raise UserError(f"`resume_from_checkpoint` {resume_from}: there is no such checkpoint")
+        if not any((path / name).exists() for name in STATE_FILES):
+            problem = ", ".join(filter(None, ["not a checkpoint of this recipe", describe_run_path(path)]))
+            remedy = "give `latest`, or the path of a checkpoint"
+            if (path / "config.json").is_file():
+                remedy = "to train on from its weights, with a new schedule, give it as `model_name_or_path`"
+            raise UserError(f"`resume_from_checkpoint` {resume_from} is {problem}; {remedy}")
         if fault := find_fault(path):
             raise UserError(f"`resume_from_checkpoint` {resume_from} is damaged: {fault}; choose another or `latest`")
         return path, []

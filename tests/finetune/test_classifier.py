@@ -120,6 +120,23 @@ def test_what_a_model_cannot_do_is_said_before_any_job(tokenizer, tmp_path: Path
         check_classifier(str(tmp_path), TASKS["rte"], loaded, 30)
 
 
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("", "no model there, in the run .*/run, which is running and has .*/step-00000003, .*/step-00000006; name"),
+        ("model", "no model there, in the run .*/run, which is running and has .*/step-00000003, .*/step-00000006;"),
+        ("checkpoints/step-00000001", "no model there, in the run .*/run, which is running and has .*/step-00000003,"),
+        ("checkpoints/step-00000003", "no tokenizer beside the model; give `tokenizer_name`"),
+    ],
+)
+def test_run_under_way_and_removed_checkpoint_are_called_what_they_are(finished_run: Path, place: str, expected: str):
+    shutil.rmtree(finished_run / "model")
+    status = json.loads((finished_run / "status.json").read_text())
+    (finished_run / "status.json").write_text(json.dumps(status | {"state": "running"}))
+    with pytest.raises(UserError, match=expected):
+        load_glue_tokenizer(str(finished_run / place), 32)
+
+
 def test_tokenizer_may_lie_elsewhere(small_model: Path, tokenizer_dir: Path, tmp_path: Path):
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(small_model / name, tmp_path / name)

@@ -124,3 +124,19 @@ def test_albert_base_has_its_size_whatever_its_depth(tokenizer, layers):
     config = build_config({"vocab_size": 30_000, "num_hidden_layers": layers}, None, tokenizer, 512, "albert")
     with torch.device("meta"):
         assert count_parameters(build_model(config, None, predicts_pairs=True)) / 1e6 == pytest.approx(11.81, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"max_position_embeddings": 1026},
+            r"position_embeddings.weight is 514 x 32, .* makes it 1026 x 32; a checkpoint",
+        ),
+        ({"intermediate_size": 128}, r"dense.bias is 64, .* makes it 128; a checkpoint keeps its sizes"),
+    ],
+)
+def test_sizes_other_than_those_of_the_checkpoint_are_named(small_model, tokenizer, changes, expected):
+    config = build_config(changes, str(small_model), tokenizer, 64)
+    with pytest.raises(UserError, match=expected):
+        build_model(config, str(small_model))
