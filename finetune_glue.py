@@ -36,7 +36,8 @@ def main() -> None:
     from recipe.finetune.report import check_failures, describe_jobs, summarise, write_report
     from recipe.finetune.tasks.loading import load_task
     from recipe.finetune.tasks.scoring import describe_data
-    from recipe.publish.glue_card import add_glue_to_card
+    from recipe.publish.glue_card import check_card, write_cards
+    from recipe.publish.names import hub_models
     from recipe.run.checkpoint import check_identity
     from recipe.run.hardware import environment
     from recipe.run.launch import open_run, start_accelerator
@@ -48,6 +49,7 @@ def main() -> None:
     accelerator = start_accelerator()
     run = open_run(args.output_dir, accelerator)
     started = time.perf_counter()
+    check_card(args)
     tokenizer = load_glue_tokenizer(args.model_name_or_path, args.max_seq_length, args.tokenizer_name)
     widest = max((TASKS[name] for name in names), key=lambda task: len(task.columns))
     checksum = {"model_checksum": check_classifier(args.model_name_or_path, widest, tokenizer, args.max_seq_length)}
@@ -68,7 +70,8 @@ def main() -> None:
     if args.dry_run:
         return
 
-    run.write_config(asdict(args), environment(accelerator) | checksum)
+    beside = checksum | {"hub_sources": hub_models(args.model_name_or_path)}
+    run.write_config(asdict(args), environment(accelerator) | beside)
     try:
         with ending_at_signals(), run.noting_failure():
             if accelerator.is_main_process:
@@ -82,7 +85,7 @@ def main() -> None:
             summary = summarise(records, jobs, data, args.compare_with)
             hours = (time.perf_counter() - started) / 3600
             lines = write_report(run.path, summary, hours, args.model_name_or_path)
-            print("\n".join([*lines, *add_glue_to_card(run.path)]))
+            print("\n".join([*lines, *write_cards(run.path)]))
             check_failures(records, jobs, grid.results.file)
             run.write_status("complete", len(jobs))
     except Stopped as stop:

@@ -57,7 +57,7 @@ def start(
     flags += ["--expected_loss=null", "--token_store_dir", str(args.stores), *more]
     if url is not None:
         environment["HF_ENDPOINT"] = url
-        flags += ["--push_to_hub=true", "--hub_model_id=ann/run", "--hub_strategy=checkpoint"]
+        flags += ["--push_to_hub=true", "--hub_model_id=ann/run", "--hub_strategy=checkpoint", "--license=mit"]
     folder.mkdir()
     with (folder / "log.txt").open("w") as log:
         return subprocess.Popen(

@@ -28,7 +28,8 @@ from recipe.data.token_store import TokenStore
 from recipe.data.token_store import check_space as check_store_space
 from recipe.data.tokenizer import load_tokenizer, tokenizer_checksum
 from recipe.modeling.model import build_config, build_model, check_host_memory, count_parameters
-from recipe.publish.hub import check_push, fetch_checkpoint
+from recipe.publish.hub import fetch_checkpoint
+from recipe.publish.rights import check_push
 from recipe.run.checkpoint import check_space, open_checkpoint
 from recipe.run.directory import HUB_SCHEME, RunDirectory
 from recipe.run.launch import on_main

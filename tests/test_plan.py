@@ -122,7 +122,7 @@ def test_passes_are_those_of_the_run(plan, run_pretrain, flags, tmp_path: Path):
 
 
 def test_right_to_push_is_tried(plan):
-    lines, error = plan(push_to_hub="true", hub_model_id="ann/run")
+    lines, error = plan(push_to_hub="true", hub_model_id="ann/run", license="mit")
     assert "HF_HUB_OFFLINE is set" in lines["problem  hub"]
     assert error == "1 of the above is a problem"
 

@@ -185,10 +185,12 @@ class PretrainArguments:
     hub_strategy: Literal["end", "every_save", "checkpoint"] = "every_save"
     """What is pushed. `end`: the last model. `every_save`: the model of every checkpoint. `checkpoint`: every
     checkpoint with all that is needed to resume from it, by `--resume_from_checkpoint hub://user/name@step-00010000`."""
-    license: str = "apache-2.0"
-    """Licence of the weights on the model card, by its name on the hub."""
+    license: str | None = None
+    """Licence of the weights on the model card, by its name on the hub (`apache-2.0`, `cc-by-4.0`, `other`). To push,
+    one has to be named."""
     hub_private_repo: bool | None = None
-    """Whether a repository is private when it is created. Null: as the user or organisation has chosen on the hub."""
+    """Whether a repository is private when it is created. Null: if a corpus is local, and otherwise as the user or
+    organisation has chosen on the hub."""
     prepare_only: bool = False
     """Tokenise and pack, shared among all processes of all nodes, and stop."""
     dry_run: bool = False
@@ -232,6 +234,9 @@ class PretrainArguments:
             require(not self.roll_back_loss_spikes, name, steps, remedy)
         remedy = f"`max_steps` is {self.max_steps}, and the learning rate would never reach its peak: lower it"
         require(self.warmup_steps <= self.max_steps, "warmup_steps", self.warmup_steps, remedy)
+        if self.push_to_hub:
+            remedy = "`push_to_hub` is true: name the licence of the weights by its name on the hub, such as apache-2.0"
+            require(bool(self.license), "license", "missing", remedy)
         if self.hub_model_id is not None:
             check_repo_id("hub_model_id", self.hub_model_id)
         if self.streaming:

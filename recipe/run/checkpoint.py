@@ -48,6 +48,9 @@ from recipe.run.directory import MANIFEST, STATE_FILES, checkpoint_path, checkpo
 
 FORMAT = 5
 REQUIRED_FILES = {"config.json", "model.safetensors", "optimizer.pt", "state.json"}
+# The arguments that may change at a resume and that weights depend on.
+PROCEDURE = ["max_steps", "learning_rate", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"]
+PROCEDURE += ["max_grad_norm"]
 BYTES_PER_PARAMETER = 12  # weight and two moments, in float32
 
 
@@ -286,6 +289,21 @@ def describe_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str
     ]
 
 
+def procedure_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[dict[str, Any]]:
+    """List what has changed at each resume of how the weights are trained, from the state of a checkpoint.
+
+    Returns:
+        A `step`, a `name`, and the values `before` and `after`, for each field that changed then; `current` are the
+        arguments of now. None without a checkpoint.
+    """
+    if not saved:
+        return []
+    before = saved["arguments"]
+    changed = [name for name in PROCEDURE if name in before and before[name] != current[name]]
+    new = [{"step": saved["step"], "name": name, "before": before[name], "after": current[name]} for name in changed]
+    return saved.get("changes", []) + new
+
+
 def open_checkpoint(
     folder: Path, resume_from: str | None, identity: dict[str, Any], arguments: dict[str, Any]
 ) -> tuple[Path | None, dict[str, Any], list[str]]:
@@ -304,6 +322,8 @@ def open_checkpoint(
     with reading(path, "state.json"):
         if wrong := [name for name in ("train_state", "identity", "arguments") if not isinstance(state[name], dict)]:
             raise ValueError(f"{', '.join(wrong)} without names and values")
+        if not isinstance(state.get("changes", []), list):
+            raise ValueError("`changes` is no list")
         if type(state["step"]) is not int or state["step"] != state["train_state"]["step"]:
             raise ValueError(f"`step` is {state['step']!r} and that of `train_state` {state['train_state']['step']!r}")
     check_identity(state["identity"], identity, path)

@@ -73,7 +73,8 @@ def read_step(run: Path) -> int:
 def read_config(run: Path) -> dict[str, Any]:
     """Read config.yaml of a run; a field that it lacks, since the code was older, has its default."""
     defaults = {option.name: option.default for option in fields(PretrainArguments) if option.default is not MISSING}
-    return defaults | read_yaml(run / "config.yaml")
+    config = {"corpora": [], "eval_corpora": []} | defaults | read_yaml(run / "config.yaml")
+    return config | {"environment": {"hub_sources": [], "changes": []} | (config.get("environment") or {})}
 
 
 class LostFolderError(UserError):

@@ -180,6 +180,7 @@ class Storm:
     def start(self, run: Path, log: Path, processes: int | None = None) -> subprocess.Popen:
         """Start or resume a run, with its output in the log or lost."""
         flags = self.flags | {"output_dir": run, "push_to_hub": "true", "hub_model_id": f"ann/{run.name}"}
+        flags |= {"license": "mit"}
         output = self.rng.choices(("log", "full", "closed"), weights=(2, 1, 1))[0]
         return start(flags, processes or self.rng.choice((1, 2)), self.environment, log, output)
 
