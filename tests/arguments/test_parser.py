@@ -268,6 +268,7 @@ def test_identity_holds_the_experiment_and_nothing_else(config_file):
     assert identity_of(args)["corpora"][0] == dataclasses.asdict(args.corpora[0])
     assert identity_of(GlueArguments(output_dir="x", model_name_or_path="m")) == {
         "model_name_or_path": "m",
+        "tokenizer_name": None,
         "glue_dir": None,
         "max_seq_length": 512,
         "num_train_epochs": 10,
