@@ -83,7 +83,10 @@ def explain(error: Exception, cls: type, flags: list[str], sources: dict[str, st
 
     if unknown := re.search(r"Option '([^']+)' is not accepted|[Uu]nrecognized arguments: --([^\s=]+)", text):
         name, parent = unknown[1] or unknown[2], re.search(r'Parser key "([^"]+)"', text)
-        hint = did_you_mean(name, [f.name for f in fields(CorpusArguments if parent else cls)])
+        known = [f.name for f in fields(CorpusArguments if parent else cls)]
+        hint = did_you_mean(name, known)
+        if name == "resume_from_checkpoint" and "model_name_or_path" in known:  # fine-tuning
+            hint = "; the same command resumes, and a checkpoint to start from is given as `model_name_or_path`"
         place = f" in `{parent[1]}`" if parent else ""
         return f"there is no field `{name}`{place} ({source(parent[1] if parent else name)}){hint}"
     if wrong := re.search(r"given class_path '([^']+)'", text):

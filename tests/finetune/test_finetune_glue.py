@@ -319,6 +319,7 @@ def test_bad_input_is_refused_before_training(run_glue, flags, tmp_path: Path, s
         ({"max_seq_length": 513}, "the model reads 512 tokens"),
         ({"init_from_mnli": "true"}, "`init_from_mnli` needs an MNLI model"),
         ({"learning_rate": "[1e-5]"}, "did you mean `learning_rates`"),
+        ({"resume_from_checkpoint": "checkpoint-500"}, "a checkpoint to start from is given as `model_name_or_path`"),
         ({"output_dir": __file__}, "is a file"),
     ]:
         with pytest.raises(UserError) as caught:
