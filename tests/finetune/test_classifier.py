@@ -145,6 +145,19 @@ def test_tokenizer_may_lie_elsewhere(small_model: Path, tokenizer_dir: Path, tmp
     assert len(load_glue_tokenizer(str(tmp_path), 32, str(tokenizer_dir))) == 400
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "electra", "t5"])
+def test_model_without_a_tokenizer_is_not_given_an_empty_one(name: str, tokenizer, tmp_path: Path):
+    """The library makes one of a few special tokens, which reads every word as unknown, and whose pad token may fit."""
+    save_family(tmp_path, name, tokenizer)
+    for file in tmp_path.glob("token*"):
+        file.unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    for pad in (0, 1):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+        with pytest.raises(UserError, match="no tokenizer beside the model"):
+            load_glue_tokenizer(str(tmp_path), 16)
+
+
 def test_model_and_tokenizer_without_a_token_to_pad_with_are_refused(tokenizer, tmp_path: Path):
     save_family(tmp_path, "gpt2", tokenizer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
