@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from recipe.arguments import GlueArguments, identity_of, parse_config
-from recipe.base.errors import report_user_errors
+from recipe.base.errors import run_script
 from recipe.base.files import check_output_dir, read_yaml
 from recipe.finetune.tasks.glue import TASKS, check_tasks, find_files
 
@@ -86,5 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors():
-        main()
+    run_script(main)

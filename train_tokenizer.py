@@ -7,7 +7,7 @@ from pathlib import Path
 
 from recipe.arguments import TokenizerArguments, parse_config
 from recipe.arguments.corpus import local_files
-from recipe.base.errors import UserError, report_user_errors
+from recipe.base.errors import UserError, run_script
 from recipe.base.files import check_output_dir
 
 # The pretraining config that takes each kind of tokenizer.
@@ -48,5 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors():
-        main()
+    run_script(main)

@@ -108,7 +108,7 @@ def main() -> None:
     }
     print(harness.to_json(report))
     if given.output:
-        given.output.write_text(harness.to_json(report) + "\n")
+        given.output.write_text(harness.to_json(report) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def find_mfu(hardware: Hardware, flops_per_token: float) -> tuple[float, str]:
     words = set(re.findall(r"\w+", hardware.name.upper()))
     fitting = [
         row
-        for row in json.loads(MEASURED.read_text())
+        for row in json.loads(MEASURED.read_text("utf-8"))
         if words <= set(re.findall(r"\w+", row["device"].upper())) and row["precision"] == hardware.precision
     ]
     if not fitting:

@@ -40,7 +40,7 @@ def make_text(rng: random.Random, sentences: int) -> str:
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
     return path
 
 
@@ -72,7 +72,7 @@ def never() -> bool:
 
 
 def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def learning(path: Path) -> list[dict]:

@@ -2,12 +2,12 @@
 
 import difflib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pickle import UnpicklingError
 from typing import Any
 
-from recipe.base.output import keep_output_from_failing
+from recipe.base.output import keep_output_from_failing, restart_in_utf8
 
 
 class UserError(ValueError):
@@ -19,7 +19,7 @@ def report_user_errors() -> Iterator[None]:
     """Turn errors that say what to do into their message on stderr and exit status 2, without a traceback.
 
     They are `UserError`s, and the `FloatingPointError` of a training whose numbers are no longer finite. All scripts
-    and commands run in this context, so from here on nothing that is printed can fail.
+    and commands run in this context, by `run_script`, so from here on nothing that is printed can fail.
     """
     keep_output_from_failing()
     try:
@@ -27,6 +27,13 @@ def report_user_errors() -> Iterator[None]:
     except (UserError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Run the main function of a script or command: in UTF-8 whatever the locale, see `report_user_errors`."""
+    restart_in_utf8()
+    with report_user_errors():
+        main()
 
 
 def describe_error(error: BaseException, until: type[BaseException] | None = None) -> str:

@@ -151,7 +151,7 @@ class Grid:
         task, best_file = TASKS[job.task], self.folder / "best" / f"{job.task}.json"
         rank = [-outcome.metrics[task.metrics[0]], *asdict(job).values()]
         with self.results.lock(f"best-{job.task}"):
-            if best_file.exists() and json.loads(best_file.read_text())["rank"] <= rank:
+            if best_file.exists() and json.loads(best_file.read_text("utf-8"))["rank"] <= rank:
                 return
             model.load_state_dict(outcome.weights)
             if self.keeps_model(job.task):

@@ -56,7 +56,7 @@ class Results:
         if not self.file.exists():
             return {}
         with raising_damaged_file(self.file, "remove the lines that are wrong; their jobs are run again"):
-            records = [json.loads(line) for line in self.file.read_text().splitlines()]
+            records = [json.loads(line) for line in self.file.read_text("utf-8").splitlines()]
             return {Job(**record["job"]): record for record in records}
 
     def write(self, records: list[dict[str, Any]]) -> None:

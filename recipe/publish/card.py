@@ -96,9 +96,9 @@ class Run:
         self.training = [record for record in records if "tokens_per_second" in record]
         evaluations = [record for record in records if record.get("eval_loss") is not None]
         self.evaluation = evaluations[-1] if evaluations else None
-        self.architecture = json.loads((model / "config.json").read_text())
+        self.architecture = json.loads((model / "config.json").read_text("utf-8"))
         self.parameters = count_weights(model)
-        self.glue = json.loads((model / GLUE_FILE).read_text()) if (model / GLUE_FILE).exists() else None
+        self.glue = json.loads((model / GLUE_FILE).read_text("utf-8")) if (model / GLUE_FILE).exists() else None
         corpora = self.config["eval_corpora"] or self.config["corpora"]
         self.held_out = ", ".join(corpus["name"] for corpus in corpora)
 
@@ -316,7 +316,7 @@ def limits(run: Run) -> list[str]:
 
 def reproduction(run: Run) -> list[str]:
     """Give the command, the versions and the config."""
-    machine, config_text = run.environment, (run.path / "config.yaml").read_text().strip()
+    machine, config_text = run.environment, (run.path / "config.yaml").read_text("utf-8").strip()
     command = (
         f"accelerate launch --num_processes {machine['num_processes']} --mixed_precision {machine['mixed_precision']} "
         "pretrain.py --config config.yaml"

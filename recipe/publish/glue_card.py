@@ -30,7 +30,7 @@ from recipe.publish.hub import GLUE_FILE, stage_card
 def add_glue_to_card(output_dir: Path) -> list[str]:
     """Write the cards of the classifiers and, with its results, of a run's pretrained model; return lines to log."""
     config = read_yaml(output_dir / "config.yaml")
-    summary = json.loads((output_dir / "summary.json").read_text())
+    summary = json.loads((output_dir / "summary.json").read_text("utf-8"))
     model = Path(config["model_name_or_path"])
     run, lines = None, []
     if model.name == "model" and (model.parent / "metrics.jsonl").is_file():
@@ -40,7 +40,7 @@ def add_glue_to_card(output_dir: Path) -> list[str]:
         run = Run(model.parent, model)
     for row in summary["tasks"]:
         folder, best = output_dir / "models" / row["task"], output_dir / "best" / f"{row['task']}.json"
-        job = Job(**json.loads(best.read_text())["job"]) if folder.is_dir() and best.is_file() else None
+        job = Job(**json.loads(best.read_text("utf-8"))["job"]) if folder.is_dir() and best.is_file() else None
         if job is not None and job.init == row["init"]:
             result = Results(output_dir).read()[job]
             write_atomically(folder / "README.md", build_classifier_card(folder, config, row, job, result, run))

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from recipe.arguments import PretrainArguments, identity_of
 from recipe.arguments.checks import check_repo_id
-from recipe.base.errors import UserError, describe_error, did_you_mean, raising_damaged_file, report_user_errors
+from recipe.base.errors import UserError, describe_error, did_you_mean, raising_damaged_file, run_script
 from recipe.base.files import read_yaml, replace_folder
 from recipe.run.directory import (
     DOWNLOAD_FOLDER,
@@ -372,7 +372,7 @@ def fetch_checkpoint(args: PretrainArguments) -> str | None:
         return None
     shutil.rmtree(temporary / ".cache", ignore_errors=True)  # what the library recorded of the download
     with raising_damaged_file(f"state.json of {uri}", "choose another checkpoint"):
-        folder = checkpoint_path(run / "checkpoints", json.loads((temporary / "state.json").read_text())["step"])
+        folder = checkpoint_path(run / "checkpoints", json.loads((temporary / "state.json").read_text("utf-8"))["step"])
     if (temporary / "metrics.jsonl").exists():
         (temporary / "metrics.jsonl").replace(run / "metrics.jsonl")
     return str(temporary.rename(folder))
@@ -395,5 +395,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors():
-        main()
+    run_script(main)

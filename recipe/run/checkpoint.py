@@ -118,10 +118,10 @@ def save_checkpoint(
     with replace_folder(path) as temporary:
         model.save_pretrained(temporary, state_dict=weights)
         torch.save(tensors, temporary / "optimizer.pt")
-        (temporary / "state.json").write_text(json.dumps(state | {"format": FORMAT, "step": step}, indent=1))
+        (temporary / "state.json").write_text(json.dumps(state | {"format": FORMAT, "step": step}, indent=1), "utf-8")
         files = sorted(temporary.iterdir())
         manifest = {file.name: {"bytes": file.stat().st_size, "sha256": file_checksum(file)} for file in files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
     for old in list_checkpoints(folder)[:-limit]:
         remove_old(old)
     return path

@@ -52,7 +52,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
         return []
     with raising_damaged_file(file, "remove the lines that are no records; a run can resume without them"):
         # What follows the last line break was not written to its end.
-        records = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+        records = [json.loads(line) for line in file.read_text("utf-8").split("\n")[:-1]]
         for number, record in enumerate(records, start=1):
             if not isinstance(record, dict) or type(record.get("step")) is not int:
                 raise ValueError(f"line {number} is no JSON object with a whole number as `step`")
@@ -62,7 +62,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
 def read_step(run: Path) -> int:
     """Read from status.json the update of the newest checkpoint, or else how many are done; without, a `UserError`."""
     with raising_damaged_file(run / "status.json", 'write {"step": N} into it, with the number of updates done'):
-        status = json.loads((run / "status.json").read_text())
+        status = json.loads((run / "status.json").read_text("utf-8"))
         step = status["step"] if status.get("saved_step") is None else status["saved_step"]
         if type(step) is not int or step < 0:
             raise ValueError(f"`step` is {step!r}")
@@ -149,7 +149,7 @@ class RunDirectory:
             return f"{self.model} is the model of a complete run"
         if self.status_file.exists():
             with raising_damaged_file(self.status_file, "remove it if no checkpoint was written yet"):
-                status = json.loads(self.status_file.read_text())
+                status = json.loads(self.status_file.read_text("utf-8"))
                 if status.get("saved_step") is not None:
                     return f"{self.status_file.name} says that update {status['saved_step']:,} was saved"
                 return None
@@ -203,7 +203,7 @@ class RunDirectory:
                     if not self.status_file.exists():
                         raise
                     # A full disk has no room for a new file, and has it for the contents of an old one.
-                    with self.status_file.open("r+") as file:
+                    with self.status_file.open("r+", encoding="utf-8") as file:
                         file.write(text)
                         file.truncate()
             except OSError as error:

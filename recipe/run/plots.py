@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipe.base.errors import UserError, raising_damaged_file, report_user_errors
+from recipe.base.errors import UserError, raising_damaged_file, run_script
 from recipe.run.directory import RunDirectory, read_config
 
 if TYPE_CHECKING:
@@ -237,5 +237,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors():
-        main()
+    run_script(main)
