@@ -33,6 +33,8 @@ SLOW_DISK_BYTES_PER_SECOND = 1e8  # taken for the first checkpoint
 def train(session: Session, data: TrainingData, resume: Resume) -> bool:
     """Train from `session.state.step` to `max_steps`, logging, evaluating and saving on the way.
 
+    A run that begins evaluates before its first update, too.
+
     Returns:
         whether the run is complete; False when it was asked to stop, with a checkpoint of the last update.
 
@@ -58,6 +60,12 @@ def train(session: Session, data: TrainingData, resume: Resume) -> bool:
     scheduler = session.build_scheduler()
     bar = progress_bar("training", args.max_steps, "updates", is_main, state.step)
     with bar, request.listening(), writer, Watchdog(session.accelerator) as watchdog:
+        if args.eval_blocks and not state.step:  # what a model knows before it is trained on, such as a released one
+            watchdog.at("evaluating")
+            with log.watch.paused():
+                failure = log.evaluate()
+            if failure:
+                raise failure
         # In here, since worker processes inherit what is done with SIGINT.
         updates = updates_from(resume)
         while state.step < args.max_steps:

@@ -117,3 +117,9 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert condition()
+
+
+def wait_for_training(run: Path) -> None:
+    """Wait until a run has logged an update, beyond the evaluation before the first one."""
+    metrics = run / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and '"tokens_per_second"' in metrics.read_text("utf-8"))

@@ -12,7 +12,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, wait_for
+from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, wait_for_training
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 PROCESSES = {"cpu": 1, "single_gpu": 1, "multi_gpu": 8, "multi_node": 16, "fsdp2": 8}
@@ -100,7 +100,7 @@ def requeued(tmp_path: Path) -> int:
 @pytest.mark.long
 def test_slurm_job_goes_on_until_the_run_is_complete(sbatch, tmp_path: Path):
     process = sbatch({"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1})
-    wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+    wait_for_training(tmp_path / "run")
     process.send_signal(signal.SIGUSR1)  # to the script alone, as `--signal=B:USR1` does
     assert process.wait(timeout=PATIENCE_SECONDS) == 0
     status = json.loads((tmp_path / "run" / "status.json").read_text())

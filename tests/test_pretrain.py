@@ -1,5 +1,6 @@
 """The real command line, from corpora to an exported model."""
 
+import itertools
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from testing.helpers import (
     learning,
     read_lines,
     wait_for,
+    wait_for_training,
     weights,
     write_jsonl,
 )
@@ -55,6 +57,19 @@ def start(flags: dict[str, object], script: Path | str = "pretrain.py", **kwargs
     return subprocess.Popen([sys.executable, script, *command_line(flags)], cwd=ROOT, env=environment, **kwargs)
 
 
+def test_run_that_goes_on_with_a_model_says_what_that_model_had_learnt(
+    flags, run_pretrain, finished_run, tmp_path: Path
+):
+    flags |= {"output_dir": tmp_path / "more", "model_name_or_path": finished_run / "model", "tokenizer_name": "null"}
+    run_pretrain(flags | {"max_steps": 1, "warmup_steps": 0, "eval_steps": 5, "model_config": "{}"})
+    before, after = [
+        line["eval_loss"] for line in read_lines(tmp_path / "more" / "metrics.jsonl") if "eval_loss" in line
+    ]
+    assert before == pytest.approx(read_lines(finished_run / "metrics.jsonl")[-1]["eval_loss"], abs=1e-6)
+    assert after != before
+    assert f"({before:.3f} before the first)" in (tmp_path / "more" / "model" / "README.md").read_text()
+
+
 def test_run_leaves_what_it_promises(flags, run_pretrain, tmp_path: Path, capsys):
     run_pretrain(flags)
     run = tmp_path / "run"
@@ -65,7 +80,7 @@ def test_run_leaves_what_it_promises(flags, run_pretrain, tmp_path: Path, capsys
     assert {"torch", "transformers", "datasets"} <= set(config["environment"]["versions"])
     metrics = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in metrics if "loss" in line] == [2, 4, 6]
-    assert [line["step"] for line in metrics if "eval_loss" in line] == [3, 6]
+    assert [line["step"] for line in metrics if "eval_loss" in line] == [0, 3, 6]
     assert all(line["tokens_per_second"] > 0 for line in metrics if "loss" in line)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -177,7 +192,7 @@ def test_signal_saves_and_ends_the_run_as_preempted(flags, run_pretrain, tmp_pat
     flags |= {"max_steps": 100_000, "save_steps": 100_000, "resume_from_checkpoint": "latest", "logging_steps": 1}
     process = start(flags)
     run = tmp_path / "run"
-    wait_for((run / "metrics.jsonl").exists)
+    wait_for_training(run)
     pids = json.loads((run / "status.json").read_text())["pids"]
     assert pids == [process.pid]
     os.kill(pids[0], number)
@@ -196,7 +211,7 @@ def test_signal_saves_and_ends_the_run_as_preempted(flags, run_pretrain, tmp_pat
 def test_signal_to_the_whole_group_of_processes_saves_too(flags, tmp_path: Path, mode, number: signal.Signals):
     flags |= {"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1, "dataloader_num_workers": 2} | mode
     process = start(flags, start_new_session=True)
-    wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+    wait_for_training(tmp_path / "run")
     os.killpg(process.pid, number)
     assert process.wait(timeout=PATIENCE_SECONDS) == 0
     status = json.loads((tmp_path / "run" / "status.json").read_text())
@@ -215,7 +230,7 @@ def test_worker_that_is_killed_costs_no_update(flags, tmp_path: Path, mode, proc
     process = subprocess.Popen(
         [*command, "pretrain.py", *command_line(flags)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )
-    wait_for((run / "metrics.jsonl").exists)
+    wait_for_training(run)
     worker = psutil.Process(json.loads((run / "status.json").read_text())["pids"][-1]).children()[0]
     worker.kill()
     _, printed = process.communicate(timeout=PATIENCE_SECONDS)
@@ -260,7 +275,7 @@ def test_signal_is_heard_while_a_source_is_waited_for(flags, tmp_path: Path, wor
     with log.open("w") as out:
         process = start(flags | {"dataloader_num_workers": workers}, script=script, stdout=out)
     wait_for(lambda: "opening it again" in log.read_text())
-    wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+    wait_for_training(tmp_path / "run")
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=PATIENCE_SECONDS) == 0
@@ -525,8 +540,15 @@ def test_run_whose_end_fails_says_so_and_is_finished_by_the_same_command(
         (OSError(5, "Input/output error"), "Input/output error"),
     ],
 )
-def test_evaluation_that_fails_costs_no_update(flags, run_pretrain, tmp_path: Path, monkeypatch, error, expected):
-    def fail(*arguments):
+@pytest.mark.parametrize(("works", "step", "saved"), [(0, 0, None), (1, 3, 3)])
+def test_evaluation_that_fails_costs_no_update(
+    flags, run_pretrain, tmp_path: Path, monkeypatch, error, expected, works, step, saved
+):
+    calls = itertools.count()
+
+    def fail(batch, device):
+        if next(calls) < works * 3:  # micro-batches of an evaluation
+            return batch
         raise error
 
     flags |= {"save_steps": 100, "resume_from_checkpoint": "latest"}
@@ -535,7 +557,7 @@ def test_evaluation_that_fails_costs_no_update(flags, run_pretrain, tmp_path: Pa
         with pytest.raises((UserError, OSError), match=expected):
             run_pretrain(flags)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["state"], status["step"], status["saved_step"]) == ("failed", 3, 3)
+    assert (status["state"], status["step"], status["saved_step"]) == ("failed", step, saved)
     run_pretrain(flags)
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
 

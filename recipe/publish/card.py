@@ -96,6 +96,7 @@ class Run:
         self.training = [record for record in records if "tokens_per_second" in record]
         evaluations = [record for record in records if record.get("eval_loss") is not None]
         self.evaluation = evaluations[-1] if evaluations else None
+        self.first_evaluation = evaluations[0] if len(evaluations) > 1 and not evaluations[0]["step"] else None
         self.architecture = json.loads((model / "config.json").read_text("utf-8"))
         self.parameters = count_weights(model)
         self.glue = json.loads((model / GLUE_FILE).read_text("utf-8")) if (model / GLUE_FILE).exists() else None
@@ -191,12 +192,13 @@ def evaluation(run: Run) -> list[str]:
     lines = []
     if last := run.evaluation:
         perplexity = "" if last["eval_perplexity"] is None else f", perplexity {last['eval_perplexity']:,.2f}"
+        before = f" ({first['eval_loss']:.3f} before the first)" if (first := run.first_evaluation) else ""
         held_out = f"blocks of {as_text(run.held_out)} that are not trained on"
         if run.config["eval_corpora"]:
             held_out = f"{as_text(run.held_out)}: text that is in none of the corpora's files"
         lines.append(
-            f"Held-out loss {last['eval_loss']:.3f} nats a masked token{perplexity}, after {last['step']:,} updates; a "
-            f"unigram model has {last['unigram_loss']:.3f}. Held out are {held_out}; "
+            f"Held-out loss {last['eval_loss']:.3f} nats a masked token{perplexity}, after {last['step']:,} updates"
+            f"{before}; a unigram model has {last['unigram_loss']:.3f}. Held out are {held_out}; "
             f"{run.config['eval_mlm_probability']:.0%} of the tokens are masked."
         )
     if (run.path / "loss.png").exists():

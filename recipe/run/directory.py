@@ -241,9 +241,9 @@ class RunDirectory:
         return read_records(self.metrics_file)
 
     def cut_metrics(self, step: int) -> None:
-        """Remove the lines of later updates, which a resume from `step` writes again."""
+        """Remove the lines that a run writes again which goes on from `step`, or begins if that is 0."""
         if self.is_main and self.metrics_file.exists():
             self.unwritten_metrics = b""
-            kept = [record for record in self.read_metrics() if record["step"] <= step]
+            kept = [record for record in self.read_metrics() if record["step"] <= step and step]
             self.loss = next((record["loss"] for record in reversed(kept) if "loss" in record), None)
             write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))

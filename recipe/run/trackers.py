@@ -81,7 +81,7 @@ def start_trackers(accelerator: Accelerator, run: RunDirectory, arguments: dict[
     name = f"{path.name}-{digest(str(path))[:8]}"  # folders of one name are different runs
     settings = {
         "trackio": {"name": name},
-        "tensorboard": {"purge_step": (run.step or 0) + 1},
+        "tensorboard": {"purge_step": run.step + 1 if run.step else 0},
         "wandb": {"name": name, "group": name},
     }
     try:

@@ -39,14 +39,16 @@ def test_status_without_a_step_is_named(tmp_path: Path, text: str):
 
 def test_metrics_are_cut_back_and_a_torn_line_forgotten(tmp_path: Path):
     run = RunDirectory(tmp_path, is_main=True, pids=[1])
-    for step in (1, 2, 2, 3):
+    for step in (0, 1, 2, 2, 3):
         run.append_metrics({"step": step})
     with run.metrics_file.open("a") as file:
         file.write('{"step": 4, "lo')
-    assert [line["step"] for line in run.read_metrics()] == [1, 2, 2, 3]
+    assert [line["step"] for line in run.read_metrics()] == [0, 1, 2, 2, 3]
     run.cut_metrics(2)
     run.append_metrics({"step": 3})
-    assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [1, 2, 2, 3]
+    assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [0, 1, 2, 2, 3]
+    run.cut_metrics(0)  # a run that begins evaluates again
+    assert run.read_metrics() == []
 
 
 def test_metrics_wait_while_they_cannot_be_written(tmp_path: Path, capsys):

@@ -13,7 +13,7 @@ import pytest
 
 import recipe.run.stopping
 from recipe.run.stopping import StopRequest
-from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, wait_for
+from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, wait_for, wait_for_training
 from tests.test_pretrain import start
 
 LAUNCHERS = {
@@ -85,7 +85,7 @@ def test_no_process_outlives_its_launcher(flags, tmp_path: Path, launcher: str, 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+    wait_for_training(tmp_path / "run")
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 3  # workers too
     process.send_signal(number)
@@ -100,7 +100,7 @@ def test_no_process_outlives_its_launcher(flags, tmp_path: Path, launcher: str, 
 @pytest.mark.long
 def test_workers_end_with_a_process_that_was_killed(flags, tmp_path: Path):
     process = start(flags | {"max_steps": 100_000, "logging_steps": 1, "dataloader_num_workers": 2})
-    wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+    wait_for_training(tmp_path / "run")
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 2
     process.kill()
