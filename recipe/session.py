@@ -174,7 +174,8 @@ class Session:
         """Export the model with its card and push it, if the run is complete; say what to type next."""
         step = self.state.step
         if not is_complete:
-            resume = f"stopped after update {step:,}; go on with --resume_from_checkpoint latest"
+            saved = f"saved in {checkpoint_path(self.run.checkpoints, step)}" if step else "with nothing to save"
+            resume = f"stopped after update {step:,}, {saved}; go on with --resume_from_checkpoint latest"
             self.run.log([resume, *self.publisher.waiting()])
             return
         lines = []

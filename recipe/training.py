@@ -23,7 +23,7 @@ from recipe.monitoring import SpikeGuard, TrainingLog, Update, to_device
 from recipe.run.checkpoint import BYTES_PER_PARAMETER
 from recipe.run.directory import LostFolderError
 from recipe.run.metrics import Stopwatch
-from recipe.run.stopping import StopRequest
+from recipe.run.stopping import StopRequest, handling_stop_signals
 from recipe.run.watchdog import Watchdog
 from recipe.session import Session
 
@@ -45,9 +45,9 @@ def train(session: Session, data: TrainingData, resume: Resume) -> bool:
             the data or of an evaluation, there is a checkpoint of the last update.
     """
     args, state, writer = session.args, session.state, session.writer
-    log, spikes, request = TrainingLog(session, data), SpikeGuard(session), StopRequest(args.max_train_hours)
-    slow_write = BYTES_PER_PARAMETER * count_parameters(session.unwrapped.model) / SLOW_DISK_BYTES_PER_SECOND
     is_main = session.accelerator.is_main_process
+    log, spikes, request = TrainingLog(session, data), SpikeGuard(session), StopRequest(args.max_train_hours, is_main)
+    slow_write = BYTES_PER_PARAMETER * count_parameters(session.unwrapped.model) / SLOW_DISK_BYTES_PER_SECOND
     lanes: dict[Any, Any] = {}  # in streaming mode, after the last update that was trained on
 
     def updates_from(resume: Resume) -> Generator[UpdateData]:
@@ -59,7 +59,7 @@ def train(session: Session, data: TrainingData, resume: Resume) -> bool:
 
     scheduler = session.build_scheduler()
     bar = progress_bar("training", args.max_steps, "updates", is_main, state.step)
-    with bar, request.listening(), writer, Watchdog(session.accelerator) as watchdog:
+    with bar, handling_stop_signals(request.handle), writer, Watchdog(session.accelerator) as watchdog:
         if args.eval_blocks and not state.step:  # what a model knows before it is trained on, such as a released one
             watchdog.at("evaluating")
             with log.watch.paused():

@@ -21,6 +21,7 @@ from recipe.base.errors import UserError, raising_damaged_file
 from recipe.base.files import check_output_dir, read_yaml, to_yaml, write_atomically
 from recipe.base.progress import print_line
 from recipe.run.lock import RunLock, job_name
+from recipe.run.stopping import handling_stop_signals, interrupt
 
 HUB_SCHEME = "hub://"  # of a checkpoint on the hub
 MANIFEST = "manifest.json"
@@ -217,9 +218,17 @@ class RunDirectory:
 
     @contextmanager
     def noting_failure(self) -> Iterator[None]:
-        """Record in status.json what ended a run that had begun, and after which update, if an exception did."""
+        """Record in status.json what ended a run that had begun, and after which update, if an exception did.
+
+        A stop signal raises a KeyboardInterrupt here, and the run is preempted.
+        """
         try:
-            yield
+            with handling_stop_signals(interrupt):
+                yield
+        except KeyboardInterrupt as error:
+            if self.step is not None:
+                self.write_status("preempted", self.step, str(error))
+            raise
         except BaseException as error:
             if self.step is not None:
                 self.write_status("failed", self.step, f"{type(error).__name__}: {error}")

@@ -1,5 +1,7 @@
 import json
+import os
 import platform
+import signal
 import subprocess
 import sys
 from datetime import datetime, timedelta
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import recipe.run.directory
-from recipe.base.errors import UserError
+from recipe.base.errors import UserError, report_user_errors
 from recipe.run.directory import RunDirectory, checkpoint_path, list_checkpoints, read_step
 from recipe.run.lock import JOB_VARIABLES
 from testing.helpers import ROOT
@@ -141,6 +143,18 @@ def test_status_is_written_again_while_updates_are_made(tmp_path: Path, monkeypa
     with pytest.raises(KeyError), run.noting_failure():
         raise KeyError("x")
     assert (read_status(tmp_path)["state"], read_status(tmp_path)["step"]) == ("failed", 3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGXCPU])
+def test_stop_before_or_after_training_is_a_preemption(tmp_path: Path, number: signal.Signals):
+    """And status.json is no longer `running`, which would be a run that was killed."""
+    run = RunDirectory(tmp_path, is_main=True, pids=[])
+    run.write_status("running", 7)
+    with pytest.raises(SystemExit) as ended, report_user_errors(), run.noting_failure():
+        os.kill(os.getpid(), number)
+    status = read_status(tmp_path)
+    assert (status["state"], status["step"], status["reason"]) == ("preempted", 7, number.name)
+    assert ended.value.code == 128 + number
 
 
 def test_failure_before_a_run_has_begun_leaves_no_status(tmp_path: Path):

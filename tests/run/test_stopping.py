@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 import recipe.run.stopping
-from recipe.run.stopping import StopRequest
+from recipe.run.stopping import StopRequest, handling_stop_signals
 from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, wait_for, wait_for_training
 from tests.test_pretrain import start
 
@@ -25,12 +25,27 @@ LAUNCHERS = {
 def test_second_interrupt_ends_at_once():
     before = signal.getsignal(signal.SIGINT)  # a process started in the background ignores it
     request = StopRequest()
-    with request.listening():
+    with handling_stop_signals(request.handle):
         os.kill(os.getpid(), signal.SIGINT)
         assert request.reason == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_first_signal_is_the_reason_and_one_process_says_so(capfd):
+    for speaks in (True, False):
+        request = StopRequest(speaks=speaks)
+        with handling_stop_signals(request.handle):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)  # of a launcher that ends
+            if (worker := os.fork()) == 0:
+                request.reason = None
+                os.kill(os.getpid(), signal.SIGUSR2)
+                os._exit(0)
+            os.waitpid(worker, 0)
+        assert request.reason == "SIGINT"
+    assert capfd.readouterr().err == "SIGINT: stopping after this update, saving …\n"
 
 
 def test_hangup_is_a_request_unless_nohup_has_it_ignored():
