@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_parsing_settings
 
 from recipe.arguments.corpus import CorpusArguments
+from recipe.arguments.reference import format_help
 from recipe.base.errors import UserError, describe_error, did_you_mean
 from recipe.base.files import check_yaml, is_path, read_yaml_text
 
@@ -107,14 +108,10 @@ def parse_config(cls: type[Arguments], description: str, arguments: list[str] | 
     """
     logging.getLogger("jsonargparse").setLevel(logging.ERROR)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument(
-        "--config",
-        action="config",
-        help="YAML file with any of the fields below. Give it again for an overlay, a file with what it changes: a "
-        "later file replaces single fields of those before it, and in `model_config` single keys; a list such as "
-        "`corpora` is replaced as a whole. A flag wins over every file.",
-    )
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    # In groups, which the parser's own does not know.
+    parser.format_help = lambda *_: format_help(cls, description)  # type: ignore[method-assign]
+    parser.add_argument("--config", action="config")
     parser.add_class_arguments(cls, as_group=False)
     configs = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     configs.add_argument("--config", action="append", default=[])

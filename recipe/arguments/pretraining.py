@@ -1,7 +1,7 @@
 """Options of `pretrain.py`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from recipe.arguments.checks import (
     PLAN_FIELDS,
@@ -39,12 +39,21 @@ NOT_STREAMED = {
 
 @dataclass(kw_only=True)
 class PretrainArguments:
-    """Options of `pretrain.py`."""
+    """Options of `pretrain.py`; in `GROUPS`, the option that each group of them begins with."""
+
+    GROUPS: ClassVar = {
+        "output_dir": "Run",
+        "corpora": "Data",
+        "model_type": "Model",
+        "train_batch_size": "Update",
+        "logging_steps": "Log, evaluation and checkpoints",
+        "push_to_hub": "Hub and card",
+        "prepare_only": "Preparation and plan",
+    }
 
     output_dir: PathName
     """Folder of the run: config.yaml, status.json, metrics.jsonl, checkpoints/, model/, loss.png."""
 
-    # Data
     corpora: list[CorpusArguments] = identity()
     """Text to train on."""
     tokenizer_name: PathName | None = identity(default=None)
@@ -108,7 +117,6 @@ class PretrainArguments:
     """Number of processes that read ahead for each training process: they mask and collate or, in `streaming`, tokenise
     and pack. 0: the training process does it."""
 
-    # Model
     model_type: Literal["roberta", "bert", "albert"] = identity(default="roberta")
     """Architecture of the model."""
     model_config: dict[str, Any] = identity(default_factory=dict)
@@ -117,7 +125,6 @@ class PretrainArguments:
     """Folder or hub id of a pretrained model of this type to continue from, with its own tokenizer and a new schedule.
     Null: the weights are new."""
 
-    # Update
     train_batch_size: PositiveInt = identity(default=8192)
     """Number of blocks in an update, over all processes and micro-batches (paper: 8192)."""
     per_device_train_batch_size: PositiveInt = 32
@@ -161,7 +168,6 @@ class PretrainArguments:
     seed: Seed = identity(default=42)
     """Seed of the weights, the order, the masks and dropout."""
 
-    # Run
     logging_steps: PositiveInt = 50
     """Number of updates between two lines of the log."""
     eval_steps: PositiveInt = 5_000

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -313,3 +314,19 @@ def test_shipped_config_is_complete_and_opens_with_its_command(path: Path):
     if cls is PretrainArguments:
         assert "Batch:" in head
         assert "Expected held-out loss:" in head
+
+
+@pytest.mark.parametrize("cls", [PretrainArguments, GlueArguments, TokenizerArguments])
+def test_help_has_every_option_in_a_group_and_no_names_of_python(cls, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_config(cls, "What it is for.\n\n  a command", ["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    titles = [line.removesuffix(":") for line in text.splitlines() if re.fullmatch(r"\w[\w ,]*:", line)]
+    assert titles == list(cls.GROUPS.values())
+    assert set(cls.GROUPS) <= {option.name for option in dataclasses.fields(cls)}
+    for option in dataclasses.fields(cls):
+        assert f"\n  --{option.name}  (" in text
+    for word in ("Annotated", "Optional", "Literal", "None", "Union", "CorpusArguments"):
+        assert word not in text
+    assert max(map(len, text.splitlines())) <= 100
