@@ -76,8 +76,8 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def learning(path: Path) -> list[dict]:
-    """metrics.jsonl without what the machine decides."""
-    timed = {"tokens_per_second", "mfu", "peak_memory", "data_wait_share", "seconds_per_update"}
+    """metrics.jsonl without what the machine decides, or where the run was resumed."""
+    timed = {"resumed_from", "tokens_per_second", "mfu", "peak_memory", "data_wait_share", "seconds_per_update"}
     return [{name: value for name, value in line.items() if name not in timed} for line in read_lines(path)]
 
 
