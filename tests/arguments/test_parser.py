@@ -84,11 +84,11 @@ def test_flag_wins_over_every_file_wherever_it_stands(config_file, overlay):
     ("text", "expected"),
     [
         ("lerning_rate: 1", "there is no field `lerning_rate` (in {overlay}); did you mean `learning_rate`?"),
-        ("learning_rate: fast", "`learning_rate` (in {overlay}): Expected a float"),
+        ("learning_rate: fast", "`learning_rate` (in {overlay}) is fast; it takes float, more than 0"),
         ("corpora: [{name: a, pth: b}]", "there is no field `pth` in `corpora` (in {overlay}); did you mean `path`?"),
         ("corpora+: [{name: a, path: b}]", "there is no field `corpora+` (in {overlay}); did you mean `corpora`?"),
         ("model_config.hidden_size: 3", "there is no field `model_config.hidden_size` (in {overlay})"),
-        ("model_config: [3]", "`model_config` (in {overlay}): Expected a dict"),
+        ("model_config: [3]", "`model_config` (in {overlay}) is [3]; it takes fields and values"),
         ("seed: null\nlanguage: en", "`seed` (in {overlay}) is null"),
         ("config: base.yaml", "there is no field `config` (in {overlay})"),
         ("3: 1", "there is no field `3` (in {overlay})"),
@@ -112,7 +112,7 @@ def test_value_of_the_first_file_is_named_with_the_first_file(config_file, overl
     base = config_file(learning_rate="fast")
     with pytest.raises(UserError) as caught:
         parse("--config", base, "--config", overlay("seed: 1"))
-    assert f"`learning_rate` (in {base}): Expected a float" in str(caught.value)
+    assert f"`learning_rate` (in {base}) is fast" in str(caught.value)
 
 
 def test_file_without_effect_is_refused(config_file, overlay):
@@ -145,6 +145,17 @@ def test_switch_may_stand_alone(config_file):
         ({}, ["--max_steps=1.5"], ["max_steps", "1.5", "on the command line"]),
         ({"sentence_splitter": "period"}, [], ["sentence_splitter", "period", "sentencex", "config.yaml"]),
         ({}, ["--sentence_splitter=period"], ["sentence_splitter", "period", "on the command line"]),
+        ({}, ["--packing=full_sentence"], ["it takes full_sentences | doc_sent", "did you mean `full_sentences`?"]),
+        ({}, ["--max_train_hours=x"], ["`max_train_hours` (on the command line) is x; it takes null or float, more t"]),
+        ({}, ["--eval_corpora=[{name: a}]"], ["path must be given in `eval_corpora` (on the command line)"]),
+        (
+            {"corpora": [{"name": "a", "path": "b", "weight": "x"}]},
+            [],
+            ["`weight` in `corpora` (in ", "config.yaml) is x; it takes null or float, more than 0"],
+        ),
+        ({"corpora": [{"name": "a", "path": 3}]}, [], ["`path` in `corpora`", "is 3; it takes str"]),
+        ({}, ["--seed"], ["--seed has no value after it"]),
+        ({}, ["stray"], ["stray: an option is written --name value"]),
         ({"corpora": []}, [], ["corpora", "at least one"]),
         ({"corpora": ["a.jsonl"]}, [], ["write {name: ..., path: a.jsonl}"]),
         ({}, ["--corpora=[a.jsonl]"], ["write {name: ..., path: a.jsonl}"]),
@@ -194,10 +205,17 @@ def test_bad_input_is_named(config_file, changes, arguments, expected):
 def test_missing_field_and_file_are_named(tmp_path):
     with pytest.raises(UserError, match="output_dir"):
         parse("--tokenizer_name=x")
-    with pytest.raises(UserError, match="--config: expected one argument"):
+    with pytest.raises(UserError, match="--config has no value after it"):
         parse("--config")
     with pytest.raises(UserError, match=r"no\.yaml: there is no such file"):
         parse("--config", tmp_path / "no.yaml")
+
+
+def test_nearest_file_is_named_beside_it_or_of_those_shipped(tmp_path):
+    (tmp_path / "experiment.yaml").write_text("seed: 1")
+    for file, meant in (("experimnt.yaml", tmp_path / "experiment"), ("robert-base.yml", "pretrain/roberta-base")):
+        with pytest.raises(UserError, match=rf"there is no such file; did you mean `.*{meant}\.yaml`\?"):
+            parse("--config", tmp_path / file)
 
 
 def test_broken_yaml_names_file_and_line(tmp_path):
