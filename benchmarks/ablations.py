@@ -280,6 +280,7 @@ class Study:
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", self.scale.launch]
         for step, script in (("pretrain", "pretrain.py"), ("glue", "finetune_glue.py")):
             if not is_complete(folder / step):
+                print(f"{row}, seed {seed}: {script} begins, log: {folder / step}.log", flush=True)
                 self.call([*launcher, script, "--config", str(folder / f"{step}.yaml")], folder / f"{step}.log")
             if not is_complete(folder / step):
                 raise RunError(f"{script} was stopped")
@@ -388,9 +389,7 @@ def main() -> None:
     runs = [(row, seed) for seed in range(1, args.seeds + 1) for row in names]
     for row, seed in runs:
         study.plan(row, rows[row], seed)
-    print(
-        f"{scale.path}:\n\n{scale.path.read_text('utf-8')}\n{len(runs)} runs in {study.folder}, {args.jobs} at a time"
-    )
+    print(f"{len(runs)} runs as {scale.path} says, in {study.folder}, {args.jobs} at a time", flush=True)
     if args.dry_run:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))

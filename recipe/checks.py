@@ -127,7 +127,8 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
         args.check_lanes(world_size)
         accumulation = args.gradient_accumulation_steps(world_size)
         check.fits_world_size = True
-        remarks.append(f"{world_size} x {args.per_device_train_batch_size} blocks, {accumulation} times an update")
+        times = "once" if accumulation == 1 else f"{accumulation} times"
+        remarks.append(f"{world_size} x {args.per_device_train_batch_size} blocks, {times} an update")
     # All that is local comes before a checkpoint is downloaded, or a repository made.
     check_corpora(check)
     if check.config and not args.prepare_only:

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from recipe.arguments import PretrainArguments
 from recipe.base.errors import UserError, did_you_mean
-from recipe.base.formatting import format_bytes, format_count, format_duration
+from recipe.base.formatting import count_of, format_bytes, format_count, format_duration
 from recipe.checks import check_run
 from recipe.modeling.memory import PRECISIONS, USABLE_FRACTION, compute_memory
 from recipe.modeling.model import build_model, count_parameters, model_flops_per_token
@@ -196,10 +196,11 @@ def describe_plan(args: PretrainArguments, config: PreTrainedConfig, num_process
     with torch.device("meta"):
         parameters = count_parameters(build_model(config, None, args.predicts_pairs))
     accumulation = args.gradient_accumulation_steps(num_processes)
+    processes = count_of(num_processes, "process", "processes")
     return [
         f"model: {config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{config.vocab_size:,} entries, {format_count(parameters)} parameters",
-        f"update: {args.train_batch_size:,} blocks of {args.max_seq_length} = {num_processes} processes x "
+        f"update: {args.train_batch_size:,} blocks of {args.max_seq_length} = {processes} x "
         f"{args.per_device_train_batch_size} a micro-batch x {accumulation} accumulated",
         f"run: {args.max_steps:,} updates, {format_count(args.positions(args.max_steps))} positions, "
         f"{format_count(count_flops(args, config))} FLOPs; "

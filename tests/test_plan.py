@@ -42,7 +42,7 @@ def test_plan_of_this_machine_has_all_and_leaves_nothing(plan, tmp_path: Path):
     assert error is None
     for name in ("output_dir", "tokenizer", "model", "batch", "corpus sample", "data", "disk", "memory", "kernels"):
         assert f"ok       {name}" in lines, name
-    assert "8 blocks of 32 = 1 processes x 4 a micro-batch x 2 accumulated" in lines["update"]
+    assert "8 blocks of 32 = 1 process x 4 a micro-batch x 2 accumulated" in lines["update"]
     assert "CPU" in lines["time"]
     assert "the same command without --dry_run" in lines["next"]
     assert not (tmp_path / "run").exists()

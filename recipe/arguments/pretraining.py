@@ -22,6 +22,7 @@ from recipe.arguments.checks import (
 )
 from recipe.arguments.corpus import CorpusArguments, check_corpora
 from recipe.base.errors import UserError, require
+from recipe.base.formatting import count_of
 
 # Blocks of these packings have one part: they can be cut short, and do not depend on what comes after the next block.
 ONE_PART_PACKINGS = ("full_sentences", "contiguous")
@@ -273,10 +274,10 @@ class PretrainArguments:
 
     def check_lanes(self, num_processes: int) -> None:
         """Raise a `UserError` if processes times workers do not divide `num_lanes`."""
-        workers = max(1, self.dataloader_num_workers)
+        workers, processes = max(1, self.dataloader_num_workers), count_of(num_processes, "process", "processes")
         if self.streaming and self.num_lanes % (num_processes * workers):
             raise UserError(
-                f"`num_lanes` ({self.num_lanes}) is not a multiple of {num_processes} processes x {workers} "
+                f"`num_lanes` ({self.num_lanes}) is not a multiple of {processes} x {workers} "
                 f"`dataloader_num_workers` = {num_processes * workers}; choose other workers or, with more processes "
                 "than lanes, `streaming: false`"
             )
@@ -292,7 +293,7 @@ class PretrainArguments:
                 remedy = f"the nearest smaller `per_device_train_batch_size` is {nearest}"
             raise UserError(
                 f"`train_batch_size` ({self.train_batch_size}) is not a multiple of `per_device_train_batch_size` "
-                f"({size}) x {num_processes} processes = {size * num_processes}; {remedy}"
+                f"({size}) x {count_of(num_processes, 'process', 'processes')} = {size * num_processes}; {remedy}"
             )
         return self.train_batch_size // (size * num_processes)
 

@@ -1,6 +1,7 @@
 """The model: built from a config or from a checkpoint, with its parameters and FLOPs counted."""
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -56,8 +57,14 @@ def build_config(
     try:
         with torch.device("meta"):
             build_model(config, None, predicts_pairs=True)
-    except Exception as error:
-        raise UserError(f"`model_config` {model_config}: no model can be built: {describe_error(error)}") from error
+    except Exception as error:  # of a library, which tells the value at the most
+        problem = describe_error(error)
+        named = [
+            f" `{name}: {value}`"
+            for name, value in model_config.items()
+            if re.search(rf"\b{re.escape(str(value))}\b", problem)
+        ]
+        raise UserError(f"`model_config`{','.join(named)}: no model can be built: {problem}") from error
     return config
 
 
@@ -91,7 +98,7 @@ def load_config(
     except OSError as error:
         raise UserError(f"`model_name_or_path` {source}: no model there, as a folder or on the hub: {error}") from None
     except Exception as error:  # of one library or another
-        raise UserError(f"`model_config` {model_config}: {describe_error(error)}") from error
+        raise UserError(f"`model_config`: {describe_error(error)}") from error
 
 
 def check_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:

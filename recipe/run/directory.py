@@ -181,10 +181,18 @@ class RunDirectory:
         ]
 
     def write_config(self, arguments: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Write config.yaml: the resolved arguments, which `--config` reads back, and the `environment` they ran in."""
+        """Write config.yaml: the resolved arguments, which `--config` reads back, and the `environment` they ran in.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         if self.is_main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.config_file, to_yaml(arguments | {"environment": environment}))
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.config_file, to_yaml(arguments | {"environment": environment}))
+            except OSError as error:
+                problem = f"{self.config_file} cannot be written: {error}"
+                raise UserError(f"{problem}; put that right or name another `output_dir`") from error
 
     def write_status(self, state: str, step: int, reason: str | None = None) -> None:
         """Write status.json; `state` is running, complete, preempted or failed."""

@@ -124,3 +124,18 @@ def test_albert_base_has_its_size_whatever_its_depth(tokenizer, layers):
     config = build_config({"vocab_size": 30_000, "num_hidden_layers": layers}, None, tokenizer, 512, "albert")
     with torch.device("meta"):
         assert count_parameters(build_model(config, None, predicts_pairs=True)) / 1e6 == pytest.approx(11.81, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("hidden_act", "gelo", "`model_config` `hidden_act: gelo`: no model can be built: KeyError"),
+        ("hidden_dropout_prob", 3.0, "`hidden_dropout_prob: 3.0`: no model can be built: ValueError: dropout prob"),
+        ("layer_norm_eps", "a", "field 'layer_norm_eps'"),
+    ],
+)
+def test_what_no_model_can_be_built_of_is_named_without_the_rest(name: str, value: object, expected: str):
+    with pytest.raises(UserError) as caught:
+        build_config({"num_hidden_layers": 2, "intermediate_size": 77, name: value}, None, None, 128)
+    assert expected in str(caught.value)
+    assert "intermediate_size" not in str(caught.value)

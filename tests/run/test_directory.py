@@ -244,3 +244,9 @@ def test_only_numbered_folders_are_checkpoints_in_the_order_of_their_numbers(tmp
     found = [path.name for path in list_checkpoints(tmp_path)]
     assert found == ["step-00000040", "step-99999995", "step-100000000"]
     assert checkpoint_path(tmp_path, 100_000_000) == tmp_path / "step-100000000"
+
+
+def test_config_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "config.yaml" / "folder").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"config\.yaml cannot be written: .*put that right or name another"):
+        RunDirectory(tmp_path, is_main=True, pids=[]).write_config({}, {})
