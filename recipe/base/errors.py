@@ -14,7 +14,7 @@ from typing import Any
 from recipe.base.output import keep_output_from_failing, restart_in_utf8
 
 # What most processes of a launch have in common, the first one says: its launcher then ends the others, which wait.
-FIRST_RANK_SECONDS = 5
+FIRST_RANK_SECONDS = 30
 
 
 class UserError(ValueError):
