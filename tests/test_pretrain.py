@@ -167,7 +167,7 @@ def test_counts_of_corpora_are_in_the_metrics_and_the_log(flags, run_pretrain, t
     assert 0 < b["passes"] < a["passes"]
     assert last["padding_share"] == pytest.approx(1 - last["tokens"] / (480 * 32), abs=1e-4)
     printed = capsys.readouterr().out
-    assert f"b {b['tokens'] / 1000:.3g}K tokens, {b['documents']} documents, {b['passes']:.2f} passes" in printed
+    assert f"b {b['tokens'] / 1000:.3g}K ({b['passes']:.2f} passes); padding" in printed
 
 
 @pytest.mark.long
