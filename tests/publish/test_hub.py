@@ -19,7 +19,7 @@ from testing.hub_server import Fault, HubServer, Repo, serve
 REPO = "ann/run"
 
 
-IMPORT = "import sys; from recipe.arguments import parse_config; from recipe.publish.hub import *\n"
+IMPORT = "import sys; from recipe.arguments import parse_config\nfrom recipe.publish.hub import *\nfrom recipe.base.errors import *\n"
 
 
 @pytest.fixture
