@@ -19,7 +19,11 @@ from testing.hub_server import Fault, HubServer, Repo, serve
 REPO = "ann/run"
 
 
-IMPORT = "import sys; from recipe.arguments import parse_config\nfrom recipe.publish.hub import *\nfrom recipe.base.errors import *\n"
+IMPORT = """import sys
+from recipe.arguments import parse_config
+from recipe.base.errors import *
+from recipe.publish.hub import *
+"""
 
 
 @pytest.fixture
