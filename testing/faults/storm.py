@@ -53,7 +53,7 @@ KINDS = {"signal": 8, "second start": 1, "takeover": 1, "moved away": 1, "damage
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 END_SECONDS = 600  # for which the end of a process is waited for
 # Values that depend on the machine.
-TIMED = {"tokens_per_second", "mfu", "peak_memory", "data_wait_share", "seconds_per_update"}
+TIMED = {"resumed_from", "tokens_per_second", "mfu", "peak_memory", "data_wait_share", "seconds_per_update"}
 
 
 def build_flags(folder: Path, max_steps: int) -> dict[str, Any]:
@@ -358,7 +358,7 @@ class Storm:
         status, log = json.loads((run / "status.json").read_text("utf-8")), self.log.read_text("utf-8")
         if status["state"] == "complete" or status["step"] == self.flags["max_steps"]:
             return
-        is_saved = checkpoint_path(run / "checkpoints", status["step"]).is_dir()
+        is_saved = not status["step"] or checkpoint_path(run / "checkpoints", status["step"]).is_dir()
         if status["state"] != state or reason not in str(status["reason"]) or not is_saved:
             self.failures.append(f"{self.last}: {status}")
         elif 'pretrain.py", line' in log:  # of a traceback; torchrun has one of its own for a rank that fails
