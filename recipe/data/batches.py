@@ -262,6 +262,10 @@ class TrainingData(ABC):
         """
 
     @abstractmethod
+    def name_rows(self, update: int) -> list[str]:
+        """Say of each row of an update, in their order on one process, where its block is from."""
+
+    @abstractmethod
     def corpora_record(self, counts: list[list[int]], streams: np.ndarray) -> dict[str, dict[str, float]]:
         """Return per-corpus totals so far (blocks, tokens, documents, passes, dropped), as metrics.jsonl has them.
 

@@ -170,6 +170,12 @@ class CachedData(TrainingData):
                     raise UserError(f"{error}. {TRAINED_ON_DAMAGE}") from None
                 yield UpdateData(micro_batches, Counts.of_rows(rows, len(self.names)))
 
+    def name_rows(self, update: int) -> list[str]:
+        """Say of each row of an update which block of which corpus it is, and in which visit."""
+        size = self.args.train_batch_size
+        located = zip(*self.locate(np.arange(update * size, (update + 1) * size)), strict=True)
+        return [f"{self.names[corpus]}, block {block:,}, visit {visit + 1}" for corpus, visit, block in located]
+
     def sample_blocks(self) -> Iterator[np.ndarray]:
         """Yield the ids of the first blocks in the order of training."""
         positions = np.arange(min(UNIGRAM_TOKENS // self.args.max_seq_length, int(self.num_train.sum())))

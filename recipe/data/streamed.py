@@ -208,6 +208,11 @@ class StreamedData(TrainingData):
                 counts.streams[corpus] += [*left_out, round(buffer.passes * 1e6)]
             yield UpdateData(batches, counts, lanes.snapshot())
 
+    def name_rows(self, update: int) -> list[str]:
+        """Say of each row of an update, in their order on one process, from which corpus and lane it is."""
+        lanes = list(range(self.args.num_lanes))
+        return [f"{self.names[corpus]}, lane {lane}" for lane, corpus in self.schedule.draws(update, lanes)]
+
     def sample_blocks(self) -> Iterator[np.ndarray]:
         """Yield the ids of blocks at the heads of what is trained on of each corpus."""
         shares = apportion(UNIGRAM_TOKENS // self.args.max_seq_length, self.quotas)
