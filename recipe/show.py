@@ -224,8 +224,12 @@ def compare_visits(preprocessor: "Preprocessor", options: argparse.Namespace, wi
     return page + lay_out({"": explain_tiles(batch, collator)}, width) + lay_out(stack, width)
 
 
-def parse_options() -> tuple[argparse.Namespace, PretrainArguments]:
-    """Read the options of this command, and those of the run; raise a `UserError` if they cannot be."""
+def parse_options(arguments: list[str] | None = None) -> tuple[argparse.Namespace, PretrainArguments]:
+    """Read the options of this command and those of the run, from `sys.argv[1:]` or the arguments given instead.
+
+    Raises:
+        UserError: they are wrong, or there is no such run.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -236,7 +240,7 @@ def parse_options() -> tuple[argparse.Namespace, PretrainArguments]:
         "--compare", choices=("packing", "masking"), help="show a text in all packings, a block's masks"
     )
     parser.add_argument("--png", type=Path, help="file to draw into")
-    options, flags = parser.parse_known_args()
+    options, flags = parser.parse_known_args(arguments)
     if options.config.is_dir():
         options.config /= "config.yaml"
         if not options.config.is_file():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import recipe.show
 from recipe.arguments import GlueArguments, PretrainArguments, TokenizerArguments, parse_config
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +45,8 @@ def test_command_can_be_typed(command: str):
     for script, cls in SCRIPTS.items():
         if script in words:
             parse_config(cls, "test", words[words.index(script) + 1 :])
+    if words[:3] == ["python", "-m", "recipe.show"]:
+        recipe.show.parse_options(words[3:])
     job = "accelerate_configs/slurm.sbatch"  # starts pretrain.py with the flags behind the run's folder
     if job in words:
         parse_config(PretrainArguments, "test", words[words.index(job) + 2 :])
