@@ -47,9 +47,10 @@ def test_command_can_be_typed(command: str):
             parse_config(cls, "test", words[words.index(script) + 1 :])
     if words[:3] == ["python", "-m", "recipe.show"]:
         recipe.show.parse_options(words[3:])
-    job = "accelerate_configs/slurm.sbatch"  # starts pretrain.py with the flags behind the run's folder
-    if job in words:
-        parse_config(PretrainArguments, "test", words[words.index(job) + 2 :])
+    # Jobs that start pretrain.py, and how many arguments stand before its flags: the run's folder.
+    for job, before in {"accelerate_configs/slurm.sbatch": 1, "accelerate_configs/slurm_prepare.sbatch": 0}.items():
+        if job in words:
+            parse_config(PretrainArguments, "test", words[words.index(job) + 1 + before :])
     for name in [word for word in words if re.search(r"\.(py|yaml|sbatch|txt)$", word)]:
         assert (ROOT / name).is_file(), name
     if words[:2] == ["python", "-m"]:
