@@ -15,6 +15,7 @@ All flags of pretrain.py may follow, another --config too.
 import argparse
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from enum import IntEnum
@@ -178,9 +179,12 @@ def show_update(preprocessor: "Preprocessor", options: argparse.Namespace, width
     from recipe.data.rows import collate, has_update, read_heads, read_update
 
     args, collator = preprocessor.args, preprocessor.train_collator(options.update)
-    if has_update(args, preprocessor):
+    if has_update(preprocessor):
+        if args.streaming:
+            filling = f"fills its buffers first, with up to {args.shuffle_buffer_size:,} blocks"
+            print(f"`streaming` {filling}, and makes the updates before {options.update}", file=sys.stderr)
         heading = f"update {options.update:,}"
-        batch, origins = read_update(args, preprocessor, options.update)
+        batch, origins = read_update(preprocessor, options.update)
     else:
         heading = "blocks of the first text, since the corpora have no token stores yet: --prepare_only makes them"
         examples, origins = read_heads(preprocessor, len(args.corpora), HEAD_CHARACTERS, DOCUMENT_CHARACTERS)
@@ -248,6 +252,8 @@ def parse_options(arguments: list[str] | None = None) -> tuple[argparse.Namespac
     args = parse_config(PretrainArguments, "show", ["--config", str(options.config), *flags])
     require(0 <= options.update < args.max_steps, "--update", options.update, f"give 0 to {args.max_steps - 1}")
     require(options.rows > 0, "--rows", options.rows, "give 1 or more")
+    can_draw = options.png is None or (options.png.parent.is_dir() and not options.png.is_dir())
+    require(can_draw, "--png", options.png, "name a file in a folder that exists")
     return options, replace(args, prepare_only=False)
 
 

@@ -55,7 +55,7 @@ def show(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
 def update_of(flags: dict[str, object], tokenizer, update: int = 0):
     args = parse_config(PretrainArguments, "test", command_line(flags))
     preprocessor = Preprocessor(args, tokenizer)
-    batch, _ = read_update(args, preprocessor, update)
+    batch, _ = read_update(preprocessor, update)
     return args, preprocessor, batch
 
 
@@ -256,6 +256,7 @@ def test_picture_is_drawn_without_a_terminal(show, config: Path, tmp_path: Path)
     [
         (["--update", "6"], "`--update` is 6; give 0 to 5"),
         (["--update", "-1"], "`--update` is -1"),
+        (["--png", "nowhere/page.png"], "`--png` is nowhere/page.png; name a file in a folder that exists"),
         (["--rows", "0"], "`--rows` is 0; give 1 or more"),
         (["--mask_probability", "0.1"], "there is no field `mask_probability` .*`mlm_probability`"),
         (["--tokenizer_name", "nowhere"], "nowhere"),

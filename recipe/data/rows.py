@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from recipe.arguments import PretrainArguments
 from recipe.base.errors import UserError
 from recipe.data.batches import Rank, Resume
 from recipe.data.cached import STATIC_VISITS, find_store
@@ -24,8 +23,9 @@ SMALL_BYTES = 20_000_000  # of text, that is tokenised in seconds
 Batch = dict[str, np.ndarray]  # the arrays of a batch of `DynamicMaskingCollator`
 
 
-def has_update(args: PretrainArguments, preprocessor: Preprocessor) -> bool:
+def has_update(preprocessor: Preprocessor) -> bool:
     """Say whether an update can be read at once: no large corpus has to be tokenised for its rows."""
+    args = preprocessor.args
     corpora = [*args.corpora, *args.eval_corpora]
     if args.streaming or all(find_store(args, preprocessor, corpus).is_complete for corpus in corpora):
         return True
@@ -35,12 +35,13 @@ def has_update(args: PretrainArguments, preprocessor: Preprocessor) -> bool:
         return False
 
 
-def read_update(args: PretrainArguments, preprocessor: Preprocessor, update: int) -> tuple[Batch, list[str]]:
+def read_update(preprocessor: Preprocessor, update: int) -> tuple[Batch, list[str]]:
     """Have the data of the run make the rows of an update as one batch, and say where each is from.
 
     In cached mode, token stores are made where they are missing. In streaming mode, all updates before are made too.
     """
-    data = open_data(replace(args, per_device_train_batch_size=args.train_batch_size), preprocessor, verifies=False)
+    args = replace(preprocessor.args, per_device_train_batch_size=preprocessor.args.train_batch_size)
+    data = open_data(args, preprocessor, verifies=False)
     resume = Resume(update, skipped_updates=update if args.streaming else 0)
     with closing(data.train_updates(Rank(), resume, update + 1, lambda: False)) as updates:
         (batch,) = next(updates).micro_batches

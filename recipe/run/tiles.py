@@ -136,6 +136,6 @@ def draw_page(page: list[Line], path: Path) -> None:
             x += size + 1
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        figure.savefig(path, dpi=100)
+        figure.savefig(path, dpi=100, format="png")
     if missing := sum("missing from font" in str(warning.message) for warning in caught):
         print_line(f"warning: {missing} characters have no shape in the fonts of this machine; install Noto Sans CJK")

@@ -16,9 +16,8 @@ from testing.helpers import command_line, write_jsonl
 STREAMED = {"streaming": True, "num_lanes": 2, "shuffle_buffer_size": 16, "eval_blocks": 4}
 
 
-def prepared(flags: dict[str, object], tokenizer) -> tuple[PretrainArguments, Preprocessor]:
-    args = parse_config(PretrainArguments, "test", command_line(flags))
-    return args, Preprocessor(args, tokenizer)
+def prepared(flags: dict[str, object], tokenizer) -> Preprocessor:
+    return Preprocessor(parse_config(PretrainArguments, "test", command_line(flags)), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +41,7 @@ def test_update_is_what_training_reads(
     saved = parse_config(PretrainArguments, "test", ["--config", str(Path(flags["output_dir"]) / "config.yaml")])
     assert len(read) == 3
     for update in (0, 2):
-        batch, origins = read_update(saved, Preprocessor(saved, tokenizer), update)
+        batch, origins = read_update(Preprocessor(saved, tokenizer), update)
         assert len(origins) == 8
         for name, tensor in read[update].items():
             assert batch[name].tolist() == tensor.tolist()
@@ -51,30 +50,30 @@ def test_update_is_what_training_reads(
 def test_rows_say_where_they_are_from(flags, tokenizer, tmp_path: Path, texts: list[str]):
     corpora = [{"name": name, "path": str(write_jsonl(tmp_path / f"{name}.jsonl", texts))} for name in ("one", "two")]
     flags |= {"corpora": json.dumps(corpora), "token_store_dir": tmp_path / "stores"}
-    args, preprocessor = prepared(flags, tokenizer)
-    _, origins = read_update(args, preprocessor, 0)
+    preprocessor = prepared(flags, tokenizer)
+    _, origins = read_update(preprocessor, 0)
     for corpus in ("one", "two"):
         assert sum(origin.startswith(f"{corpus}, block ") for origin in origins) == 4  # of the same size
-    args, preprocessor = prepared(flags | STREAMED, tokenizer)
-    assert {origin.split(", ")[1] for origin in read_update(args, preprocessor, 0)[1]} == {"lane 0", "lane 1"}
+    preprocessor = prepared(flags | STREAMED, tokenizer)
+    assert {origin.split(", ")[1] for origin in read_update(preprocessor, 0)[1]} == {"lane 0", "lane 1"}
 
 
 def test_large_corpora_are_not_tokenised_for_a_look(flags, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    args, preprocessor = prepared(flags | {"token_store_dir": tmp_path / "stores"}, tokenizer)
-    assert has_update(args, preprocessor)
+    preprocessor = prepared(flags | {"token_store_dir": tmp_path / "stores"}, tokenizer)
+    assert has_update(preprocessor)
     monkeypatch.setattr("recipe.data.rows.SMALL_BYTES", 1000)
-    assert not has_update(args, preprocessor)
+    assert not has_update(preprocessor)
     assert not (tmp_path / "stores").exists()
-    read_update(args, preprocessor, 0)  # makes them
-    assert has_update(args, preprocessor)
-    args, preprocessor = prepared(flags | STREAMED, tokenizer)
-    assert has_update(args, preprocessor)
+    read_update(preprocessor, 0)  # makes them
+    assert has_update(preprocessor)
+    preprocessor = prepared(flags | STREAMED, tokenizer)
+    assert has_update(preprocessor)
 
 
 def test_heads_have_the_first_text_of_each_corpus_in_turn(flags, tokenizer, tmp_path: Path, texts: list[str]):
     files = {"one": texts[:20], "two": texts[20:40]}
     corpora = [{"name": name, "path": str(write_jsonl(tmp_path / f"{name}.jsonl", own))} for name, own in files.items()]
-    _, preprocessor = prepared(flags | {"corpora": json.dumps(corpora)}, tokenizer)
+    preprocessor = prepared(flags | {"corpora": json.dumps(corpora)}, tokenizer)
     examples, origins = read_heads(preprocessor, 2, 300, 100)
     assert [origin.split(",")[0] for origin in origins[:4]] == ["one", "two", "one", "two"]
     batch = collate(preprocessor.collator, examples)
@@ -86,6 +85,6 @@ def test_heads_have_the_first_text_of_each_corpus_in_turn(flags, tokenizer, tmp_
 
 def test_comparisons_say_that_there_is_no_text(flags, tokenizer, tmp_path: Path):
     path = write_jsonl(tmp_path / "empty.jsonl", [""])
-    _, preprocessor = prepared(flags | {"corpora": json.dumps([{"name": "empty", "path": str(path)}])}, tokenizer)
+    preprocessor = prepared(flags | {"corpora": json.dumps([{"name": "empty", "path": str(path)}])}, tokenizer)
     with pytest.raises(ValueError, match="no text"):
         read_heads(preprocessor, 1, 300, 100)
