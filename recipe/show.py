@@ -245,11 +245,10 @@ def parse_options(arguments: list[str] | None = None) -> tuple[argparse.Namespac
     )
     parser.add_argument("--png", type=Path, help="file to draw into")
     options, flags = parser.parse_known_args(arguments)
-    if options.config.is_dir():
-        options.config /= "config.yaml"
-        if not options.config.is_file():
-            raise UserError(f"{options.config} is not there; name the `output_dir` of a run, or the YAML of one")
-    args = parse_config(PretrainArguments, "show", ["--config", str(options.config), *flags])
+    config = options.config / "config.yaml" if options.config.is_dir() else options.config
+    if not config.is_file():
+        raise UserError(f"CONFIG_OR_RUN: there is no {config}; name the `output_dir` of a run, or the YAML of one")
+    args = parse_config(PretrainArguments, "show", ["--config", str(config), *flags])
     require(0 <= options.update < args.max_steps, "--update", options.update, f"give 0 to {args.max_steps - 1}")
     require(options.rows > 0, "--rows", options.rows, "give 1 or more")
     can_draw = options.png is None or (options.png.parent.is_dir() and not options.png.is_dir())

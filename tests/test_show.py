@@ -268,8 +268,9 @@ def test_wrong_flags_are_named(show, config: Path, words: list[str], message: st
 
 
 def test_folder_that_is_no_run_is_named(show, tmp_path: Path):
-    with pytest.raises(UserError, match=r"config.yaml is not there; name the `output_dir` of a run"):
-        show(tmp_path)
+    for name in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=r"CONFIG_OR_RUN: there is no .*; name the `output_dir` of a run"):
+            show(name)
 
 
 def test_shipped_config_is_shown_with_the_sample_data(

@@ -47,15 +47,25 @@ def test_update_is_what_training_reads(
             assert batch[name].tolist() == tensor.tolist()
 
 
-def test_rows_say_where_they_are_from(flags, tokenizer, tmp_path: Path, texts: list[str]):
-    corpora = [{"name": name, "path": str(write_jsonl(tmp_path / f"{name}.jsonl", texts))} for name in ("one", "two")]
-    flags |= {"corpora": json.dumps(corpora), "token_store_dir": tmp_path / "stores"}
-    preprocessor = prepared(flags, tokenizer)
-    _, origins = read_update(preprocessor, 0)
-    for corpus in ("one", "two"):
-        assert sum(origin.startswith(f"{corpus}, block ") for origin in origins) == 4  # of the same size
-    preprocessor = prepared(flags | STREAMED, tokenizer)
-    assert {origin.split(", ")[1] for origin in read_update(preprocessor, 0)[1]} == {"lane 0", "lane 1"}
+@pytest.mark.parametrize("mode", [{}, STREAMED], ids=["cached", "streaming"])
+def test_rows_say_where_they_are_from(flags, tokenizer, tmp_path: Path, mode: dict[str, object]):
+    """Two corpora of one word each, the second of twice the weight."""
+    words = {"one": "the", "two": "with"}
+    corpora = [
+        {"name": name, "path": str(write_jsonl(tmp_path / f"{name}.jsonl", [f"{word} " * 200] * 100)), "weight": n}
+        for n, (name, word) in enumerate(words.items(), start=1)
+    ]
+    preprocessor = prepared(flags | {"corpora": json.dumps(corpora), "sentence_splitter": "newline"} | mode, tokenizer)
+    found = []
+    for update in range(3):
+        batch, origins = read_update(preprocessor, update)
+        ids = np.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
+        for row, origin in zip(ids, origins, strict=True):
+            name, place, *_ = origin.split(", ")
+            assert set(tokenizer.decode(row, skip_special_tokens=True).split()) == {words[name]}
+            assert place.startswith("lane " if mode else "block ")
+            found.append(name)
+    assert found.count("two") == 16
 
 
 def test_large_corpora_are_not_tokenised_for_a_look(flags, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
