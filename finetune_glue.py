@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from recipe.arguments import GlueArguments, identity_of, parse_config
-from recipe.base.errors import report_user_errors
+from recipe.base.errors import run_script
 from recipe.base.files import check_output_dir, read_yaml
 from recipe.finetune.tasks.glue import TASKS, check_tasks, find_files
 
@@ -30,12 +30,13 @@ def main() -> None:
     import datasets
     import transformers
 
-    from recipe.finetune.finetuning import load_glue_tokenizer, model_checksum
+    from recipe.finetune.classifier import check_classifier, load_glue_tokenizer
     from recipe.finetune.grid import Grid, plan_jobs
-    from recipe.finetune.report import describe_jobs, summarise, write_report
+    from recipe.finetune.report import check_failures, describe_jobs, summarise, write_report
     from recipe.finetune.tasks.loading import load_task
     from recipe.finetune.tasks.scoring import describe_data
-    from recipe.publish.glue_card import add_glue_to_card
+    from recipe.publish.glue_card import check_card, write_cards
+    from recipe.publish.names import hub_models
     from recipe.run.checkpoint import check_identity
     from recipe.run.hardware import environment
     from recipe.run.launch import open_run, start_accelerator
@@ -47,8 +48,10 @@ def main() -> None:
     accelerator = start_accelerator()
     run = open_run(args.output_dir, accelerator)
     started = time.perf_counter()
-    tokenizer = load_glue_tokenizer(args.model_name_or_path, args.max_seq_length)
-    checksum = {"model_checksum": model_checksum(args.model_name_or_path, TASKS[names[0]])}
+    check_card(args)
+    tokenizer = load_glue_tokenizer(args.model_name_or_path, args.max_seq_length, args.tokenizer_name)
+    widest = max((TASKS[name] for name in names), key=lambda task: len(task.columns))
+    checksum = {"model_checksum": check_classifier(args.model_name_or_path, widest, tokenizer, args.max_seq_length)}
     if run.config_file.exists():
         saved = read_yaml(run.config_file)
         check_identity(saved | (saved.get("environment") or {}), identity_of(args) | checksum, run.path)
@@ -66,25 +69,28 @@ def main() -> None:
     if args.dry_run:
         return
 
-    run.write_config(asdict(args), environment(accelerator) | checksum)
-    with run.noting_failure():
-        if accelerator.is_main_process:
-            grid.results.forget_failures()
-        run.write_status("running", len(grid.results.read()))
-        accelerator.wait_for_everyone()
-        records = grid.run(jobs, run.heartbeat)
-        if not accelerator.is_main_process:
-            return
+    beside = checksum | {"hub_sources": hub_models(args.model_name_or_path)}
+    run.write_config(asdict(args), environment(accelerator) | beside)
+    try:
+        with run.noting_failure():
+            if accelerator.is_main_process:
+                grid.results.forget_failures()
+            run.write_status("running", len(grid.results.read()))
+            accelerator.wait_for_everyone()
+            records = grid.run(jobs, run.heartbeat)
+            if not accelerator.is_main_process:
+                return
 
-        summary = summarise(records, jobs, data, args.compare_with)
-        hours = (time.perf_counter() - started) / 3600
-        print("\n".join(write_report(run.path, summary, hours, args.model_name_or_path)))
-        lines = add_glue_to_card(run.path)
-        run.write_status("complete", len(jobs))
-        for line in lines:
-            print(line)
+            summary = summarise(records, jobs, data, args.compare_with)
+            hours = (time.perf_counter() - started) / 3600
+            lines = write_report(run.path, summary, hours, args.model_name_or_path)
+            print("\n".join([*lines, *write_cards(run.path)]))
+            check_failures(records, jobs, grid.results.file)
+            run.write_status("complete", len(jobs))
+    except KeyboardInterrupt:
+        accelerator.print(f"{run.step or 0:,} of {len(jobs):,} jobs have a result; the same command runs the others")
+        raise
 
 
 if __name__ == "__main__":
-    with report_user_errors():
-        main()
+    run_script(main)

@@ -10,8 +10,8 @@ from contextlib import nullcontext
 from dataclasses import asdict
 
 from recipe.arguments import PretrainArguments, parse_config
-from recipe.arguments.corpus import local_files
-from recipe.base.errors import report_user_errors
+from recipe.arguments.corpus_files import local_files
+from recipe.base.errors import run_script
 
 
 def main() -> None:
@@ -54,5 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors():
-        main()
+    run_script(main)

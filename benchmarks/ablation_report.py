@@ -28,11 +28,11 @@ def measure_run(folder: Path) -> dict[str, Any]:
         `scores` (held-out loss in nats, GLUE in percent; a task that failed is not in it), `parameters`, `tokens`
         without padding, `passes` over the text, `seconds` of pretraining, `pair_accuracy` if there are pairs.
     """
-    records = [json.loads(line) for line in (folder / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (folder / "pretrain" / "metrics.jsonl").read_text("utf-8").splitlines()]
     trained = [record for record in records if "seconds_per_update" in record]
     evaluated = next(record for record in reversed(records) if "eval_loss" in record)
     steps = [0, *(record["step"] for record in trained)]
-    summary = json.loads((folder / "glue" / "summary.json").read_text())
+    summary = json.loads((folder / "glue" / "summary.json").read_text("utf-8"))
     pairs = [value for name, value in evaluated.items() if name.endswith("_accuracy")]
     scores = {LOSS: evaluated["eval_loss"]}
     scores |= {TASKS[row["task"]].title: 100 * row["median"] for row in summary["tasks"] if row["n"]}

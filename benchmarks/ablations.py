@@ -30,7 +30,7 @@ from ablation_report import Comparison, measure_run
 from ablation_tables import BASES, TABLES, Table
 
 from recipe.arguments import CorpusArguments, GlueArguments, PretrainArguments, TokenizerArguments, parse_config
-from recipe.base.errors import UserError, did_you_mean, report_user_errors, require
+from recipe.base.errors import UserError, did_you_mean, require, run_script
 from recipe.base.files import to_yaml, write_atomically
 from recipe.data.corpora import sample_texts
 from recipe.run.hardware import device_name
@@ -67,7 +67,7 @@ def write_config(cls: type, path: Path, options: Options) -> None:
         values["model_config"] = model
     draft = path.with_name(f".{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft.write_text(to_yaml(values))
+    draft.write_text(to_yaml(values), "utf-8")
     new = read_config(cls, draft)
     if not path.exists():
         draft.rename(path)
@@ -105,7 +105,7 @@ class Scale:
         self.path = path
         if not path.is_file():
             raise UserError(f"--scale {path}: there is no such scale or file")
-        given = yaml.safe_load(path.read_text())
+        given = yaml.safe_load(path.read_text("utf-8"))
         if unknown := [name for name in given if name not in SECTIONS]:
             raise UserError(f"{path}: there is no section `{unknown[0]}`{did_you_mean(unknown[0], SECTIONS)}")
         self.launch, self.glue = given["launch"], given["glue"]
@@ -280,6 +280,7 @@ class Study:
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", self.scale.launch]
         for step, script in (("pretrain", "pretrain.py"), ("glue", "finetune_glue.py")):
             if not is_complete(folder / step):
+                print(f"{row}, seed {seed}: {script} begins, log: {folder / step}.log", flush=True)
                 self.call([*launcher, script, "--config", str(folder / f"{step}.yaml")], folder / f"{step}.log")
             if not is_complete(folder / step):
                 raise RunError(f"{script} was stopped")
@@ -290,7 +291,7 @@ class Study:
         Raises:
             RunError: the command failed.
         """
-        with log.open("a") as file:
+        with log.open("a", encoding="utf-8") as file:
             # A group of its own, which a launcher's children are in too: `stop` reaches all of them.
             child = subprocess.Popen(
                 command, cwd=ROOT, env=self.environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
@@ -298,7 +299,7 @@ class Study:
             self.children.append(child)
             code = child.wait()
         if code:
-            lines = [line for line in log.read_text().splitlines() if line.strip()]
+            lines = [line for line in log.read_text("utf-8").splitlines() if line.strip()]
             raise RunError(f"exit status {code}: {lines[-1] if lines else 'no output'} (see {log})")
 
     def stop(self) -> None:
@@ -333,7 +334,7 @@ class Study:
 
 def is_complete(folder: Path) -> bool:
     status = folder / "status.json"
-    return status.exists() and json.loads(status.read_text())["state"] == "complete"
+    return status.exists() and json.loads(status.read_text("utf-8"))["state"] == "complete"
 
 
 def write_results(stem: Path, command: str, table: Table, study: Study, seeds: int) -> None:
@@ -351,15 +352,15 @@ def write_results(stem: Path, command: str, table: Table, study: Study, seeds: i
     device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     text = comparison.to_markdown(f"# {table.title}\n\n`{command}`, on {device}.")
     print(f"\n{text}")
-    stem.with_suffix(".md").write_text(text)
+    stem.with_suffix(".md").write_text(text, "utf-8")
     report = harness.header([]) | {"command": command, "device": device}
-    report["scale"] = yaml.safe_load(study.scale.path.read_text())
+    report["scale"] = yaml.safe_load(study.scale.path.read_text("utf-8"))
     report["options"] = {
         row: {name: config.get(name) for name in sorted(table.varies)}
         | {"tokenizer_name": Path(config["tokenizer_name"]).name}
         for row, config in configs.items()
     }
-    stem.with_suffix(".json").write_text(harness.to_json(report | {"runs": runs}) + "\n")
+    stem.with_suffix(".json").write_text(harness.to_json(report | {"runs": runs}) + "\n", "utf-8")
     comparison.plot(stem.with_suffix(".png"))
 
 
@@ -388,7 +389,7 @@ def main() -> None:
     runs = [(row, seed) for seed in range(1, args.seeds + 1) for row in names]
     for row, seed in runs:
         study.plan(row, rows[row], seed)
-    print(f"{scale.path}:\n\n{scale.path.read_text()}\n{len(runs)} runs in {study.folder}, {args.jobs} at a time")
+    print(f"{len(runs)} runs as {scale.path} says, in {study.folder}, {args.jobs} at a time", flush=True)
     if args.dry_run:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
@@ -403,5 +404,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors():
-        main()
+    run_script(main)

@@ -95,7 +95,7 @@ def main() -> None:
         finally:
             shutil.rmtree(folder)
         print(size, report[size]["median_seconds"], f"pause {report[size]['pause_of_writing']:.1%} of the writing")
-    arguments.output.write_text(to_json(report) + "\n")
+    arguments.output.write_text(to_json(report) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

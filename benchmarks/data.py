@@ -45,9 +45,10 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFas
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.data.batches import Rank, Resume
 from recipe.data.cached import CachedData
-from recipe.data.corpora import Part, open_source, read_lines
+from recipe.data.corpora import Part, open_source
 from recipe.data.modes import open_data
 from recipe.data.preprocessor import Preprocessor
+from recipe.data.readers import read_lines
 from recipe.data.sampling import BlockOrder
 from recipe.data.streamed import StreamedData
 from recipe.data.tokenizer import load_tokenizer
@@ -277,7 +278,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "long.jsonl"
         text = "\n\n".join(itertools.islice(itertools.cycle(texts), int(100 / megabytes(texts) * len(texts)) + 1))
-        path.write_text(json.dumps({"text": text}) + "\n")
+        path.write_text(json.dumps({"text": text}) + "\n", "utf-8")
         long = {mode: in_child(long_document, args, str(path), mode == "streaming") for mode in ("cached", "streaming")}
         long["megabytes"] = round(path.stat().st_size / 1e6)
     curve = in_child(stream_curve, args)
@@ -315,7 +316,7 @@ def resume(args: argparse.Namespace) -> dict[str, Any]:
         texts = documents(args)
         path = Path(folder) / "large.jsonl.gz"
         count = 0
-        with gzip.open(path, "wt", compresslevel=1) as file:
+        with gzip.open(path, "wt", compresslevel=1, encoding="utf-8") as file:
             for text in itertools.islice(itertools.cycle(texts), 3 * len(texts)):
                 file.write(json.dumps({"text": text}) + "\n")
                 count += 1
@@ -390,17 +391,17 @@ def run_until_done(flags: dict[str, Any], processes: list[int], kills: int) -> t
             process.wait()
             ready = count_lines(output)
         elif process.wait():
-            raise RuntimeError(log.read_text()[-3000:])
+            raise RuntimeError(log.read_text("utf-8")[-3000:])
         status = output / "status.json"
-        if status.exists() and json.loads(status.read_text())["state"] == "complete":
-            lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+        if status.exists() and json.loads(status.read_text("utf-8"))["state"] == "complete":
+            lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text("utf-8").splitlines()]
             return [line["data_digest"] for line in lines if "data_digest" in line], done
     raise AssertionError
 
 
 def count_lines(output: Path) -> int:
     metrics = output / "metrics.jsonl"
-    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+    return len(metrics.read_text("utf-8").splitlines()) if metrics.exists() else 0
 
 
 def counts(args: argparse.Namespace) -> dict[str, Any]:
@@ -451,13 +452,13 @@ def main() -> None:
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()
     report: dict[str, Any] = harness.header(args.corpora)
     if args.output and args.output.exists():
-        report = json.loads(args.output.read_text())
+        report = json.loads(args.output.read_text("utf-8"))
     torch.set_num_threads(1)
     for name in args.sections:
         report[name] = SECTIONS[name](args)
         print(harness.to_json({name: report[name]}), flush=True)
         if args.output:
-            args.output.write_text(harness.to_json(report) + "\n")
+            args.output.write_text(harness.to_json(report) + "\n", "utf-8")
     shutil.rmtree(os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 
 

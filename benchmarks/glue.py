@@ -18,14 +18,8 @@ from accelerate import Accelerator
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from recipe.arguments import GlueArguments
-from recipe.finetune.finetuning import (
-    EncodedSplit,
-    Finetuner,
-    encode_splits,
-    epoch_batches,
-    load_classifier,
-    load_glue_tokenizer,
-)
+from recipe.finetune.classifier import load_classifier, load_glue_tokenizer
+from recipe.finetune.finetuning import EncodedSplit, Finetuner, encode_splits, epoch_batches
 from recipe.finetune.tasks.glue import TASKS
 from recipe.finetune.tasks.loading import load_task
 from recipe.modeling.optimizer import build_optimizer
@@ -108,7 +102,7 @@ def main() -> None:
     }
     print(harness.to_json(report))
     if given.output:
-        given.output.write_text(harness.to_json(report) + "\n")
+        given.output.write_text(harness.to_json(report) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

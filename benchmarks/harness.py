@@ -40,12 +40,12 @@ def header(corpora: list[str]) -> dict[str, Any]:
 
 def resident_megabytes() -> float:
     """Of this process, now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    return int(Path("/proc/self/statm").read_text("utf-8").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def peak_resident_megabytes() -> float:
     """Of this process so far. (`getrusage` would give a child its parent's peak.)"""
-    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text("utf-8"))[1]) * 1024 / 1e6
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -62,8 +62,8 @@ def to_json(values: dict[str, Any]) -> str:
 
 def keep(path: Path, name: str, report: dict[str, Any]) -> None:
     """Put a report into a file of several, in place of an earlier one of that name."""
-    reports = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(to_json(reports | {name: report}) + "\n")
+    reports = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    path.write_text(to_json(reports | {name: report}) + "\n", "utf-8")
 
 
 def reset_accelerate() -> None:

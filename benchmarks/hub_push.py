@@ -57,9 +57,9 @@ def start(
     flags += ["--expected_loss=null", "--token_store_dir", str(args.stores), *more]
     if url is not None:
         environment["HF_ENDPOINT"] = url
-        flags += ["--push_to_hub=true", "--hub_model_id=ann/run", "--hub_strategy=checkpoint"]
+        flags += ["--push_to_hub=true", "--hub_model_id=ann/run", "--hub_strategy=checkpoint", "--license=mit"]
     folder.mkdir()
-    with (folder / "log.txt").open("w") as log:
+    with (folder / "log.txt").open("w", encoding="utf-8") as log:
         return subprocess.Popen(
             [sys.executable, "pretrain.py", *flags],
             env=environment,
@@ -73,10 +73,10 @@ def start(
 def finish(process: subprocess.Popen[bytes], folder: Path) -> tuple[list[float], float, str]:
     """Losses, updates/s over all of the training, and the log."""
     process.wait()
-    log = (folder / "log.txt").read_text()
+    log = (folder / "log.txt").read_text("utf-8")
     if process.returncode:
         sys.exit(log)
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
     return [line["loss"] for line in lines], 1 / statistics.mean(line["seconds_per_update"] for line in lines), log
 
 
@@ -96,7 +96,7 @@ def main() -> None:
     if not halves[1]:
         sys.exit("two sides need two cores, and there is one")
     if start(args, folder / "prepare", set(every), None, "--prepare_only=true").wait():
-        sys.exit((folder / "prepare" / "log.txt").read_text())
+        sys.exit((folder / "prepare" / "log.txt").read_text("utf-8"))
     rows = {}
     for name in args.faults:
         ratios = []
@@ -133,7 +133,7 @@ def main() -> None:
             "seconds": round(seconds, 1),
         }
         if args.output:
-            args.output.write_text(harness.to_json(harness.header([]) | {"faults": rows}))
+            args.output.write_text(harness.to_json(harness.header([]) | {"faults": rows}), "utf-8")
 
 
 if __name__ == "__main__":

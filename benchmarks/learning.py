@@ -118,7 +118,7 @@ def main() -> None:
         },
         "losses": {name: [round(loss, 5) for loss in losses] for name, losses in curves.items()},
     }
-    args.output.with_suffix(".json").write_text(harness.to_json(report) + "\n")
+    args.output.with_suffix(".json").write_text(harness.to_json(report) + "\n", "utf-8")
     for name, gap in report["apart, in nats"].items():
         print(f"{name:38} apart by {gap['largest']:.2e} at most, {gap['mean']:.2e} in the mean")
     figure = Figure(figsize=(10, 4), layout="constrained")

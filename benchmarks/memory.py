@@ -42,7 +42,7 @@ def main() -> None:
             print(f"{name:30}" + "".join(f"{size:>11}" for size in table[name]))
     if args.output:
         report = harness.header([]) | {"gigabytes": args.gigabytes, "largest micro-batch": table}
-        args.output.write_text(harness.to_json(report) + "\n")
+        args.output.write_text(harness.to_json(report) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ ALONE = 'ip link set lo up && exec "$@"'
 
 def bytes_sent() -> int:
     """Over loopback, by all processes of the namespace."""
-    [line] = re.findall(r"lo:(.*)", Path("/proc/self/net/dev").read_text())
+    [line] = re.findall(r"lo:(.*)", Path("/proc/self/net/dev").read_text("utf-8"))
     return int(line.split()[8])
 
 
@@ -124,11 +124,11 @@ def main() -> None:
                 "_",
                 *launch,
             ]
-            result = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            result = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, encoding="utf-8")
             name = f"{engine}, {accumulation} micro-batch{'es' if accumulation > 1 else ''}"
             report[name] = json.loads(result.stdout.splitlines()[-1])
             print(name, report[name])
-    arguments.output.write_text(to_json(report) + "\n")
+    arguments.output.write_text(to_json(report) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

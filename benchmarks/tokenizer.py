@@ -34,7 +34,7 @@ def train_bare(files: list[str], output: str) -> None:
 
     def texts():
         for file in files:
-            with gzip.open(file, "rt") if file.endswith(".gz") else open(file) as lines:
+            with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as lines:
                 for line in lines:
                     yield json.loads(line)["text"]
 
@@ -89,7 +89,7 @@ def measure(side: str, files: list[str]) -> dict[str, float]:
     result = subprocess.run(
         [sys.executable, __file__, "--side", side, "--output", f"{folder}/out", "--files", *files],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
     )
     seconds = time.perf_counter() - started
@@ -127,7 +127,7 @@ def main() -> None:
         "median_ratio_ours_to_bare": ratios,
         "rounds": rounds,
     }
-    (ROOT / "benchmarks" / "results" / "tokenizer.json").write_text(json.dumps(result, indent=1) + "\n")
+    (ROOT / "benchmarks" / "results" / "tokenizer.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     return None
 
 

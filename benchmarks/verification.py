@@ -156,7 +156,7 @@ def main() -> None:
         report["opening a shard, milliseconds"] = opened / len(packed.shards) * 1e3
     print(to_json(report))
     if args.output:
-        args.output.write_text(to_json(report) + "\n")
+        args.output.write_text(to_json(report) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -3,15 +3,11 @@
 python docs/generate_options.py > docs/options.md
 """
 
-import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields
-
-from docstring_parser import parse_from_object
 
 from recipe.arguments import CorpusArguments, GlueArguments, PretrainArguments, TokenizerArguments
-from recipe.arguments.checks import rules
+from recipe.arguments.reference import list_options
 
 LINE_CHARACTERS = 120
 SECTIONS = {
@@ -31,29 +27,16 @@ An option marked **identity** defines the experiment: a checkpoint can be resume
 the values that it was started with. All other options may change between two starts of a run."""
 
 
-def describe_default(field: Field) -> str:
-    """Return the default of a field as the YAML of a config would have it, or that there is none."""
-    if field.default is not MISSING:
-        value = field.default
-    elif field.default_factory is not MISSING:
-        value = field.default_factory()
-    else:
-        return "required"
-    words = {None: "null", True: "true", False: "false"}
-    is_word = value is None or isinstance(value, bool)
-    return f"default `{words[value] if is_word else value}`"
-
-
 def describe_options(arguments: type) -> Iterator[str]:
-    """Yield a list entry in Markdown for each field of a dataclass: name, type, default, identity and help."""
-    documented = {option.arg_name: option for option in parse_from_object(arguments).params}
-    for field in fields(arguments):
-        option = documented[field.name]
-        # Bounds are given in words, for the types that have no name of their own too.
-        kind = re.sub(r"Annotated\[(\w+), .*\)\]", r"\1", option.type_name or "")
-        facts = [f"`{kind}`", *map(str, rules(field.type)), describe_default(field)]
-        facts += ["**identity**"] if field.metadata.get("identity") else []
-        text = f"- **`{field.name}`** ({', '.join(facts)}): {' '.join((option.description or '').split())}"
+    """Yield a list entry in Markdown for each option of a dataclass, and a heading where a group begins."""
+    for option in list_options(arguments):
+        if option.group:
+            yield f"\n### {option.group}\n"
+        kind, *bounds, default = option.facts
+        name, _, value = default.partition(": ")
+        facts = [f"`{kind}`", *bounds, f"{name} `{value}`" if value else name]
+        facts += ["**identity**"] if option.is_identity else []
+        text = f"- **`{option.name}`** ({', '.join(facts)}): {option.description}"
         yield textwrap.fill(
             text, LINE_CHARACTERS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
         )
@@ -67,7 +50,7 @@ def build_reference() -> str:
         INTRODUCTION,
     ]
     for arguments, title in SECTIONS.items():
-        parts += [f"## {title}", "\n".join(describe_options(arguments))]
+        parts += [f"## {title}", "\n".join(describe_options(arguments)).strip()]
     return "\n\n".join(parts) + "\n"
 
 

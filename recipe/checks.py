@@ -9,31 +9,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from recipe.arguments import CorpusArguments, PretrainArguments, identity_of
-from recipe.arguments.corpus import describe_left_out, find_files
+from recipe.arguments.corpus_files import by_kind, describe_left_out, find_files, local_files
+from recipe.arguments.languages import describe_rules
 from recipe.base.errors import UserError
-from recipe.base.files import check_free_space
+from recipe.base.files import check_free_space, check_output_dir
 from recipe.base.formatting import format_bytes, format_count
-from recipe.data.cached import find_store
-from recipe.data.corpora import check_corpus, corpus_bytes, open_source
+from recipe.base.model_files import count_ids
+from recipe.data.cached import check_tokens, count_held_out, find_store
+from recipe.data.corpora import check_corpus, corpus_bytes
+from recipe.data.packed_corpus import PackedCorpus
 from recipe.data.preprocessor import Preprocessor
 from recipe.data.streamed import StreamedData
 from recipe.data.token_store import TokenStore
 from recipe.data.token_store import check_space as check_store_space
 from recipe.data.tokenizer import load_tokenizer, tokenizer_checksum
-from recipe.modeling.model import build_config, build_model, check_host_memory, count_parameters
-from recipe.publish.hub import check_push, fetch_checkpoint
+from recipe.modeling.model import build_config, build_model, check_host_memory, count_parameters, usable_length
+from recipe.publish.hub import fetch_checkpoint
+from recipe.publish.rights import check_push
 from recipe.run.checkpoint import check_space, open_checkpoint
 from recipe.run.directory import HUB_SCHEME, RunDirectory
 from recipe.run.launch import on_main
 
-HEAD_BYTES = 300_000  # of a corpus's text, that its tokens are estimated from
 BYTES_PER_TOKEN = 4.4  # of English, by RoBERTa's vocabulary; for a plan made before there is one
 STORE_OVERHEAD_BYTES = 0.7  # of a token store for each token, beside its id: sentence ends and tables of blocks
 
@@ -70,6 +73,16 @@ class Preconditions:
                 print(f"ok       {what}: {'; '.join(remarks)}")
 
 
+class CorpusSize(NamedTuple):
+    """Tokens and blocks of a corpus, NaN where they are not known, and what its token store takes if there is none."""
+
+    tokens: float = math.nan
+    blocks: float = math.nan
+    store_bytes: float = 0.0
+    text_bytes: float = 0.0  # still to be tokenised
+    seconds: float = 0.0  # in which one process tokenises them
+
+
 @dataclass
 class CheckedRun:
     """What the checks found, with which a run goes on. In a dry run that has problems, some of it is missing.
@@ -80,7 +93,7 @@ class CheckedRun:
         fits_world_size: whether the processes divide the batch.
         identity: what a checkpoint must have in common with the run that resumes it, without that of the data.
         checkpoint, saved: to resume from, and its state.
-        tokens: in a dry run, about how many tokens each corpus has; NaN where that is not known.
+        sizes: in a dry run, those of `corpora` and `eval_corpora`.
     """
 
     args: PretrainArguments
@@ -93,7 +106,7 @@ class CheckedRun:
     identity: dict[str, Any] = field(default_factory=dict)
     checkpoint: Path | None = None
     saved: dict[str, Any] = field(default_factory=dict)
-    tokens: dict[str, float] = field(default_factory=dict)
+    sizes: list[CorpusSize] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
 
 
@@ -120,14 +133,17 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
         named_by = "tokenizer_name" if args.tokenizer_name else "model_name_or_path"
         check.tokenizer = load_tokenizer(args.tokenizer_name or str(args.model_name_or_path), named_by)
         check.identity = identity_of(args) | {"tokenizer": tokenizer_checksum(check.tokenizer)}
-        remarks.append(f"{len(check.tokenizer):,} entries")
+        largest = count_ids(check.tokenizer.get_vocab()) - 1
+        gaps = f", ids up to {largest:,}" if largest >= len(check.tokenizer) else ""
+        remarks.append(f"{len(check.tokenizer):,} entries{gaps}")
     with tried.trying("model") as remarks:
         remarks.append(check_model(check))
     with tried.trying("batch") as remarks:
         args.check_lanes(world_size)
         accumulation = args.gradient_accumulation_steps(world_size)
         check.fits_world_size = True
-        remarks.append(f"{world_size} x {args.per_device_train_batch_size} blocks, {accumulation} times an update")
+        times = "once" if accumulation == 1 else f"{accumulation} times"
+        remarks.append(f"{world_size} x {args.per_device_train_batch_size} blocks, {times} an update")
     # All that is local comes before a checkpoint is downloaded, or a repository made.
     check_corpora(check)
     if check.config and not args.prepare_only:
@@ -171,6 +187,9 @@ def check_model(check: CheckedRun) -> str:
         check_host_memory(contentless, "model_name_or_path" if source else "model_config")
         torch.manual_seed(args.seed)
         check.model = build_model(check.config, source, args.predicts_pairs)
+    if check.tokenizer:
+        before = check.tokenizer.model_max_length if source else 0
+        check.tokenizer.model_max_length = usable_length(check.config, args.max_seq_length, before)
     return "fits the tokenizer" if check.tokenizer else f"{check.config.vocab_size:,} entries, without a tokenizer"
 
 
@@ -181,11 +200,16 @@ def check_corpora(check: CheckedRun) -> None:
         with tried.trying("preprocessing") as remarks:
             check.preprocessor = Preprocessor(args, check.tokenizer)
             remarks.append(f"sentences by {args.sentence_splitter}, blocks of {args.packing}")
+            if args.sentence_splitter == "sentencex" and (remark := describe_rules(args.language)):
+                remarks.append(remark)
+                check.lines.append(f"warning: {remark}")
     stores: list[TokenStore] = []
     corpora = [*args.corpora, *args.eval_corpora]
+    check.sizes = [CorpusSize() for _ in corpora]
     num_readable = 0
-    for corpus in corpora:
+    for number, corpus in enumerate(corpora):
         with tried.trying(f"corpus {corpus.name}") as remarks:
+            files, left_out = find_files(corpus)
             if check.preprocessor and not args.streaming:
                 stores.append(find_store(args, check.preprocessor, corpus))
             store = stores[-1] if stores else None
@@ -193,71 +217,94 @@ def check_corpora(check: CheckedRun) -> None:
                 check_corpus(corpus, args.max_unreadable_documents)
             elif store is None or not store.is_complete:
                 check.preprocessor.check_corpus(corpus)
+                unknown = check.preprocessor.describe_head(corpus)
+                remarks += unknown
+                check.lines += unknown if args.streaming else []  # a store has their exact number
             if args.dry_run:
-                check.tokens[corpus.name], remark = count_tokens(corpus, check.preprocessor, store)
-                remarks.append(f"{corpus.path}, {remark}")
-            if left_out := describe_left_out(find_files(corpus)[1]):
-                remarks.append(f"left out: {left_out}")
-                check.lines.append(f"corpus {corpus.name}: left out of {corpus.path}: {left_out}")
+                check.sizes[number], remark = size_up(args, corpus, check.preprocessor, store)
+                kinds = ", ".join(f"{len(same):,} {kind}" for kind, same in by_kind(files or []).items())
+                remarks.append(f"{corpus.path}, {f'{len(files):,} files ({kinds}), ' if files else ''}{remark}")
+            if rest := describe_left_out(left_out):
+                remarks.append(f"left out: {rest}")
+                check.lines.append(f"corpus {corpus.name}: left out of {corpus.path}: {rest}")
             num_readable += 1
     if check.preprocessor and num_readable == len(corpora):
         with tried.trying("data") as remarks:
             if stores:
+                check_writable(args, check.preprocessor, stores)
                 check_store_space(stores[0].path.parent, stores)
             if args.dry_run and stores:
-                remarks.append(check_stores(stores, check.preprocessor, check.tokens))
+                remarks.append(check_stores(stores, check.sizes))
+                check_blocks(args, check.sizes)
             elif args.dry_run:  # a stream is opened in seconds
                 remarks += StreamedData(args, check.preprocessor).describe()[len(args.corpora) :]
 
 
-def count_tokens(
-    corpus: CorpusArguments, preprocessor: Preprocessor | None, store: TokenStore | None
-) -> tuple[float, str]:
-    """Count the tokens of a corpus where it has a token store, and else estimate them from its size and its head.
+def size_up(
+    args: PretrainArguments, corpus: CorpusArguments, preprocessor: Preprocessor | None, store: TokenStore | None
+) -> tuple[CorpusSize, str]:
+    """Count tokens and blocks of a corpus in its token store, or else estimate them from its size and its head.
 
     Returns:
-        the tokens, NaN if the corpus's size is not known; and a remark.
+        these, and a remark.
 
     Raises:
-        UserError: the corpus cannot be read.
+        UserError: the corpus cannot be read, or what is stored of it is damaged.
     """
-    if store and store.is_complete:
+    positions = args.max_seq_length - 2
+    if preprocessor and store and store.is_complete:
         tokens = store.counts()["tokens"]
-        return tokens, f"{tokens:,} tokens, in a token store"
+        view = PackedCorpus(store, preprocessor.format)
+        is_packed = view.is_complete and not args.deduplicate  # which has another view, that needs all corpora
+        if is_packed:
+            view.open()
+        blocks = float(len(view)) if is_packed else tokens / positions
+        return CorpusSize(tokens, blocks), f"{tokens:,} tokens, in a token store"
     try:
         size = corpus_bytes(corpus)
     except UserError:
-        return math.nan, "which does not publish its size"
-    tokens_estimated = size / (bytes_per_token(corpus, preprocessor) if preprocessor else BYTES_PER_TOKEN)
-    return tokens_estimated, f"about {format_bytes(size)} of text, {format_count(tokens_estimated)} tokens"
+        if local_files(corpus) is not None:
+            raise
+        return CorpusSize(), "which does not publish its size"
+    if preprocessor is None:
+        found = CorpusSize(size / BYTES_PER_TOKEN, size / BYTES_PER_TOKEN / positions)
+    else:
+        head = preprocessor.measure_head(corpus)
+        times = size / head.bytes
+        store_bytes = times * head.tokens * (preprocessor.encoder.dtype.itemsize + STORE_OVERHEAD_BYTES)
+        found = CorpusSize(times * head.tokens, times * head.blocks, store_bytes, size, times * head.seconds)
+    return found, f"about {format_bytes(size)} of text, {format_count(found.tokens)} tokens"
 
 
-def bytes_per_token(corpus: CorpusArguments, preprocessor: Preprocessor) -> float:
-    """Measure how many bytes of text a token has, at the head of a corpus."""
-    texts: list[str] = []
-    size = 0
-    for _, text in open_source(corpus).read(0):
-        if isinstance(text, str):
-            texts.append(text[:HEAD_BYTES])
-            size += len(texts[-1].encode())
-        if size >= HEAD_BYTES:
-            break
-    return size / max(1, sum(len(ids) for ids, _ in preprocessor.encoder(texts)))
+def check_writable(args: PretrainArguments, preprocessor: Preprocessor, stores: list[TokenStore]) -> None:
+    """Raise a `UserError` if a token store or view that is still to be made cannot be written."""
+    views = [PackedCorpus(store, preprocessor.format) for store in stores]
+    # Which view a run with `deduplicate` has is known only once all stores are there.
+    missing = [v.store.path for v in views if not (v.store.is_complete if args.deduplicate else v.is_complete)]
+    for folder in sorted({path if path.exists() else path.parent for path in missing}):
+        check_output_dir(folder, "token_store_dir")
 
 
-def check_stores(stores: list[TokenStore], preprocessor: Preprocessor, tokens: dict[str, float]) -> str:
-    """Estimate the token stores that are still to be made, by the tokens of each corpus.
+def check_stores(stores: list[TokenStore], sizes: list[CorpusSize]) -> str:
+    """Describe the token stores that are still to be made.
 
     Raises:
         UserError: they do not fit on the disk.
     """
-    missing = [store for store in stores if not store.is_complete]
+    missing = [size for store, size in zip(stores, sizes, strict=True) if not store.is_complete]
     if not missing:
         return "all token stores are there"
-    token_bytes = preprocessor.encoder.dtype.itemsize + STORE_OVERHEAD_BYTES
-    known = [tokens[store.corpus.name] for store in missing if not math.isnan(tokens[store.corpus.name])]
-    needed = sum(known) * token_bytes
-    sizes = f"{format_bytes(needed)}{'' if len(known) == len(missing) else ' and more'}"
+    known = [size.store_bytes for size in missing if not math.isnan(size.tokens)]
+    text = f"{format_bytes(sum(known))}{'' if len(known) == len(missing) else ' and more'}"
     remedy = "free some, set `token_store_dir` to a folder on another disk, or `streaming: true`"
-    contents = f"{len(missing)} token stores of about {sizes}, to be made first,"
-    return check_free_space(missing[0].path.parent, needed, contents, remedy)
+    contents = f"{len(missing)} token stores of about {text}, to be made first,"
+    return check_free_space(stores[0].path.parent, sum(known), contents, remedy)
+
+
+def check_blocks(args: PretrainArguments, sizes: list[CorpusSize]) -> None:
+    """Raise a `UserError` if a corpus is too small for a block, or for the blocks that it holds out."""
+    for corpus, size in zip([*args.corpora, *args.eval_corpora], sizes, strict=True):
+        check_tokens(corpus, size.tokens, args.max_seq_length)
+    blocks = [size.blocks for size in sizes[: len(args.corpora)]]
+    if not any(map(math.isnan, blocks)):
+        count_held_out(args, blocks)

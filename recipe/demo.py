@@ -9,7 +9,7 @@ from pathlib import Path
 import transformers
 from transformers import pipeline
 
-from recipe.base.errors import UserError, report_user_errors
+from recipe.base.errors import UserError, run_script
 from recipe.run.directory import read_records
 
 SENTENCES = [
@@ -42,5 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors():
-        main()
+    run_script(main)

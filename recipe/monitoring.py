@@ -56,6 +56,7 @@ class TrainingLog:
         self.session = session
         self.data = data
         self.watch = Stopwatch()
+        self.resumed_from = session.state.step  # 0 in a run that begins, and once a line has said it
         self.measures = session.unwrapped.measures
         self.eval_batches = data.eval_batches(session.rank)
         has_baseline = session.args.eval_blocks and session.accelerator.is_main_process
@@ -83,6 +84,8 @@ class TrainingLog:
         rates["peak_memory"] = peak_memory(session.accelerator.device)
         settings = {"learning_rate": learning_rate, "grad_norm": update.grad_norm}
         record = train_record(state, settings, rates, self.corpora(counts), args.positions(state.step))
+        if self.resumed_from:
+            record["resumed_from"], self.resumed_from = self.resumed_from, 0
         session.report(record, format_train_line(record, args.max_steps))
         self.watch = Stopwatch()
 

@@ -2,10 +2,11 @@
 
 1. `check_run` tries every precondition, and each gets a line: ok, or what the problem is and the way out.
 2. Memory and kernels are tried for the hardware asked for, as far as they can be computed or tried without it.
-3. The plan follows: model, batch, updates, passes over the corpora, hours and price.
+3. The plan follows: model, batch, updates, passes over the corpora, hours of preparation and training, price.
 4. If there was a problem, an error comes last.
 """
 
+import itertools
 import json
 import math
 import os
@@ -20,9 +21,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedConfig
 
 from recipe.arguments import PretrainArguments
+from recipe.arguments.checks import divisors
 from recipe.base.errors import UserError, did_you_mean
-from recipe.base.formatting import format_bytes, format_count, format_duration
-from recipe.checks import check_run
+from recipe.base.formatting import count_of, format_bytes, format_count, format_duration
+from recipe.checks import CorpusSize, check_run
+from recipe.data.batches import given_weights
 from recipe.modeling.memory import PRECISIONS, USABLE_FRACTION, compute_memory
 from recipe.modeling.model import build_model, count_parameters, model_flops_per_token
 from recipe.modeling.objectives import OBJECTIVES, MaskedLMObjective, why_nothing_compiles
@@ -45,6 +48,9 @@ DATASHEET_FRACTION = 790 / 989
 ASSUMED_MFU = 0.4
 ASSUMED_FROM = "assumed: published BERT pretraining reaches 20 to 60 %"
 MEASURED = Path(__file__).with_name("measured_mfu.json")  # a row for each result of `benchmarks/throughput.py`
+# Passes over a corpus: those of the paper over 160 GB, and from where on a plan warns.
+PAPER_PASSES, MAX_PASSES = 40, 200
+SURE_FRACTION = 0.75  # of a device's memory, within which a larger micro-batch is recommended
 RECOMPUTE_FACTOR = 4 / 3  # what gradient checkpointing does, of what is done without
 
 
@@ -104,7 +110,7 @@ def find_mfu(hardware: Hardware, flops_per_token: float) -> tuple[float, str]:
     words = set(re.findall(r"\w+", hardware.name.upper()))
     fitting = [
         row
-        for row in json.loads(MEASURED.read_text())
+        for row in json.loads(MEASURED.read_text("utf-8"))
         if words <= set(re.findall(r"\w+", row["device"].upper())) and row["precision"] == hardware.precision
     ]
     if not fitting:
@@ -135,8 +141,8 @@ def print_plan(args: PretrainArguments, accelerator: Accelerator, run: RunDirect
     if config and check.fits_world_size:
         for line in describe_plan(args, config, hardware.count):
             print(line)
-        print(describe_passes(args, check.tokens))
-        print(describe_time(args, config, hardware))
+        described = describe_passes(args, check.sizes), describe_preparation(args, check.sizes)
+        print("\n".join([*itertools.chain(*described), describe_time(args, config, hardware)]))
     if tried.problems:
         raise UserError(f"{tried.problems} of the above {'are problems' if tried.problems > 1 else 'is a problem'}")
     print("next: the same command without --dry_run" + (", on such hardware" if args.gpu else ""))
@@ -163,6 +169,10 @@ def check_memory(args: PretrainArguments, config: PreTrainedConfig, hardware: Ha
         remedy = f"give --per_device_train_batch_size {largest} or less" if largest else "train a smaller model"
         remedy += "" if args.gradient_checkpointing else ", or --gradient_checkpointing true"
         raise UserError(f"`per_device_train_batch_size` is {rows}, which takes {text}; {remedy}")
+    share, room = args.train_batch_size // hardware.count, memory.largest_micro_batch(SURE_FRACTION * hardware.memory)
+    fitting = max(n for n in divisors(share) if n <= max(rows, room))
+    if hardware.is_gpu and memory.total < hardware.memory / 4 and fitting >= 2 * rows:
+        text += f"; most of it stays empty: --per_device_train_batch_size {fitting} fits too, for the same updates"
     return text
 
 
@@ -196,10 +206,11 @@ def describe_plan(args: PretrainArguments, config: PreTrainedConfig, num_process
     with torch.device("meta"):
         parameters = count_parameters(build_model(config, None, args.predicts_pairs))
     accumulation = args.gradient_accumulation_steps(num_processes)
+    processes = count_of(num_processes, "process", "processes")
     return [
         f"model: {config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{config.vocab_size:,} entries, {format_count(parameters)} parameters",
-        f"update: {args.train_batch_size:,} blocks of {args.max_seq_length} = {num_processes} processes x "
+        f"update: {args.train_batch_size:,} blocks of {args.max_seq_length} = {processes} x "
         f"{args.per_device_train_batch_size} a micro-batch x {accumulation} accumulated",
         f"run: {args.max_steps:,} updates, {format_count(args.positions(args.max_steps))} positions, "
         f"{format_count(count_flops(args, config))} FLOPs; "
@@ -217,22 +228,41 @@ def count_flops(args: PretrainArguments, config: PreTrainedConfig) -> float:
     )
 
 
-def describe_passes(args: PretrainArguments, tokens: dict[str, float]) -> str:
-    """Estimate how often the run reads each corpus, if all positions held tokens.
+def describe_passes(args: PretrainArguments, sizes: list[CorpusSize]) -> list[str]:
+    """Estimate how often the run reads the blocks of each corpus, and warn of passes without sense.
 
     Args:
         args: of the run.
-        tokens: of the corpora whose size is known.
+        sizes: of its corpora.
     """
-    sizes = [tokens.get(corpus.name, math.nan) for corpus in args.corpora]
-    weights = [corpus.weight or size for corpus, size in zip(args.corpora, sizes, strict=True)]
-    passes = []
-    for corpus, size, weight in zip(args.corpora, sizes, weights, strict=True):
-        share = weight / sum(weights)
-        is_known = not math.isnan(share * size)
-        times = f"{format_count(share * args.positions(args.max_steps) / size)} times, {share:.1%} of the blocks"
-        passes.append(f"{corpus.name} {times if is_known else 'unknown'}")
-    return "passes: " + "; ".join(passes)
+    blocks = [size.blocks for size in sizes[: len(args.corpora)]]
+    weights = given_weights(args.corpora) or blocks
+    passes, lines = [], []
+    for corpus, size, weight in zip(args.corpora, blocks, weights, strict=True):
+        share = weight / (sum(weights) or math.nan)
+        times = share * args.max_steps * args.train_batch_size / (size or math.nan)
+        text = f"{corpus.name} {format_count(times)} times, {share:.1%} of the blocks"
+        passes.append(f"{corpus.name} unknown" if math.isnan(times) else text)
+        if times > MAX_PASSES:
+            steps = max(1, round(args.max_steps * PAPER_PASSES / times))
+            lines.append(
+                f"warning: {format_count(times)} passes over corpus {corpus.name}, and more than {PAPER_PASSES} teach "
+                f"little: `max_steps` {steps:,} makes as many; or give more text, or this corpus less `weight`"
+            )
+    return ["passes: " + "; ".join(passes), *lines]
+
+
+def describe_preparation(args: PretrainArguments, sizes: list[CorpusSize]) -> list[str]:
+    """Estimate how long it takes to make the token stores that are not there yet."""
+    missing = [size for size in sizes if size.seconds]
+    if args.streaming or not missing:
+        return []
+    seconds, text_bytes = sum(size.seconds for size in missing), sum(size.text_bytes for size in missing)
+    return [
+        f"preparation: {format_duration(seconds)} by one process here, at {format_bytes(text_bytes / seconds)} of text "
+        "a second as measured; all processes of all nodes and `preprocessing_num_workers` share it. Token stores take "
+        f"{format_bytes(sum(size.store_bytes for size in missing))}, on each node that does not share their folder"
+    ]
 
 
 def describe_time(args: PretrainArguments, config: PreTrainedConfig, hardware: Hardware) -> str:
@@ -243,7 +273,8 @@ def describe_time(args: PretrainArguments, config: PreTrainedConfig, hardware: H
     hours = hardware.count * seconds / 3600
     precision = "float32" if hardware.precision == "no" else hardware.precision
     line = (
-        f"time: {format_duration(seconds)} on {hardware.count} x {hardware.name}, at {mfu:.0%} ({source}) of the "
+        f"time: {format_duration(seconds)} on {hardware.count} x {hardware.name}, {seconds / args.max_steps:.3g} s an "
+        f"update, at {mfu:.0%} ({source}) of the "
         f"{hardware.flops / 1e12:.3g} TFLOP/s that a large {precision} matrix product reaches"
     )
     if hardware.is_gpu:

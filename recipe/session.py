@@ -26,6 +26,7 @@ from recipe.modeling.objectives import OBJECTIVES, MaskedLMObjective, compile_in
 from recipe.modeling.optimizer import build_optimizer, build_scheduler
 from recipe.publish.card import build_card, write_card
 from recipe.publish.hub import Publisher
+from recipe.publish.names import hub_sources
 from recipe.run.checkpoint import (
     CheckpointWriter,
     archive_later_checkpoints,
@@ -33,6 +34,7 @@ from recipe.run.checkpoint import (
     check_space,
     export_model,
     load_training_state,
+    procedure_changes,
     read_state,
     save_checkpoint,
 )
@@ -52,6 +54,7 @@ class Session:
         objective, optimizer: prepared by the accelerator; the objective holds the model.
         state: how far training is; advanced in place.
         identity: what a checkpoint must have in common with the run that resumes it.
+        changes: what resumes have changed of how the weights are trained, see `procedure_changes`.
         last_saved_step: update of the newest checkpoint, complete or being written.
         can_plot: whether figures are drawn; False once that has failed.
     """
@@ -65,6 +68,7 @@ class Session:
     identity: dict[str, Any]
     writer: CheckpointWriter
     publisher: Publisher
+    changes: list[dict[str, Any]]
     last_saved_step: int = 0
     can_plot: bool = True
 
@@ -113,7 +117,8 @@ class Session:
         weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
         if self.accelerator.scaler is not None:
             tensors["scaler"] = self.accelerator.scaler.state_dict()
-        kept = {"train_state": asdict(state), "identity": self.identity, "arguments": asdict(args)}
+        kept: dict[str, Any] = {"train_state": asdict(state), "identity": self.identity, "arguments": asdict(args)}
+        kept["changes"] = self.changes
 
         def write() -> Path:
             self.run.check_held()
@@ -134,7 +139,7 @@ class Session:
         if not self.can_plot:
             return
         try:
-            curves = Curves(str(self.run.path), self.run.read_metrics(), self.args.expected_loss)
+            curves = Curves(self.run.path.name, self.run.read_metrics(), self.args.expected_loss)
             plot_runs([curves], self.run.loss_plot)
         except Exception as error:  # no figure is worth a checkpoint
             self.can_plot = False
@@ -174,7 +179,8 @@ class Session:
         """Export the model with its card and push it, if the run is complete; say what to type next."""
         step = self.state.step
         if not is_complete:
-            resume = f"stopped after update {step:,}; go on with --resume_from_checkpoint latest"
+            saved = f"saved in {checkpoint_path(self.run.checkpoints, step)}" if step else "with nothing to save"
+            resume = f"stopped after update {step:,}, {saved}; go on with --resume_from_checkpoint latest"
             self.run.log([resume, *self.publisher.waiting()])
             return
         lines = []
@@ -248,10 +254,14 @@ def build_session(
     publisher = Publisher(args, accelerator.is_main_process, check.tokenizer.save_pretrained, build_card)
     writer = CheckpointWriter(print_line, checkpoint)
     identity["stamps"] = stamps
-    session = Session(accelerator, args, run, prepared, optimizer, state, identity, writer, publisher, state.step)
+    changes = procedure_changes(check.saved, asdict(args))
+    session = Session(
+        accelerator, args, run, prepared, optimizer, state, identity, writer, publisher, changes, state.step
+    )
     session.run.log(warnings)
     lanes = load_training_state(checkpoint, prepared, adamw, accelerator.scaler) if checkpoint else {}
-    run.write_config(recorded_values(args), environment(accelerator) | {"tokenizer_checksum": identity["tokenizer"]})
+    beside = {"tokenizer_checksum": identity["tokenizer"], "hub_sources": hub_sources(args), "changes": changes}
+    run.write_config(recorded_values(args), environment(accelerator) | beside)
     if accelerator.is_main_process:
         run.log(archive_later_checkpoints(run.checkpoints, state.step))
     run.cut_metrics(state.step)

@@ -23,7 +23,7 @@ from recipe.monitoring import SpikeGuard, TrainingLog, Update, to_device
 from recipe.run.checkpoint import BYTES_PER_PARAMETER
 from recipe.run.directory import LostFolderError
 from recipe.run.metrics import Stopwatch
-from recipe.run.stopping import StopRequest
+from recipe.run.stopping import StopRequest, handling_stop_signals
 from recipe.run.watchdog import Watchdog
 from recipe.session import Session
 
@@ -32,6 +32,8 @@ SLOW_DISK_BYTES_PER_SECOND = 1e8  # taken for the first checkpoint
 
 def train(session: Session, data: TrainingData, resume: Resume) -> bool:
     """Train from `session.state.step` to `max_steps`, logging, evaluating and saving on the way.
+
+    A run that begins evaluates before its first update, too.
 
     Returns:
         whether the run is complete; False when it was asked to stop, with a checkpoint of the last update.
@@ -43,9 +45,9 @@ def train(session: Session, data: TrainingData, resume: Resume) -> bool:
             the data or of an evaluation, there is a checkpoint of the last update.
     """
     args, state, writer = session.args, session.state, session.writer
-    log, spikes, request = TrainingLog(session, data), SpikeGuard(session), StopRequest(args.max_train_hours)
-    slow_write = BYTES_PER_PARAMETER * count_parameters(session.unwrapped.model) / SLOW_DISK_BYTES_PER_SECOND
     is_main = session.accelerator.is_main_process
+    log, spikes, request = TrainingLog(session, data), SpikeGuard(session), StopRequest(args.max_train_hours, is_main)
+    slow_write = BYTES_PER_PARAMETER * count_parameters(session.unwrapped.model) / SLOW_DISK_BYTES_PER_SECOND
     lanes: dict[Any, Any] = {}  # in streaming mode, after the last update that was trained on
 
     def updates_from(resume: Resume) -> Generator[UpdateData]:
@@ -57,7 +59,13 @@ def train(session: Session, data: TrainingData, resume: Resume) -> bool:
 
     scheduler = session.build_scheduler()
     bar = progress_bar("training", args.max_steps, "updates", is_main, state.step)
-    with bar, request.listening(), writer, Watchdog(session.accelerator) as watchdog:
+    with bar, handling_stop_signals(request.handle), writer, Watchdog(session.accelerator) as watchdog:
+        if args.eval_blocks and not state.step:  # what a model knows before it is trained on, such as a released one
+            watchdog.at("evaluating")
+            with log.watch.paused():
+                failure = log.evaluate()
+            if failure:
+                raise failure
         # In here, since worker processes inherit what is done with SIGINT.
         updates = updates_from(resume)
         while state.step < args.max_steps:

@@ -40,7 +40,7 @@ def make_text(rng: random.Random, sentences: int) -> str:
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
     return path
 
 
@@ -72,12 +72,12 @@ def never() -> bool:
 
 
 def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def learning(path: Path) -> list[dict]:
-    """metrics.jsonl without what the machine decides."""
-    timed = {"tokens_per_second", "mfu", "peak_memory", "data_wait_share", "seconds_per_update"}
+    """metrics.jsonl without what the machine decides, or where the run was resumed."""
+    timed = {"resumed_from", "tokens_per_second", "mfu", "peak_memory", "data_wait_share", "seconds_per_update"}
     return [{name: value for name, value in line.items() if name not in timed} for line in read_lines(path)]
 
 
@@ -117,3 +117,9 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert condition()
+
+
+def wait_for_training(run: Path) -> None:
+    """Wait until a run has logged an update, beyond the evaluation before the first one."""
+    metrics = run / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and '"tokens_per_second"' in metrics.read_text("utf-8"))

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import ablations
@@ -17,7 +16,7 @@ from ablation_report import LOSS, Comparison, share_held_out_text
 from ablation_tables import BASES, MNLI, PERPLEXITY, SQUAD_2, SST, TABLES, Finding, Table
 
 from recipe.base.errors import UserError
-from testing.helpers import ROOT, SAMPLE, read_lines, wait_for
+from testing.helpers import ROOT, SAMPLE, read_lines, wait_for, wait_for_training
 
 ROWS = ablations.read_rows()
 # What a row is called and how its work is cut into micro-batches is no part of the experiment.
@@ -275,8 +274,7 @@ def test_stopped_comparison_goes_on_to_its_table(arguments, run, tmp_path: Path)
     first = folder / "static-masking" / "seed-1" / "pretrain"
     command = [sys.executable, "benchmarks/ablations.py", *arguments(MICRO)]
     process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not (first / "metrics.jsonl").exists() and process.poll() is None:
-        time.sleep(0.05)
+    wait_for_training(first)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
@@ -298,7 +296,7 @@ def test_stopped_comparison_goes_on_to_its_table(arguments, run, tmp_path: Path)
     assert str(tmp_path) not in json.dumps(report) + text
     for row, [own] in report["runs"].items():
         records = read_lines(folder / row / "seed-1" / "pretrain" / "metrics.jsonl")
-        [evaluated] = [record for record in records if "eval_loss" in record]
+        *_, evaluated = [record for record in records if "eval_loss" in record]
         assert evaluated["step"] == UPDATES
         assert own["scores"][LOSS] == evaluated["eval_loss"]
         assert own["tokens"] == evaluated["tokens"]

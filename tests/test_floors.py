@@ -18,7 +18,7 @@ BELOW = {  # what the modules of each package may import of the recipe, beside t
 }
 PACKAGES = set(BELOW)
 # Beside the packages: the top floor, lowest first.
-MODULES = ["demo", "checks", "plan", "session", "monitoring", "training"]
+MODULES = ["demo", "show", "checks", "plan", "session", "monitoring", "training"]
 HEAVY = {"torch", "transformers", "datasets", "evaluate", "accelerate"}
 
 
@@ -91,3 +91,24 @@ def test_scripts_are_tables_of_contents():
     for script in ("train_tokenizer.py", "pretrain.py", "finetune_glue.py"):
         lines = len((ROOT / script).read_text().splitlines())
         assert lines <= 100, f"{script} has {lines} lines"
+
+
+def lacks_encoding(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in the encoding of the user's locale."""
+    keywords = {keyword.arg for keyword in call.keywords}
+    name = getattr(call.func, "attr", getattr(call.func, "id", None))
+    if name == "open":
+        owner = getattr(getattr(call.func, "value", None), "id", None)
+        mode = next((word.value for word in call.args if isinstance(word, ast.Constant)), "r")
+        is_text = owner not in ("os", "self", "view") and "b" not in str(mode)
+    else:
+        is_process = name in ("run", "Popen", "check_output")
+        is_text = (is_process and "text" in keywords) or (name, len(call.args)) in {("read_text", 0), ("write_text", 1)}
+    return is_text and "encoding" not in keywords
+
+
+def test_all_text_is_read_and_written_in_a_named_encoding():
+    for path in [*sources("recipe", "benchmarks", "testing", "docs"), *ROOT.glob("*.py")]:
+        for call in ast.walk(ast.parse(path.read_text("utf-8"))):
+            place = f"{path.relative_to(ROOT)}:{getattr(call, 'lineno', 0)}"
+            assert not isinstance(call, ast.Call) or not lacks_encoding(call), f"{place} names no encoding"

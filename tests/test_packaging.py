@@ -19,7 +19,6 @@ CODE = [*SCRIPTS, *(ROOT / "recipe").rglob("*.py")]
 TESTS = [file for folder in ("tests", "testing", "benchmarks") for file in (ROOT / folder).rglob("*.py")]
 # Declared though no module of the recipe imports it, and why.
 NOT_IMPORTED = {
-    "docstring_parser": "jsonargparse reads with it the help texts below the fields",
     "pytest-xdist": "`make test` runs two workers",
     "coverage": "measures what the tests reach",
     "ruff": "`make lint`",

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 
 import recipe.plan
@@ -15,6 +16,7 @@ from recipe.modeling.model import build_config, model_flops_per_token
 from recipe.plan import ASSUMED_FROM, GPUS, Hardware, describe_time, find_hardware, find_mfu
 from testing.helpers import ROOT, SAMPLE, write_jsonl
 
+LONG = "But soft what light through yonder window breaks it is the east and Juliet is the sun."
 PLAN = {"dry_run": "true"}
 H200 = {"num_gpus": 2, "gpu": "h200"}
 LARGE = sorted((ROOT / "recipe" / "configs" / "pretrain").rglob("*.yaml"))
@@ -42,7 +44,7 @@ def test_plan_of_this_machine_has_all_and_leaves_nothing(plan, tmp_path: Path):
     assert error is None
     for name in ("output_dir", "tokenizer", "model", "batch", "corpus sample", "data", "disk", "memory", "kernels"):
         assert f"ok       {name}" in lines, name
-    assert "8 blocks of 32 = 1 processes x 4 a micro-batch x 2 accumulated" in lines["update"]
+    assert "8 blocks of 32 = 1 process x 4 a micro-batch x 2 accumulated" in lines["update"]
     assert "CPU" in lines["time"]
     assert "the same command without --dry_run" in lines["next"]
     assert not (tmp_path / "run").exists()
@@ -99,7 +101,7 @@ def test_a_full_disk_is_a_problem(plan, tmp_path: Path, monkeypatch: pytest.Monk
     assert error == "2 of the above are problems"
 
 
-def test_passes_are_those_of_the_run(plan, run_pretrain, flags, tmp_path: Path):
+def test_passes_are_those_of_the_run(plan, run_pretrain, flags, capsys, tmp_path: Path):
     corpora = [
         {"name": name, "path": str(SAMPLE / f"{name}.jsonl.gz"), "weight": weight}
         for name, weight in (("novels", 1), ("tales", 3))
@@ -112,17 +114,18 @@ def test_passes_are_those_of_the_run(plan, run_pretrain, flags, tmp_path: Path):
 
     estimated = passes(plan(**flags)[0])
     run_pretrain(flags | {"prepare_only": "true"})
+    blocks = re.findall(r"corpus \w+: .* ([\d,]+) blocks", capsys.readouterr().out)
     lines, _ = plan(**flags)
     assert "in a token store" in lines["ok       corpus tales"]
     assert lines["ok       data"] == "all token stores are there"
     counted = passes(lines)
     assert estimated == pytest.approx(counted, rel=0.2)
-    tokens = int(re.search(r"([\d,]+) tokens", lines["ok       corpus tales"])[1].replace(",", ""))
-    assert counted[1] == pytest.approx(0.75 * 4000 * 8 * 32 / tokens, rel=0.01)
+    sizes = [int(number.replace(",", "")) for number in blocks]
+    assert counted == pytest.approx([0.25 * 4000 * 8 / sizes[0], 0.75 * 4000 * 8 / sizes[1]], rel=0.01)
 
 
 def test_right_to_push_is_tried(plan):
-    lines, error = plan(push_to_hub="true", hub_model_id="ann/run")
+    lines, error = plan(push_to_hub="true", hub_model_id="ann/run", license="mit")
     assert "HF_HUB_OFFLINE is set" in lines["problem  hub"]
     assert error == "1 of the above is a problem"
 
@@ -133,6 +136,110 @@ def test_stream_is_opened(plan):
     assert "4 lanes, 64 blocks held back for shuffling" in lines["ok       data"]
     lines, error = plan(streaming="true", num_lanes=4, shuffle_buffer_size=64, eval_blocks=100_000)
     assert "`eval_blocks` (100000) takes all of corpus" in lines["problem  data"]
+
+
+@pytest.mark.parametrize("streaming", ["true", "false"])
+def test_text_that_is_all_left_out_is_named(run_pretrain, flags, texts, tmp_path: Path, streaming: str):
+    """340 lines are one document, of which one line is of a test set."""
+    (tmp_path / "lines.txt").write_text("\r\n".join([*texts, LONG]))
+    (tmp_path / "dev.tsv").write_text(LONG)
+    flags |= {"decontaminate_against": json.dumps([str(tmp_path / "dev.tsv")]), "num_lanes": 2, "streaming": streaming}
+    flags |= {"shuffle_buffer_size": 16, "token_store_dir": tmp_path / "stores"}
+    with pytest.raises(UserError, match=r"contaminated.* A document with words of .* `sample_by: line` or `parag"):
+        run_pretrain(flags | {"corpora": json.dumps([{"name": "c", "path": str(tmp_path / "lines.txt")}])})
+    run_pretrain(
+        flags | {"corpora": json.dumps([{"name": "c", "path": str(tmp_path / "lines.txt"), "sample_by": "line"}])}
+    )
+    assert (tmp_path / "run" / "model").is_dir()
+
+
+def test_every_kind_of_file_is_opened(plan, texts, tmp_path: Path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", texts)
+    write_jsonl(folder / "b.jsonl", texts)
+    (folder / "c.txt").write_text(texts[0])
+    (folder / "d.csv").write_text("text\n")
+    corpora = {"corpora": json.dumps([{"name": "c", "path": str(folder)}])}
+    lines, error = plan(**corpora)
+    assert error is None
+    assert "3 files (2 .jsonl, 1 .txt)" in lines["ok       corpus c"]
+    assert "left out: 1 of unknown kind (d.csv)" in lines["ok       corpus c"]
+    datasets.Dataset.from_dict({"text": texts[:3]}).to_parquet(folder / "e.parquet")
+    datasets.Dataset.from_dict({"body": texts[:3]}).to_parquet(folder / "f.parquet")
+    assert "f.parquet has no column 'text' among ['body']" in plan(**corpora)[0]["problem  corpus c"]
+    (folder / "f.parquet").unlink()
+    (folder / "g.json").write_text('[{"text": "one"}]')
+    assert "g.json, line 1 is a list, not a JSON object" in plan(**corpora)[0]["problem  corpus c"]
+
+
+def test_blocks_that_a_corpus_does_not_have_are_a_problem(plan, run_pretrain, flags):
+    problem = plan(eval_blocks=100_000)[0]["problem  data"]
+    assert re.search(r"`eval_blocks` \(100000\) takes 100,000 blocks of .* which has [\d,]+; lower it", problem)
+    assert "too few for a single block" in plan(max_seq_length=400_000, eval_blocks=0)[0]["problem  data"]
+    run_pretrain(flags | {"prepare_only": "true"})
+    assert "takes 100,000 blocks" in plan(eval_blocks=100_000)[0]["problem  data"], "the same once they are counted"
+
+
+def test_view_that_is_damaged_is_a_problem(plan, run_pretrain, flags, tmp_path: Path):
+    stores = {"token_store_dir": tmp_path / "stores"}
+    run_pretrain(flags | stores | {"prepare_only": "true"})
+    assert plan(**stores)[1] is None
+    (table,) = (tmp_path / "stores").glob("*/full_sentences-32-*/shard-00000/segments.bin")
+    table.write_bytes(table.read_bytes()[:-8])
+    assert "segments.bin" in plan(**stores)[0]["problem  corpus sample"]
+
+
+def test_stores_that_cannot_be_written_are_a_problem(plan, run_pretrain, flags, tmp_path: Path):
+    (tmp_path / "file").touch()
+    stores = {"token_store_dir": tmp_path / "file" / "stores"}
+    problem = plan(**stores)[0]["problem  data"]
+    assert re.search(r"`token_store_dir` \S+file.* is a file; name another folder", problem)
+    with pytest.raises(UserError, match=r"`token_store_dir`"):
+        run_pretrain(flags | stores)
+
+
+def test_plan_has_hours_of_preparation_and_seconds_of_an_update(plan, run_pretrain, flags, tmp_path: Path):
+    stores = {"token_store_dir": tmp_path / "stores"}
+    lines, _ = plan(**stores)
+    assert re.search(r"^0:\d\d:\d\d by one process here, at .*B of text a second .* take", lines["preparation"])
+    assert re.search(r"[\d.e-]+ s an update", lines["time"])
+    run_pretrain(flags | stores | {"prepare_only": "true"})
+    assert "preparation" not in plan(**stores)[0]
+    assert "preparation" not in plan(streaming="true", num_lanes=4)[0]
+
+
+def test_passes_without_sense_are_warned_of(plan):
+    lines, _ = plan(max_steps=10**7)
+    times = re.search(r"([\d.]+)K passes over corpus sample, .*: `max_steps` ([\d,]+) makes", lines["warning"])
+    steps = int(times[2].replace(",", ""))
+    assert pytest.approx(float(times[1]) * 1000 * steps / 10**7, rel=0.01) == 40
+    assert "passes over" not in plan(max_steps=steps)[0]["warning"]
+
+
+def test_micro_batch_that_leaves_the_device_empty_is_remarked(plan):
+    lines, _ = plan(**H200, train_batch_size=96, per_device_train_batch_size=4)
+    assert "--per_device_train_batch_size 48 fits too" in lines["ok       memory"]
+    assert "fits too" not in plan(**H200, train_batch_size=96, per_device_train_batch_size=48)[0]["ok       memory"]
+    assert "fits too" not in plan(train_batch_size=96)[0]["ok       memory"], "what is best on a CPU is not known"
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedies"),
+    [
+        ({"num_gpus": 8, "dataloader_num_workers": 3}, "--dataloader_num_workers 2, or --num_lanes 24,"),
+        ({"num_gpus": 32, "dataloader_num_workers": 1}, "--num_lanes 32,"),
+        ({"num_gpus": 64, "dataloader_num_workers": 2}, "`streaming: false`"),
+    ],
+)
+def test_lanes_that_do_not_fit_get_their_remedy(plan, changes, remedies: str):
+    stream = {"streaming": "true", "num_lanes": 16, "train_batch_size": 96, "per_device_train_batch_size": 1}
+    lines, _ = plan(**stream, gpu="h200", **changes)
+    assert f"give {remedies}" in lines["problem  batch"]
+    flag = re.search(r"give --(\w+) (\d+)", lines["problem  batch"])
+    if flag:
+        changed = {**stream, **changes, flag[1]: flag[2]}
+        assert "`num_lanes`" not in plan(**changed, gpu="h200")[0].get("problem  batch", "")
 
 
 def test_run_that_is_there_is_seen(plan, finished_run):

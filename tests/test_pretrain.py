@@ -1,12 +1,15 @@
 """The real command line, from corpora to an exported model."""
 
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -16,6 +19,7 @@ import yaml
 from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 
 from recipe.base.errors import UserError
+from recipe.data.masking import DynamicMaskingCollator
 from testing.helpers import (
     PATIENCE_SECONDS,
     PYTHONPATH,
@@ -26,6 +30,7 @@ from testing.helpers import (
     learning,
     read_lines,
     wait_for,
+    wait_for_training,
     weights,
     write_jsonl,
 )
@@ -55,6 +60,19 @@ def start(flags: dict[str, object], script: Path | str = "pretrain.py", **kwargs
     return subprocess.Popen([sys.executable, script, *command_line(flags)], cwd=ROOT, env=environment, **kwargs)
 
 
+def test_run_that_goes_on_with_a_model_says_what_that_model_had_learnt(
+    flags, run_pretrain, finished_run, tmp_path: Path
+):
+    flags |= {"output_dir": tmp_path / "more", "model_name_or_path": finished_run / "model", "tokenizer_name": "null"}
+    run_pretrain(flags | {"max_steps": 1, "warmup_steps": 0, "eval_steps": 5, "model_config": "{}"})
+    before, after = [
+        line["eval_loss"] for line in read_lines(tmp_path / "more" / "metrics.jsonl") if "eval_loss" in line
+    ]
+    assert before == pytest.approx(read_lines(finished_run / "metrics.jsonl")[-1]["eval_loss"], abs=1e-6)
+    assert after != before
+    assert f"({before:.3f} before the first)" in (tmp_path / "more" / "model" / "README.md").read_text()
+
+
 def test_run_leaves_what_it_promises(flags, run_pretrain, tmp_path: Path, capsys):
     run_pretrain(flags)
     run = tmp_path / "run"
@@ -65,13 +83,44 @@ def test_run_leaves_what_it_promises(flags, run_pretrain, tmp_path: Path, capsys
     assert {"torch", "transformers", "datasets"} <= set(config["environment"]["versions"])
     metrics = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in metrics if "loss" in line] == [2, 4, 6]
-    assert [line["step"] for line in metrics if "eval_loss" in line] == [3, 6]
+    assert [line["step"] for line in metrics if "eval_loss" in line] == [0, 3, 6]
     assert all(line["tokens_per_second"] > 0 for line in metrics if "loss" in line)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "held-out loss" in printed
     assert str(run / "model") in printed
+
+
+@pytest.mark.parametrize("mode", [{}, {"streaming": "true", "num_lanes": 4}])
+def test_own_tokens_are_trained_on_and_unknown_ones_are_told(
+    flags, run_pretrain, tmp_path: Path, texts, tokenizer_dirs, capsys, mode
+):
+    """In both modes, and the export reads the same ids."""
+    stock = AutoTokenizer.from_pretrained(tokenizer_dirs["bert"])
+    stock.add_tokens(["<url>", "糖尿病"], special_tokens=True)
+    stock.save_pretrained(tmp_path / "own")
+    corpus = write_jsonl(tmp_path / "own.jsonl", [f"{text} 😀{' See <url> and 糖尿病.' * 20}" for text in texts])
+    flags |= {"corpora": json.dumps([{"name": "own", "path": str(corpus)}]), "tokenizer_name": tmp_path / "own"}
+    flags |= {"model_type": "bert", "mlm_probability": 0.5}
+    seen = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        collate = DynamicMaskingCollator.__call__
+
+        def count(self, *args):
+            batch = collate(self, *args)
+            seen.update(batch["labels"].flatten().tolist())
+            return batch
+
+        patch.setattr(DynamicMaskingCollator, "__call__", count)
+        run_pretrain(flags | mode)
+    assert all(seen[stock.convert_tokens_to_ids(token)] for token in ("<url>", "糖尿病"))
+    printed = capsys.readouterr().out
+    assert re.search(r"warning: corpus own: \d+ of [\d,]+ tokens \(\d.\d\d%\) are \[UNK\], for characters", printed)
+    if not mode:
+        assert f"warning: corpus own: {len(texts)} of " in printed
+    exported = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert exported("see <url> 糖尿病")["input_ids"] == stock("see <url> 糖尿病")["input_ids"]
 
 
 def test_exported_model_needs_none_of_our_code(finished_run: Path, tmp_path: Path):
@@ -84,6 +133,9 @@ def test_exported_model_needs_none_of_our_code(finished_run: Path, tmp_path: Pat
     )
     assert "token_str" in result.stdout
     assert len(pipeline("fill-mask", model=model)("He<mask> it.")) == 5
+    # The tokenizer was trained for 64 tokens and the model for 32, which longer texts are cut to.
+    assert AutoTokenizer.from_pretrained(model).model_max_length == 32
+    assert len(pipeline("feature-extraction", model=model)("he " * 700, truncation=True)[0]) == 32
 
 
 def test_training_learns_to_use_the_context(echo_flags, run_pretrain, tmp_path: Path):
@@ -152,7 +204,7 @@ def test_counts_of_corpora_are_in_the_metrics_and_the_log(flags, run_pretrain, t
     assert 0 < b["passes"] < a["passes"]
     assert last["padding_share"] == pytest.approx(1 - last["tokens"] / (480 * 32), abs=1e-4)
     printed = capsys.readouterr().out
-    assert f"b {b['tokens'] / 1000:.3g}K tokens, {b['documents']} documents, {b['passes']:.2f} passes" in printed
+    assert f"b {b['tokens'] / 1000:.3g}K ({b['passes']:.2f} passes); padding" in printed
 
 
 @pytest.mark.long
@@ -177,7 +229,7 @@ def test_signal_saves_and_ends_the_run_as_preempted(flags, run_pretrain, tmp_pat
     flags |= {"max_steps": 100_000, "save_steps": 100_000, "resume_from_checkpoint": "latest", "logging_steps": 1}
     process = start(flags)
     run = tmp_path / "run"
-    wait_for((run / "metrics.jsonl").exists)
+    wait_for_training(run)
     pids = json.loads((run / "status.json").read_text())["pids"]
     assert pids == [process.pid]
     os.kill(pids[0], number)
@@ -196,7 +248,7 @@ def test_signal_saves_and_ends_the_run_as_preempted(flags, run_pretrain, tmp_pat
 def test_signal_to_the_whole_group_of_processes_saves_too(flags, tmp_path: Path, mode, number: signal.Signals):
     flags |= {"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1, "dataloader_num_workers": 2} | mode
     process = start(flags, start_new_session=True)
-    wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+    wait_for_training(tmp_path / "run")
     os.killpg(process.pid, number)
     assert process.wait(timeout=PATIENCE_SECONDS) == 0
     status = json.loads((tmp_path / "run" / "status.json").read_text())
@@ -215,7 +267,7 @@ def test_worker_that_is_killed_costs_no_update(flags, tmp_path: Path, mode, proc
     process = subprocess.Popen(
         [*command, "pretrain.py", *command_line(flags)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
     )
-    wait_for((run / "metrics.jsonl").exists)
+    wait_for_training(run)
     worker = psutil.Process(json.loads((run / "status.json").read_text())["pids"][-1]).children()[0]
     worker.kill()
     _, printed = process.communicate(timeout=PATIENCE_SECONDS)
@@ -223,7 +275,9 @@ def test_worker_that_is_killed_costs_no_update(flags, tmp_path: Path, mode, proc
     assert status["state"] == "failed"
     assert (run / "checkpoints" / f"step-{status['step']:08d}").is_dir()
     assert status["step"] == read_lines(run / "metrics.jsonl")[-1]["step"]
-    assert f"error: DataLoader worker (pid {worker.pid}) is killed by signal: Killed." in printed
+    assert re.search(
+        rf"DataLoader worker \(pid(\(s\))? {worker.pid}\) (is killed by signal: Killed|exited unexpectedly)", printed
+    )
     assert "lower `dataloader_num_workers`" in printed
 
 
@@ -260,7 +314,7 @@ def test_signal_is_heard_while_a_source_is_waited_for(flags, tmp_path: Path, wor
     with log.open("w") as out:
         process = start(flags | {"dataloader_num_workers": workers}, script=script, stdout=out)
     wait_for(lambda: "opening it again" in log.read_text())
-    wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+    wait_for_training(tmp_path / "run")
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=PATIENCE_SECONDS) == 0
@@ -317,6 +371,7 @@ def test_stream_goes_on_from_two_processes_to_one_and_back(flags, run_pretrain, 
 
 ONE_RANK_FAILS = """
 import os
+import re
 import pretrain
 import recipe.data.corpora
 import recipe.data.streaming
@@ -396,13 +451,14 @@ def test_training_goes_on_from_a_prepared_store_without_the_text(flags, run_pret
 def test_pretrained_model_goes_on_with_its_own_tokenizer(flags, finished_run, run_pretrain, tmp_path, tokenizer):
     # A learning rate that moves nothing: what comes out is what was loaded.
     domain = flags | {"output_dir": tmp_path / "domain", "model_name_or_path": tmp_path / "run" / "model"}
-    domain |= {"learning_rate": 1e-12, "seed": 7}
+    domain |= {"learning_rate": 1e-12, "seed": 7, "max_seq_length": 40}
     del domain["tokenizer_name"], domain["model_config"]
     run_pretrain(domain)
     before, after = weights(tmp_path / "run"), weights(tmp_path / "domain")
     assert all(torch.allclose(before[name], after[name], atol=1e-8) for name in before)
     exported = AutoTokenizer.from_pretrained(tmp_path / "domain" / "model")
     assert exported.get_vocab() == tokenizer.get_vocab()
+    assert exported.model_max_length == 40  # more than before
     assert [line["step"] for line in read_lines(tmp_path / "domain" / "metrics.jsonl") if "loss" in line] == [2, 4, 6]
 
 
@@ -525,8 +581,15 @@ def test_run_whose_end_fails_says_so_and_is_finished_by_the_same_command(
         (OSError(5, "Input/output error"), "Input/output error"),
     ],
 )
-def test_evaluation_that_fails_costs_no_update(flags, run_pretrain, tmp_path: Path, monkeypatch, error, expected):
-    def fail(*arguments):
+@pytest.mark.parametrize(("works", "step", "saved"), [(0, 0, None), (1, 3, 3)])
+def test_evaluation_that_fails_costs_no_update(
+    flags, run_pretrain, tmp_path: Path, monkeypatch, error, expected, works, step, saved
+):
+    calls = itertools.count()
+
+    def fail(batch, device):
+        if next(calls) < works * 3:  # micro-batches of an evaluation
+            return batch
         raise error
 
     flags |= {"save_steps": 100, "resume_from_checkpoint": "latest"}
@@ -535,7 +598,7 @@ def test_evaluation_that_fails_costs_no_update(flags, run_pretrain, tmp_path: Pa
         with pytest.raises((UserError, OSError), match=expected):
             run_pretrain(flags)
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert (status["state"], status["step"], status["saved_step"]) == ("failed", 3, 3)
+    assert (status["state"], status["step"], status["saved_step"]) == ("failed", step, saved)
     run_pretrain(flags)
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import recipe.show
 from recipe.arguments import GlueArguments, PretrainArguments, TokenizerArguments, parse_config
 
 ROOT = Path(__file__).parents[1]
@@ -44,9 +45,12 @@ def test_command_can_be_typed(command: str):
     for script, cls in SCRIPTS.items():
         if script in words:
             parse_config(cls, "test", words[words.index(script) + 1 :])
-    job = "accelerate_configs/slurm.sbatch"  # starts pretrain.py with the flags behind the run's folder
-    if job in words:
-        parse_config(PretrainArguments, "test", words[words.index(job) + 2 :])
+    if words[:3] == ["python", "-m", "recipe.show"]:
+        recipe.show.parse_options(words[3:])
+    # Jobs that start pretrain.py, and how many arguments stand before its flags: the run's folder.
+    for job, before in {"accelerate_configs/slurm.sbatch": 1, "accelerate_configs/slurm_prepare.sbatch": 0}.items():
+        if job in words:
+            parse_config(PretrainArguments, "test", words[words.index(job) + 1 + before :])
     for name in [word for word in words if re.search(r"\.(py|yaml|sbatch|txt)$", word)]:
         assert (ROOT / name).is_file(), name
     if words[:2] == ["python", "-m"]:

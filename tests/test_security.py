@@ -19,7 +19,7 @@ from recipe.base.model_files import check_model_files
 from recipe.data.hygiene import Decontaminator
 from recipe.data.token_store import TokenStore
 from recipe.data.tokenizer import DocumentEncoder, load_tokenizer
-from recipe.finetune.finetuning import load_classifier, load_glue_tokenizer
+from recipe.finetune.classifier import load_classifier, load_glue_tokenizer
 from recipe.finetune.tasks.glue import TASKS, check_tasks
 from recipe.modeling.model import LOADING, build_config, build_model
 from recipe.publish.hub import fetch_checkpoint

@@ -1,7 +1,7 @@
 """Options of `finetune_glue.py`."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from recipe.arguments.checks import (
     DecayRate,
@@ -21,12 +21,21 @@ from recipe.base.errors import UserError, require
 
 @dataclass(kw_only=True)
 class GlueArguments:
-    """Options of `finetune_glue.py`."""
+    """Options of `finetune_glue.py`; in `GROUPS`, the option that each group of them begins with."""
+
+    GROUPS: ClassVar = {
+        "output_dir": "Run",
+        "glue_dir": "Tasks and grid",
+        "num_train_epochs": "Update",
+        "save_models": "Results",
+    }
 
     output_dir: PathName
     """Folder of the results: results.jsonl, summary.json, table.md, glue.png, submission.zip."""
     model_name_or_path: PathName = identity()
-    """Folder or hub id of the pretrained model, with its tokenizer."""
+    """Folder or hub id of the pretrained model."""
+    tokenizer_name: PathName | None = identity(default=None)
+    """Folder or hub id of the tokenizer. Null: the one beside the model."""
     glue_dir: PathName | None = identity(default=None)
     """Folder of the official TSV files (`RTE/train.tsv` and so on). Null: `nyu-mll/glue` from the hub."""
     tasks: list[str] | None = None
@@ -42,7 +51,6 @@ class GlueArguments:
     init_from_mnli: bool = False
     """Run RTE, STS-B and MRPC from the best MNLI model too, with a new head (paper, section 5.1)."""
 
-    # Update
     num_train_epochs: PositiveInt = identity(default=10)
     """Number of passes over the training set; the best of them by the task's dev metric counts (paper: 10)."""
     warmup_ratio: Annotated[float, Rule("from 0 to 1", lambda x: 0 <= x <= 1)] = identity(default=0.06)
@@ -66,9 +74,10 @@ class GlueArguments:
     """Names of the tasks whose jobs are spread over all processes, one job after the other. Each process takes whole
     jobs of all other tasks."""
 
-    # Run
     save_models: bool = False
     """Keep the best model of each task in `output_dir/models`."""
+    update_model_card: bool = False
+    """Add the results to the card of the model, which is the `model` folder of a run of `pretrain.py`."""
     compare_with: Literal["base", "large"] = "base"
     """Size of the published RoBERTa whose results are printed beside these."""
     dry_run: bool = False

@@ -1,22 +1,27 @@
 """Read a dataclass of options from its defaults, the YAML of `--config` and the flags, in that order."""
 
 import argparse
+import difflib
 import logging
 import re
 import typing
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_parsing_settings
 
+from recipe.arguments.checks import rules
 from recipe.arguments.corpus import CorpusArguments
+from recipe.arguments.reference import describe_type, format_help
 from recipe.base.errors import UserError, describe_error, did_you_mean
 from recipe.base.files import check_yaml, is_path, read_yaml_text
 
 Arguments = TypeVar("Arguments", bound=Any)
+SHIPPED_CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def read_configs(cls: type, files: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -33,7 +38,7 @@ def read_configs(cls: type, files: list[str]) -> tuple[dict[str, Any], dict[str,
     owners: dict[str, int] = {}  # by field or `model_config.key` the number of the file: a file may be given twice
     for number, file in enumerate(files):
         if not is_path(file) or not Path(file).is_file():
-            raise UserError(f"--config {file:.300}: there is no such file")
+            raise UserError(f"--config {file:.300}: there is no such file{nearest_config(file)}")
         try:
             given = get_loader("yaml")(read_yaml_text(Path(file)))
         except Exception as error:  # of the parser, and of Python for text and numbers beyond its limits
@@ -61,6 +66,14 @@ def read_configs(cls: type, files: list[str]) -> tuple[dict[str, Any], dict[str,
     return values, {name: files[number] for name, number in owners.items()}
 
 
+def nearest_config(file: str) -> str:
+    """Return `; did you mean …?` for a file of nearly this name beside it, or among the configs that are shipped."""
+    folder = Path(file).parent if is_path(file) else Path()
+    found = {path.stem: path for place in [*SHIPPED_CONFIGS.glob("*/**"), folder] for path in place.glob("*.yaml")}
+    near = difflib.get_close_matches(Path(file).stem, found, n=1)
+    return f"; did you mean `{found[near[0]]}`?" if near else ""
+
+
 def check_flags(flags: list[str]) -> None:
     """Refuse values that would crash the parser, or fill the memory: it reads each as YAML, whatever its type."""
     for number, flag in enumerate(flags):
@@ -73,28 +86,47 @@ def check_flags(flags: list[str]) -> None:
 
 
 def explain(error: Exception, cls: type, flags: list[str], sources: dict[str, str]) -> str:
-    """Reword the parser's message: the field, where it was given, the value, and the nearest right name."""
-    text = str(error)
+    """Reword the parser's message: the field, where it was given, the value, and what it takes or the nearest name."""
+    text = " ".join(str(error).split())
     files = " and ".join(dict.fromkeys(sources.values()))
 
     def source(name: str) -> str:
         on_line = name not in sources or any(flag.startswith(f"--{name}") for flag in flags)
         return "on the command line" if on_line else f"in {sources[name]}"
 
+    keys = re.findall(r'Parser key "([^"]+)"', text)  # with that of a field of a corpus after that of the corpora
+    owner, place = cls, f" ({source(keys[0].split('.')[0])})" if keys else ""
+    if len(keys) > 1 or "given class_path 'recipe." in text:
+        owner, place = CorpusArguments, f" in `{keys[0]}`{place}"
     if unknown := re.search(r"Option '([^']+)' is not accepted|[Uu]nrecognized arguments: --([^\s=]+)", text):
-        name, parent = unknown[1] or unknown[2], re.search(r'Parser key "([^"]+)"', text)
-        hint = did_you_mean(name, [f.name for f in fields(CorpusArguments if parent else cls)])
-        place = f" in `{parent[1]}`" if parent else ""
-        return f"there is no field `{name}`{place} ({source(parent[1] if parent else name)}){hint}"
-    if wrong := re.search(r"given class_path '([^']+)'", text):
-        return f"`corpora` ({source('corpora')}): {wrong[1]!r} is no corpus; write {{name: ..., path: {wrong[1]}}}"
+        name = unknown[1] or unknown[2]
+        known = [f.name for f in fields(owner)]
+        hint = did_you_mean(name, known)
+        if name == "resume_from_checkpoint" and "model_name_or_path" in known:  # fine-tuning
+            hint = "; the same command resumes, and a checkpoint to start from is given as `model_name_or_path`"
+        return f"there is no field `{name}`{place or f' ({source(name)})'}{hint}"
     if missing := re.search(r"arguments are required: (.+)", text):
-        read = f" (read: {files}; an overlay comes after the file it changes)" if files else ""
-        return f"{missing[1]} must be given, as a flag or in the YAML of --config{read}"
-    if wrong := re.search(r'Parser key "([^"]+)":\s*(.*)', text, re.DOTALL):
-        name, detail = wrong[1], re.sub(r"typing\.|<class '(\w+)'>", r"\1", " ".join(wrong[2].split()))
-        return f"`{name}` ({source(name.split('.')[0])}): {detail}"
-    return f"{files or 'the command line'}: {text}"
+        read = f" (read: {files}; an overlay comes after the file it changes, each by a --config)" if files else ""
+        where = f"{place}, for each corpus" if keys else f", as a flag or in the YAML of --config{read}"
+        return f"{missing[1]} must be given{where}"
+    if wrong := re.search(r"given class_path '([^']+)'(?! *: Parser)|dot import path string: (.*)", text):
+        path = wrong[1] or wrong[2]
+        return f"`{keys[0]}`{place}: {path!r} is no corpus; write {{name: ..., path: {path}}}"
+    if keys and (wrong := re.search(r"(?:Got|Given) value: (.*)", text)):
+        return f"`{keys[-1]}`{place} is {wrong[1]}; {describe_values(owner, keys[-1], wrong[1])}"
+    if alone := re.search(r"argument (--\S+): expected one argument|unrecognized arguments: (.*)", text):
+        return f"{alone[1]} has no value after it" if alone[1] else f"{alone[2]}: an option is written --name value"
+    return text
+
+
+def describe_values(owner: type, name: str, value: str) -> str:
+    """Say which values an option of the dataclass `owner` takes, and which of its words is near to this one."""
+    field = next((f for f in fields(owner) if f.name == name), None)
+    if field is None:
+        return "it takes another kind of value"
+    kind = describe_type(field.type)
+    null = "null or " if NoneType in typing.get_args(field.type) else ""
+    return f"it takes {null}{', '.join([kind, *map(str, rules(field.type))])}{did_you_mean(value, kind.split(' | '))}"
 
 
 def parse_config(cls: type[Arguments], description: str, arguments: list[str] | None = None) -> Arguments:
@@ -107,14 +139,10 @@ def parse_config(cls: type[Arguments], description: str, arguments: list[str] | 
     """
     logging.getLogger("jsonargparse").setLevel(logging.ERROR)
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument(
-        "--config",
-        action="config",
-        help="YAML file with any of the fields below. Give it again for an overlay, a file with what it changes: a "
-        "later file replaces single fields of those before it, and in `model_config` single keys; a list such as "
-        "`corpora` is replaced as a whole. A flag wins over every file.",
-    )
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    # In groups, which the parser's own does not know.
+    parser.format_help = lambda *_: format_help(cls, description)  # type: ignore[method-assign]
+    parser.add_argument("--config", action="config")
     parser.add_class_arguments(cls, as_group=False)
     configs = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     configs.add_argument("--config", action="append", default=[])
@@ -129,6 +157,9 @@ def parse_config(cls: type[Arguments], description: str, arguments: list[str] | 
                 flags[i] = f"{flag}=true"
         values, sources = read_configs(cls, found.config)
         check_flags(flags)
+        # The parser would leave to an entry of a flag's list the fields that the file's entry at its place has.
+        given = {flag[2:].partition("=")[0] for flag in flags if flag.startswith("--")}
+        values = {name: value for name, value in values.items() if not (name in given and isinstance(value, list))}
         # The parser would replace a `model_config` as a whole. With quotes and types, what is read stays what it is.
         merged = [f"--config={yaml.safe_dump(values, default_style=chr(34), sort_keys=False)}"] if values else []
         namespace = parser.parse_args(merged + flags)

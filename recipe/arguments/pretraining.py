@@ -1,7 +1,7 @@
 """Options of `pretrain.py`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from recipe.arguments.checks import (
     PLAN_FIELDS,
@@ -21,7 +21,9 @@ from recipe.arguments.checks import (
     identity,
 )
 from recipe.arguments.corpus import CorpusArguments, check_corpora
+from recipe.arguments.languages import check_language
 from recipe.base.errors import UserError, require
+from recipe.base.formatting import count_of
 
 # Blocks of these packings have one part: they can be cut short, and do not depend on what comes after the next block.
 ONE_PART_PACKINGS = ("full_sentences", "contiguous")
@@ -39,18 +41,27 @@ NOT_STREAMED = {
 
 @dataclass(kw_only=True)
 class PretrainArguments:
-    """Options of `pretrain.py`."""
+    """Options of `pretrain.py`; in `GROUPS`, the option that each group of them begins with."""
+
+    GROUPS: ClassVar = {
+        "output_dir": "Run",
+        "corpora": "Data",
+        "model_type": "Model",
+        "train_batch_size": "Update",
+        "logging_steps": "Log, evaluation and checkpoints",
+        "push_to_hub": "Hub and card",
+        "prepare_only": "Preparation and plan",
+    }
 
     output_dir: PathName
     """Folder of the run: config.yaml, status.json, metrics.jsonl, checkpoints/, model/, loss.png."""
 
-    # Data
     corpora: list[CorpusArguments] = identity()
     """Text to train on."""
     tokenizer_name: PathName | None = identity(default=None)
     """Folder or hub id of the tokenizer. Null: the tokenizer of `model_name_or_path`."""
     language: str = identity(default="en")
-    """ISO 639-1 code of the text's language, for the sentence splitter."""
+    """Code of the text's language (ISO 639-1, `en`, or three letters of 639-3), for the sentence splitter."""
     sentence_splitter: Literal["sentencex", "newline"] = identity(default="sentencex")
     """How sentences are found: by the library sentencex, or by line, in text that has one sentence a line."""
     deduplicate: bool = identity(default=False)
@@ -108,7 +119,6 @@ class PretrainArguments:
     """Number of processes that read ahead for each training process: they mask and collate or, in `streaming`, tokenise
     and pack. 0: the training process does it."""
 
-    # Model
     model_type: Literal["roberta", "bert", "albert"] = identity(default="roberta")
     """Architecture of the model."""
     model_config: dict[str, Any] = identity(default_factory=dict)
@@ -117,7 +127,6 @@ class PretrainArguments:
     """Folder or hub id of a pretrained model of this type to continue from, with its own tokenizer and a new schedule.
     Null: the weights are new."""
 
-    # Update
     train_batch_size: PositiveInt = identity(default=8192)
     """Number of blocks in an update, over all processes and micro-batches (paper: 8192)."""
     per_device_train_batch_size: PositiveInt = 32
@@ -161,7 +170,6 @@ class PretrainArguments:
     seed: Seed = identity(default=42)
     """Seed of the weights, the order, the masks and dropout."""
 
-    # Run
     logging_steps: PositiveInt = 50
     """Number of updates between two lines of the log."""
     eval_steps: PositiveInt = 5_000
@@ -185,10 +193,12 @@ class PretrainArguments:
     hub_strategy: Literal["end", "every_save", "checkpoint"] = "every_save"
     """What is pushed. `end`: the last model. `every_save`: the model of every checkpoint. `checkpoint`: every
     checkpoint with all that is needed to resume from it, by `--resume_from_checkpoint hub://user/name@step-00010000`."""
-    license: str = "apache-2.0"
-    """Licence of the weights on the model card, by its name on the hub."""
+    license: str | None = None
+    """Licence of the weights on the model card, by its name on the hub (`apache-2.0`, `cc-by-4.0`, `other`). To push,
+    one has to be named."""
     hub_private_repo: bool | None = None
-    """Whether a repository is private when it is created. Null: as the user or organisation has chosen on the hub."""
+    """Whether a repository is private when it is created. Null: if a corpus is local, and otherwise as the user or
+    organisation has chosen on the hub."""
     prepare_only: bool = False
     """Tokenise and pack, shared among all processes of all nodes, and stop."""
     dry_run: bool = False
@@ -204,6 +214,7 @@ class PretrainArguments:
         check_values(self)
         require(bool(self.output_dir), "output_dir", "empty", "name a folder")
         require(bool(self.corpora), "corpora", "empty", "name at least one corpus")
+        check_language(self.language)
         check_corpora("corpora", self.corpora)
         check_corpora("eval_corpora", self.eval_corpora)
         for name in PLAN_FIELDS:
@@ -232,6 +243,9 @@ class PretrainArguments:
             require(not self.roll_back_loss_spikes, name, steps, remedy)
         remedy = f"`max_steps` is {self.max_steps}, and the learning rate would never reach its peak: lower it"
         require(self.warmup_steps <= self.max_steps, "warmup_steps", self.warmup_steps, remedy)
+        if self.push_to_hub:
+            remedy = "`push_to_hub` is true: name the licence of the weights by its name on the hub, such as apache-2.0"
+            require(bool(self.license), "license", "missing", remedy)
         if self.hub_model_id is not None:
             check_repo_id("hub_model_id", self.hub_model_id)
         if self.streaming:
@@ -267,13 +281,20 @@ class PretrainArguments:
 
     def check_lanes(self, num_processes: int) -> None:
         """Raise a `UserError` if processes times workers do not divide `num_lanes`."""
-        workers = max(1, self.dataloader_num_workers)
-        if self.streaming and self.num_lanes % (num_processes * workers):
-            raise UserError(
-                f"`num_lanes` ({self.num_lanes}) is not a multiple of {num_processes} processes x {workers} "
-                f"`dataloader_num_workers` = {num_processes * workers}; choose other workers or, with more processes "
-                "than lanes, `streaming: false`"
-            )
+        workers, processes = max(1, self.dataloader_num_workers), count_of(num_processes, "process", "processes")
+        if not self.streaming or self.num_lanes % (num_processes * workers) == 0:
+            return
+        remedies = ["`streaming: false`"]
+        if fitting := [n for n in divisors(self.train_batch_size) if n % (num_processes * workers) == 0]:
+            nearest = min(fitting, key=lambda n: abs(n - self.num_lanes))
+            remedies.insert(0, f"--num_lanes {nearest}, which begins another experiment")
+        if self.num_lanes % num_processes == 0:
+            fewer = max(n for n in divisors(self.num_lanes // num_processes) if n <= workers)
+            remedies.insert(0, f"--dataloader_num_workers {fewer}")
+        raise UserError(
+            f"`num_lanes` ({self.num_lanes}) is not a multiple of {processes} x {workers} "
+            f"`dataloader_num_workers` = {num_processes * workers}; give {', or '.join(remedies)}"
+        )
 
     def gradient_accumulation_steps(self, num_processes: int) -> int:
         """Return the number of micro-batches of one process in an update; raise a `UserError` if it is not whole."""
@@ -286,7 +307,7 @@ class PretrainArguments:
                 remedy = f"the nearest smaller `per_device_train_batch_size` is {nearest}"
             raise UserError(
                 f"`train_batch_size` ({self.train_batch_size}) is not a multiple of `per_device_train_batch_size` "
-                f"({size}) x {num_processes} processes = {size * num_processes}; {remedy}"
+                f"({size}) x {count_of(num_processes, 'process', 'processes')} = {size * num_processes}; {remedy}"
             )
         return self.train_batch_size // (size * num_processes)
 

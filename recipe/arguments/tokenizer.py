@@ -1,7 +1,7 @@
 """Options of `train_tokenizer.py`."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from recipe.arguments.checks import PathName, PositiveInt, Rule, check_values
 from recipe.arguments.corpus import CorpusArguments, check_corpora
@@ -10,7 +10,9 @@ from recipe.base.errors import require
 
 @dataclass(kw_only=True)
 class TokenizerArguments:
-    """Options of `train_tokenizer.py`."""
+    """Options of `train_tokenizer.py`; in `GROUPS`, the option that each group of them begins with."""
+
+    GROUPS: ClassVar = {"output_dir": "Text", "tokenizer_type": "Vocabulary"}
 
     output_dir: PathName
     """Folder for `tokenizer.json`, `tokenizer_config.json` and the vocabulary."""

@@ -1,13 +1,20 @@
 """Errors that the user can correct, and how errors of libraries are worded."""
 
 import difflib
+import os
+import signal
 import sys
-from collections.abc import Iterable, Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pickle import UnpicklingError
 from typing import Any
 
-from recipe.base.output import keep_output_from_failing
+from recipe.base.output import keep_output_from_failing, restart_in_utf8
+
+# What most processes of a launch have in common, the first one says: its launcher then ends the others, which wait.
+FIRST_RANK_SECONDS = 30
 
 
 class UserError(ValueError):
@@ -18,15 +25,34 @@ class UserError(ValueError):
 def report_user_errors() -> Iterator[None]:
     """Turn errors that say what to do into their message on stderr and exit status 2, without a traceback.
 
-    They are `UserError`s, and the `FloatingPointError` of a training whose numbers are no longer finite. All scripts
-    and commands run in this context, so from here on nothing that is printed can fail.
+    They are `UserError`s, and the `FloatingPointError` of a training whose numbers are no longer finite. An interrupt
+    is named, with the status that a shell gives it. All scripts
+    and commands run in this context, by `run_script`, so from here on nothing that is printed can fail.
     """
     keep_output_from_failing()
     try:
         yield
     except (UserError, FloatingPointError) as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(FIRST_RANK_SECONDS)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        name = str(interrupt) or "SIGINT"
+        print(f"stopped by {name}", file=sys.stderr)
+        sys.exit(128 + signal.Signals[name])
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Run the main function of a script or command in `report_user_errors`, and in UTF-8 whatever the locale.
+
+    What libraries have for their developers to change is not shown, unless Python's option `-W` asks for it.
+    """
+    restart_in_utf8()
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore", FutureWarning)
+    with report_user_errors():
+        main()
 
 
 def describe_error(error: BaseException, until: type[BaseException] | None = None) -> str:

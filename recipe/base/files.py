@@ -89,8 +89,8 @@ def nearest_existing_parent(path: Path) -> Path:
     return next(folder for folder in [path, *path.absolute().parents] if folder.exists())
 
 
-def check_output_dir(path: Path) -> None:
-    """Raise a `UserError` unless the output folder exists or can be created, and this user may write there.
+def check_output_dir(path: Path, option: str = "output_dir") -> None:
+    """Raise a `UserError` about an option unless its folder exists or can be created, and this user may write there.
 
     It is tried in a hidden folder, which is removed again. Several processes may try at the same time.
     """
@@ -98,16 +98,16 @@ def check_output_dir(path: Path) -> None:
         for link in [path.absolute(), *path.absolute().parents]:
             if link.is_symlink() and not link.exists():
                 problem = f"{link} is a link to {os.readlink(link)}, which does not exist; create that, mount its disk"
-                raise UserError(f"`output_dir` {path}: {problem} or name another folder")
+                raise UserError(f"`{option}` {path}: {problem} or name another folder")
         folder = nearest_existing_parent(path)
         if not folder.is_dir():
-            raise UserError(f"`output_dir` {path}: {folder} is a file; name another folder")
+            raise UserError(f"`{option}` {path}: {folder} is a file; name another folder")
         with tempfile.TemporaryDirectory(prefix=".trying-", dir=folder) as trial:
             (Path(trial) / "file").write_bytes(bytes(4096))
             sync(Path(trial) / "file")  # some disks tell only now that they are full
     except OSError as error:
         raise UserError(
-            f"`output_dir` {path} cannot be written: {error}; put that right or name another folder"
+            f"`{option}` {path} cannot be written: {error}; put that right or name another folder"
         ) from None
 
 

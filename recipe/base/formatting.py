@@ -27,6 +27,11 @@ def format_bytes(number: float) -> str:
     return f"{number:.3g} TB"
 
 
+def count_of(number: int, noun: str, plural: str = "") -> str:
+    """Write a number before its noun, as in `1 file` and `2 files`; `plural` is that of a noun that takes no bare s."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def number(value: float | None, form: str) -> str:
     """Format a number by a format specification, or None as `none` in the same width."""
     return "none".rjust(len(format(0.0, form))) if value is None else format(value, form)

@@ -6,6 +6,7 @@ as many layers as a number asks for.
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,12 @@ REFUSED = {
 IMPLEMENTATIONS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 
 
-def check_model_files(field: str, name_or_path: str, kind: str) -> None:
+def count_ids(vocab: Mapping[str, int]) -> int:
+    """Return how many rows a table has that is indexed by the ids of a vocabulary, also one with gaps among its ids."""
+    return 1 + max(vocab.values())
+
+
+def check_model_files(field: str, name_or_path: str, kind: str) -> Path:
     """Refuse a model or tokenizer that would run code, load another repository, or be larger than any machine.
 
     Args:
@@ -40,10 +46,17 @@ def check_model_files(field: str, name_or_path: str, kind: str) -> None:
         name_or_path: folder, or id on the hub, of which only the files checked here are downloaded.
         kind: `model` or `tokenizer`.
 
+    Returns:
+        the folder where the files are.
+
     Raises:
         UserError: it is refused, a file is damaged, or nothing is there.
     """
-    folder = find_folder(f"`{field}` is {name_or_path}", name_or_path, kind)
+    place = f"`{field}` is {name_or_path}"
+    folder = find_folder(place, name_or_path, kind)
+    if kind == "model" and not (folder / "config.json").is_file():
+        where = describe_run_path(folder) or "in a folder without a config.json"
+        raise UserError(f"{place}: no model there, {where}; name another")
     for name, limit in FILE_BYTES.items():
         file = folder / name
         if not file.is_file():
@@ -63,22 +76,43 @@ def check_model_files(field: str, name_or_path: str, kind: str) -> None:
                 check_fields(f"`{field}`: {file}", values)
                 if name == "config.json":
                     check_numbers(f"`{field}`: {file}", values)
+    return folder
 
 
 def find_folder(place: str, name_or_path: str, kind: str) -> Path:
     """Return the folder of a model or tokenizer: that of its path, or that of the hub's cache."""
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+    path = Path(name_or_path)
+    remedy = "make one by train_tokenizer.py" if kind == "tokenizer" else "name another"
+    if path.is_dir():
+        return path
+    if where := describe_run_path(path):
+        raise UserError(f"{place}: no {kind} there, {where}; name another")
+    if path.is_file() or path.is_absolute() or len(path.parts) > 2 or (path.parent.is_dir() and len(path.parts) == 2):
+        # No id of a repository, or one of a user whose name a folder here has: asking the hub takes its time.
+        problem = (
+            "it is a file; name its folder" if path.is_file() else f"there is no such folder; correct it, or {remedy}"
+        )
+        raise UserError(f"{place}: no {kind} there: {problem}")
     from huggingface_hub import constants, snapshot_download  # takes longer than answering `--help`
 
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=list(FILE_BYTES)))
     except Exception as error:  # of the network, the hub, the cache or for a name that no repository has
-        remedy = "make one by train_tokenizer.py" if kind == "tokenizer" else "name another"
         if constants.HF_HUB_OFFLINE:
             remedy = f"HF_HUB_OFFLINE is set: unset it, name a folder, or {remedy}"
         problem = f"no {kind} there, as a folder or on the hub; {remedy} ({describe_error(error)})"
         raise UserError(f"{place}: {problem}") from None
+
+
+def describe_run_path(path: Path) -> str:
+    """Say of which run a path is, and where its models are; an empty string for a path that is of none."""
+    run = next((folder for folder in [path, *path.parents[:2]] if (folder / "status.json").is_file()), None)
+    if run is None:
+        return ""
+    with raising_damaged_file(run / "status.json", "name another folder"):
+        state = read_json(run / "status.json")["state"]
+    models = [folder for folder in [*sorted(run.glob("checkpoints/step-*")), run / "model"] if folder.is_dir()]
+    return f"in the run {run}, which is {state} and has {', '.join(map(str, models)) or 'no checkpoint yet'}"
 
 
 def check_fields(place: str, values: dict[str, Any]) -> None:
@@ -104,6 +138,6 @@ def check_numbers(place: str, values: Any, name: str = "") -> None:
         elif isinstance(value, int):
             most = next(most for pattern, most in LARGEST.items() if re.search(pattern, str(field)))
             least = int(field in POSITIVE)
-            # A negative one stands for none in some fields of the library.
-            if not (least or -1) <= value <= most:
+            # A negative one stands for none in some fields of the library, and -100 for a label that is ignored.
+            if not (least or -100) <= value <= most:
                 raise UserError(f"{place}: `{field}` is {value!r:.100}; give {least} to {most:,}")

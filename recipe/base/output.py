@@ -5,6 +5,8 @@ import io
 import os
 import sys
 
+UTF8_MODE = "PYTHONUTF8"  # the variable that switches it on, for the processes that this one starts too
+
 
 class PatientOutput(io.TextIOWrapper):
     """A text stream that leaves out what cannot be written, and escapes what its encoding lacks."""
@@ -23,6 +25,17 @@ class PatientOutput(io.TextIOWrapper):
     def close(self) -> None:
         """Write what waits; the file stays open for the stream that this one has replaced."""
         self.flush()
+
+
+def restart_in_utf8() -> None:
+    """Start this process again in Python's UTF-8 mode, if its locale has another encoding for names of files.
+
+    As Python does by itself from 3.15 on. Otherwise a file could not be opened by a name that the locale cannot write,
+    and libraries would read and write their files in the locale's encoding. Process id, signals and files stay.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get(UTF8_MODE) != "1":
+        os.environ[UTF8_MODE] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def keep_output_from_failing() -> None:

@@ -114,7 +114,7 @@ def build_together(
                 continue
             with lock:
                 if not is_done(shard):
-                    path.with_suffix(HOLDER).write_text(process_name())
+                    path.with_suffix(HOLDER).write_text(process_name(), "utf-8")
                     make(shard)
         shards = busy
 
@@ -128,7 +128,7 @@ def take_lock(path: Path, is_main: bool, is_stopping: Callable[[], bool]) -> Acq
         if is_main and (waited := time.monotonic() - started) > next_word:
             next_word = waited + NEXT_WORD_SECONDS
             holder = path.with_suffix(HOLDER)
-            name = holder.read_text() if holder.exists() else "another process"
+            name = holder.read_text("utf-8") if holder.exists() else "another process"
             if name != process_name():  # another thread of this one
                 print_line(
                     f"waiting since {format_duration(waited)} for {name}, which makes shard {int(path.name)} of "

@@ -22,6 +22,7 @@ from torch.utils.data._utils.signal_handling import _error_if_any_worker_fails
 
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.base.errors import UserError
+from recipe.base.model_files import count_ids
 from recipe.base.workers import start_worker, starting_workers
 from recipe.data.masking import DynamicMaskingCollator
 from recipe.data.packing import CONTINUES, RANDOM, Block
@@ -29,6 +30,7 @@ from recipe.data.preprocessor import Preprocessor
 from recipe.data.sampling import apportion
 from recipe.data.streaming import Buffer
 from recipe.data.token_store import LEFT_OUT
+from recipe.data.tokenizer import role_ids
 
 Batch = dict[str, torch.Tensor]
 
@@ -262,6 +264,10 @@ class TrainingData(ABC):
         """
 
     @abstractmethod
+    def name_rows(self, update: int) -> list[str]:
+        """Say of each row of an update, in their order on one process, where its block is from."""
+
+    @abstractmethod
     def corpora_record(self, counts: list[list[int]], streams: np.ndarray) -> dict[str, dict[str, float]]:
         """Return per-corpus totals so far (blocks, tokens, documents, passes, dropped), as metrics.jsonl has them.
 
@@ -278,11 +284,6 @@ class TrainingData(ABC):
         """Name values, one for each of `corpora`, by their corpus; those to evaluate on have a prefix."""
         names = [*self.names, *(f"eval {corpus.name}" for corpus in self.args.eval_corpora)]
         return dict(zip(names, values, strict=True))
-
-    def apportion_eval_blocks(self, corpora: list[CorpusArguments], sizes: Sequence[float]) -> list[int]:
-        """Share `eval_blocks` among corpora by their weights, or by their sizes where they have none."""
-        weights = given_weights(corpora)
-        return apportion(self.args.eval_blocks, list(sizes) if weights is None else weights)
 
     def pair_record(self, corpus: int) -> dict[str, float]:
         """Return which share of the pairs of a corpus is random or swapped; nothing where blocks are no pairs."""
@@ -327,10 +328,11 @@ class TrainingData(ABC):
         With add-one smoothing over the vocabulary. This is what a model without context would reach.
         """
         tokenizer = self.preprocessor.tokenizer
-        counts = np.ones(len(tokenizer))
+        counts = np.zeros(count_ids(tokenizer.get_vocab()))
+        counts[[*tokenizer.get_vocab().values()]] = 1
         for ids in self.sample_blocks():
             counts += np.bincount(ids, minlength=len(counts))
-        counts[tokenizer.all_special_ids] = 0
+        counts[role_ids(tokenizer)] = 0
         nats = -np.log(counts / counts.sum(), where=counts > 0, out=np.zeros_like(counts))
         batches, _ = next(self.eval_batches(Rank()).iterate(0, 1, num_workers=0))
         labels = torch.cat([batch["labels"].flatten() for batch in batches]).numpy()
@@ -342,3 +344,9 @@ def given_weights(corpora: list[CorpusArguments]) -> list[float] | None:
     """Return the corpora's weights, or None where they have none and their sizes decide."""
     weights = [corpus.weight for corpus in corpora if corpus.weight is not None]
     return weights if len(weights) == len(corpora) else None
+
+
+def apportion_eval_blocks(eval_blocks: int, corpora: list[CorpusArguments], sizes: Sequence[float]) -> list[int]:
+    """Share held-out blocks among corpora by their weights, or by their sizes where they have none."""
+    weights = given_weights(corpora)
+    return apportion(eval_blocks, list(sizes) if weights is None else weights)

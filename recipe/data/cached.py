@@ -1,7 +1,7 @@
 """The cached mode of training data: blocks from token stores on disk."""
 
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,17 @@ from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.arguments.pretraining import PAIR_PACKINGS
 from recipe.base.errors import UserError
 from recipe.base.hashing import Purpose, pass_key
-from recipe.data.batches import COUNTED, Counts, MicroBatches, Rank, Resume, TrainingData, UpdateData, given_weights
+from recipe.data.batches import (
+    COUNTED,
+    Counts,
+    MicroBatches,
+    Rank,
+    Resume,
+    TrainingData,
+    UpdateData,
+    apportion_eval_blocks,
+    given_weights,
+)
 from recipe.data.hygiene import find_copies
 from recipe.data.integrity import Verification
 from recipe.data.packed_corpus import PackedCorpus
@@ -35,6 +45,29 @@ def find_store(args: PretrainArguments, preprocessor: Preprocessor, corpus: Corp
     given = args.token_store_dir
     root = Path(given).expanduser() if given else Path(datasets.config.HF_DATASETS_CACHE) / "token_stores"
     return TokenStore(corpus, preprocessor.encoder, preprocessor.decontaminator, root)
+
+
+def check_tokens(corpus: CorpusArguments, tokens: float, max_seq_length: int) -> None:
+    """Raise a `UserError` if a corpus has not enough tokens for a block."""
+    if tokens < max_seq_length - 2:
+        raise UserError(
+            f"corpus {corpus.name!r} has {tokens:,.0f} tokens, too few for a single block of `max_seq_length` "
+            f"({max_seq_length}); give more text or shorter blocks"
+        )
+
+
+def count_held_out(args: PretrainArguments, num_blocks: Sequence[float]) -> list[int]:
+    """Return how many of its blocks each corpus to train on holds out; raise a `UserError` if one has no others."""
+    if args.eval_corpora:
+        return [0] * len(args.corpora)
+    held_out = apportion_eval_blocks(args.eval_blocks, args.corpora, num_blocks)
+    for corpus, size, held in zip(args.corpora, num_blocks, held_out, strict=True):
+        if held >= size:
+            raise UserError(
+                f"`eval_blocks` ({args.eval_blocks}) takes {held:,} blocks of corpus {corpus.name!r}, which has "
+                f"{size:,.0f}; lower it, or give `eval_corpora`"
+            )
+    return held_out
 
 
 class CachedData(TrainingData):
@@ -61,11 +94,7 @@ class CachedData(TrainingData):
         ]
         for packed in self.packed:
             packed.build(process_index)
-            if packed.counts["tokens"] < args.max_seq_length - 2:
-                raise UserError(
-                    f"corpus {packed.store.corpus.name!r} has {packed.counts['tokens']} tokens, too few for a single "
-                    f"block of `max_seq_length` ({args.max_seq_length}); give more text or shorter blocks"
-                )
+            check_tokens(packed.store.corpus, packed.counts["tokens"], args.max_seq_length)
             if args.packing in PAIR_PACKINGS:
                 first = np.arange(min(LABELLED_BLOCKS, len(packed)))
                 sample = permute(first, len(packed), Purpose.PARTNER, args.seed).tolist()
@@ -75,18 +104,13 @@ class CachedData(TrainingData):
         sizes = [len(packed) for packed in self.packed]
         train_sizes, eval_sizes = sizes[: len(args.corpora)], sizes[len(args.corpora) :]
         is_apart = bool(args.eval_corpora)
-        held_out = [0] * len(train_sizes) if is_apart else self.apportion_eval_blocks(args.corpora, train_sizes)
-        for corpus, size, held in zip(args.corpora, train_sizes, held_out, strict=True):
-            if held >= size:
-                raise UserError(
-                    f"`eval_blocks` ({args.eval_blocks}) takes {held} blocks of corpus {corpus.name!r}, which has "
-                    f"{size}; lower it, or give `eval_corpora`"
-                )
+        held_out = count_held_out(args, train_sizes)
         self.order = BlockOrder(train_sizes, held_out, given_weights(args.corpora), args.seed)
         self.num_train = self.order.num_train
         corpora, blocks = self.order.held_out()
         if is_apart:
-            held_out = list(map(min, self.apportion_eval_blocks(args.eval_corpora, eval_sizes), eval_sizes))
+            held_out = apportion_eval_blocks(args.eval_blocks, args.eval_corpora, eval_sizes)
+            held_out = list(map(min, held_out, eval_sizes))
             corpora, blocks = BlockOrder(eval_sizes, held_out, None, args.seed).held_out()
             corpora += len(args.corpora)
         self.hold_out(corpora, blocks)
@@ -143,6 +167,12 @@ class CachedData(TrainingData):
                 + self.describe_pairs(number)
                 + (f"; left out: {', '.join(left_out)}" if left_out else "")
             )
+            counts = packed.store.counts()
+            lines += self.preprocessor.describe_unknown(name, counts["unknown"], counts["tokens"])
+        if self.args.prepare_only:
+            given, root = self.args.token_store_dir, self.stores[0].path.parent
+            with_stores = "" if given else f", and --token_store_dir {root} where that is not the cache of `datasets`"
+            lines.append(f"next: the same command without --prepare_only{with_stores}")
         return lines
 
     def corpora_record(self, counts: list[list[int]], streams: np.ndarray) -> dict[str, dict[str, float]]:
@@ -169,6 +199,12 @@ class CachedData(TrainingData):
                 except UserError as error:
                     raise UserError(f"{error}. {TRAINED_ON_DAMAGE}") from None
                 yield UpdateData(micro_batches, Counts.of_rows(rows, len(self.names)))
+
+    def name_rows(self, update: int) -> list[str]:
+        """Say of each row of an update which block of which corpus it is, and in which visit."""
+        size = self.args.train_batch_size
+        located = zip(*self.locate(np.arange(update * size, (update + 1) * size)), strict=True)
+        return [f"{self.names[corpus]}, block {block:,}, visit {visit + 1}" for corpus, visit, block in located]
 
     def sample_blocks(self) -> Iterator[np.ndarray]:
         """Yield the ids of the first blocks in the order of training."""

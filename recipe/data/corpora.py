@@ -4,19 +4,16 @@ A corpus is a `Source`: shards of numbered records, where a record is a line, a 
 says at which record of a shard to begin and which part of the records it takes; the others are passed over without
 being parsed. That is all that mixing, sharing and resuming need. Nothing in this module knows about tokens.
 
-A new file format needs its suffix in `recipe/arguments/corpus.py`, and in `LocalSource.reader` how its raw records are
-read and how one of them is parsed.
+How the records of a file are read is in `recipe/data/readers.py`.
 """
 
-import functools
 import hashlib
 import io
 import itertools
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -25,22 +22,27 @@ from datasets import IterableDataset, load_dataset
 from huggingface_hub import HfApi
 
 from recipe.arguments import CorpusArguments
-from recipe.arguments.corpus import CODECS, LINES, TABLES, local_files
+from recipe.arguments.corpus_files import TABLES, by_kind, local_files
 from recipe.base.errors import UserError, describe_error
-from recipe.base.formatting import format_bytes
 from recipe.base.hashing import digest, hash64
 from recipe.base.workers import STOP_WAITING
+from recipe.data.readers import (
+    BATCH_ROWS,
+    check_column,
+    check_table,
+    choose_reader,
+    damaged_file,
+    is_too_large,
+    packing_of,
+    too_large,
+)
 
 # Bytes of English text for one compressed byte, measured at the tools' default levels; only default weights use it.
 COMPRESSION_RATIO = {".gz": 2.6, ".zst": 2.8}
-BYTES_TYPES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 
 # Small files that follow each other are one shard, up to this size, since the last block of each shard is short. They
 # make at most about MAX_SHARDS shards, since each shard keeps some files mapped into memory.
 SHARD_BYTES, MAX_SHARDS = 1_000_000, 4096
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # that some editors write at the beginning of a file
-MAX_RECORD_BYTES = 1_000_000_000  # of a line, row, paragraph or whole `.txt`: more is no document, or a bomb
-BATCH_ROWS = 64  # of a table, read at once; a row may be a book
 # Of the files, read to see whether they are the same: so many pieces in all, and of each.
 SAMPLED_PIECES, PIECES_PER_FILE, PIECE_BYTES = 2048, 16, 4096
 SAMPLE_BATCH_BYTES = 1_000_000  # of texts that a sample yields together
@@ -145,11 +147,11 @@ class LocalSource(Source):
         for file in files:
             # Only a file that is a shard by itself can skip records: where another's numbers start is known by reading.
             skip = first if len(files) == 1 else 0
-            read, unit, parse = self.reader(file)
+            read, unit, parse = choose_reader(file, self.corpus)
             number = skip - 1
             try:
                 for number, raw in enumerate(read(file, skip), start=skip):
-                    if len(raw) > MAX_RECORD_BYTES:
+                    if is_too_large(raw):
                         raise too_large(f"{file}, {unit} {number + 1}")
                     if start + number >= first and part.has(start + number):
                         try:
@@ -177,15 +179,6 @@ class LocalSource(Source):
                     hashed.update(stream.read(PIECE_BYTES))
                 hashed.update(str(size).encode())
         return hashed.hexdigest()
-
-    def reader(self, file: str) -> tuple[Callable[[str, int], Iterator[bytes]], str, Callable[[bytes, str], str]]:
-        """Choose how the raw records of a file are read from a number on, what one is called, and how it is parsed."""
-        column = self.corpus.text_column
-        if file.endswith(TABLES):
-            return functools.partial(read_table, column=column), "row", decode
-        if Path(file.removesuffix(packing_of(file))).suffix in LINES:
-            return read_lines, "line", functools.partial(parse_line, column=column)
-        return (read_paragraphs if self.corpus.sample_by == "paragraph" else read_whole), "document", decode
 
 
 class HubSource(Source):
@@ -224,144 +217,6 @@ def source_fingerprint(corpus: CorpusArguments) -> str:
     return digest(corpus.text_column, corpus.sample_by, SHARD_BYTES, MAX_SHARDS, stamps)
 
 
-def damaged_file(file: str, error: Exception) -> UserError:
-    """Word the error about a file that cannot be read to its end."""
-    return UserError(f"{file} is damaged or incomplete ({error}); replace it or leave it out")
-
-
-def too_large(place: str) -> UserError:
-    """Word the error about a record that is too large to be a document."""
-    limit = f"has more than {format_bytes(MAX_RECORD_BYTES)}, or than fits into memory"
-    return UserError(f"{place} {limit}; part it into documents, of a .txt by `sample_by: paragraph`, or remove it")
-
-
-def packing_of(file: str) -> str:
-    """Return the suffix that says how a file is compressed, or ""."""
-    return next((suffix for suffix in CODECS if file.endswith(suffix)), "")
-
-
-def open_bytes(file: str) -> IO[bytes]:
-    """Open a file's bytes, decompressed by pyarrow. Python's reader of gzip is slower, and it has none of zstandard."""
-    if packed := packing_of(file):
-        return io.BufferedReader(pa.input_stream(file, compression=CODECS[packed]), 2**16)
-    return open(file, "rb")
-
-
-def lines_of(stream: IO[bytes]) -> Iterator[bytes]:
-    """Return the lines of a stream; what is longer than a record may be comes in parts, each of them too long."""
-    return iter(functools.partial(stream.readline, MAX_RECORD_BYTES + 1), b"")
-
-
-def join(pieces: Iterable[bytes]) -> bytes:
-    """Join the pieces of a record, and no more of them than are too long for one."""
-    joined, size = [], 0
-    for piece in pieces:
-        joined.append(piece)
-        size += len(piece)
-        if size > MAX_RECORD_BYTES:
-            break
-    return b"".join(joined).removeprefix(BYTE_ORDER_MARK)
-
-
-def read_lines(file: str, skip: int) -> Iterator[bytes]:
-    """Yield the lines of a file but the first `skip`."""
-    with open_bytes(file) as stream:
-        yield from itertools.islice(lines_of(stream), skip, None)
-
-
-def read_whole(file: str, skip: int) -> Iterator[bytes]:
-    """Yield a whole file as its only record, unless that is skipped."""
-    if not skip:
-        with open_bytes(file) as stream:
-            yield join(iter(functools.partial(stream.read, 2**20), b""))
-
-
-def read_paragraphs(file: str, skip: int) -> Iterator[bytes]:
-    """Yield what stands between blank lines, but the first `skip` of these paragraphs."""
-    with open_bytes(file) as stream:
-        groups = itertools.groupby(lines_of(stream), key=lambda line: not line.strip())
-        yield from itertools.islice((join(lines) for is_blank, lines in groups if not is_blank), skip, None)
-
-
-def read_table(file: str, skip: int, column: str) -> Iterator[bytes]:
-    """Yield the rows of a Parquet or Arrow file but the first `skip`, of which whole row groups are not even read."""
-    groups: list[tuple[int, Callable[[], Iterable[pa.RecordBatch]]]]  # rows of each, and how to read them
-    if file.endswith(".parquet"):
-        table = pq.ParquetFile(file)
-        check_column(table.schema_arrow, file, column)
-        abouts = [table.metadata.row_group(n) for n in range(table.num_row_groups)]
-        for n, about in enumerate(abouts):  # of all columns: pyarrow crashes where the size of one is damaged
-            if about.total_byte_size > max(1, about.num_rows) * MAX_RECORD_BYTES:
-                raise too_large(f"{file}, a row of row group {n + 1}")
-        groups = [
-            (about.num_rows, functools.partial(table.iter_batches, BATCH_ROWS, [n], [column]))
-            for n, about in enumerate(abouts)
-        ]
-    else:
-        source = pa.memory_map(file)
-        try:
-            reader = pa.ipc.open_file(source)
-        except pa.ArrowInvalid:
-            source.seek(0)
-            reader = pa.ipc.open_stream(source)  # what `datasets` writes
-        check_column(reader.schema, file, column)
-        tables = [pa.Table.from_batches([batch]) for batch in reader.read_all().select([column]).to_batches()]
-        groups = [(len(table), functools.partial(table.to_batches, BATCH_ROWS)) for table in tables]
-    for size, read in groups:
-        if skip < size:
-            values = (value or b"" for batch in read() for value in as_bytes(batch.column(0)).to_pylist())
-            yield from itertools.islice(values, skip, None)
-        skip = max(0, skip - size)
-
-
-def as_bytes(texts: pa.Array) -> pa.Array:
-    """View texts as bytes, since not every writer checks its UTF-8; raise an Arrow error where the file is damaged."""
-    values = texts.view(BYTES_TYPES[texts.type])
-    values.validate(full=True)
-    return values
-
-
-def check_column(schema: pa.Schema, place: str, column: str) -> None:
-    """Raise a `UserError` if a table has no such column, or it does not hold text."""
-    if column not in schema.names:
-        raise UserError(f"{place} has no column {column!r} among {schema.names}; set the corpus's `text_column`")
-    kind = schema.field(column).type
-    if kind not in BYTES_TYPES:
-        raise UserError(f"{place}: column {column!r} is {kind}, not text; set the corpus's `text_column`")
-
-
-def decode(raw: bytes, place: str) -> str:
-    """Decode UTF-8, or raise a `UserError` that names the place."""
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{place} is not valid UTF-8 at byte {error.start} of it; correct or remove it") from None
-
-
-def parse_line(line: bytes, place: str, column: str) -> str:
-    """Return the text of one JSON line, "" for a blank line or a null."""
-    line = line.removeprefix(BYTE_ORDER_MARK)
-    if not line.strip():
-        return ""
-    decoded = decode(line, place)
-    try:
-        record = json.loads(decoded)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not a JSON object ({error}); write one object a line") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{place} is a {type(record).__name__}, not a JSON object; write one object a line")
-    if column not in record:
-        raise UserError(f"{place} has no column {column!r} among {sorted(record)}; set the corpus's `text_column`")
-    text = "" if record[column] is None else record[column]
-    if not isinstance(text, str):
-        raise UserError(f"{place}: column {column!r} holds a {type(text).__name__}, not text")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{place} has a lone surrogate at character {error.start}, which UTF-8 cannot write") from None
-    return text
-
-
 def open_source(corpus: CorpusArguments) -> Source:
     """Open a corpus, or raise a `UserError` if there is none of that path, on disk or on the hub."""
     files = local_files(corpus)
@@ -396,23 +251,35 @@ def open_hub_corpus(corpus: CorpusArguments) -> tuple[IterableDataset, str | Non
 
 
 def check_corpus(corpus: CorpusArguments, max_unreadable: int = 0) -> None:
-    """Read a document of a corpus, after at most `max_unreadable` malformed ones; raise a `UserError` if that fails."""
-    source = open_source(corpus)
+    """Raise a `UserError` if a corpus cannot be read, as far as one document of each kind of file tells.
+
+    Malformed documents before it are passed over, at most `max_unreadable`. Every table is asked for its column.
+    """
     place = f"corpus {corpus.name!r}: {corpus.path}"
-    for shard in range(source.num_shards):
-        try:
-            for _, text in source.records(shard, 0, WHOLE):
-                if isinstance(text, UserError):
-                    max_unreadable -= 1
-                    if max_unreadable < 0:
-                        raise text
-                elif text.strip():
-                    return
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{place} cannot be read: {describe_error(error)}") from error
-    raise UserError(f"{place} holds no text; give documents that are not empty")
+    files = local_files(corpus)
+    for file in files or []:
+        if file.name.endswith(TABLES):
+            check_table(str(file), corpus.text_column)
+    sources = [LocalSource(corpus, same) for same in by_kind(files).values()] if files else [open_source(corpus)]
+    if not any([has_text(source, max_unreadable, place) for source in sources]):  # noqa: C419  all are tried
+        raise UserError(f"{place} holds no text; give documents that are not empty")
+
+
+def has_text(source: Source, max_unreadable: int, place: str) -> bool:
+    """Read to the first document of a source that is not empty, and say whether there is one."""
+    try:
+        for _, text in itertools.chain.from_iterable(source.records(n, 0, WHOLE) for n in range(source.num_shards)):
+            if isinstance(text, UserError):
+                max_unreadable -= 1
+                if max_unreadable < 0:
+                    raise text
+            elif text.strip():
+                return True
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{place} cannot be read: {describe_error(error)}") from error
+    return False
 
 
 def corpus_bytes(corpus: CorpusArguments) -> float:

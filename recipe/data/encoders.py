@@ -42,6 +42,8 @@ class RunEncoder:
         # A normalizer may leave nothing of a text.
         documents.counts["empty"] += len(texts) - len(rows)
         documents.counts["documents"] = len(rows)
+        documents.counts["unknown"] = sum(self.encoder.count_unknown(ids) for ids, _, _ in rows)
+        documents.counts["text_bytes"] = sum(len(text.encode()) for text in records if isinstance(text, str))
         return documents.counts, rows
 
 

@@ -11,12 +11,15 @@ from typing import TypeGuard
 
 import numpy as np
 
+from recipe.arguments import CorpusArguments
 from recipe.base.errors import UserError
+from recipe.base.progress import print_line
 
 TREEBANK_SPLITS = ("can not", "gim me", "gon na", "got ta", "lem me", "wan na", "'t is", "'t was")
 OVERLAP_WORDS, MIN_OVERLAP_WORDS = 13, 8  # words in a row that count as an overlap (GPT-3, appendix C)
 PIECE_CHARACTERS, PIECE_OVERLAP_CHARACTERS = 1_000_000, 2_000  # characters of a document looked at together, and twice
 MAX_PRINTED_DOCUMENTS = 5  # malformed documents that each filter prints
+PRINTED: set[str] = set()  # about malformed documents, by this process
 WORDS_VERSION = "2"  # raise it when `words_of` splits otherwise
 # What the tokenizers of the Penn Treebank and of Moses put apart or write otherwise. (`it 's` has the words of `it's`.)
 JOINED = (
@@ -135,13 +138,16 @@ class DocumentFilter:
     max_unreadable: int  # malformed documents that may be passed over
     decontaminator: Decontaminator
     counts: Counter[str] = field(default_factory=Counter)  # `documents`, `empty`, `unreadable`, `contaminated`
+    is_quiet: bool = False  # where another process reads the same documents
 
     def accepts(self, text: str | UserError) -> TypeGuard[str]:
         """Say whether a document can be trained on, and count it; raise a `UserError` at one malformed too many."""
         if isinstance(text, UserError):
             self.counts["unreadable"] += 1
-            if self.counts["unreadable"] <= MAX_PRINTED_DOCUMENTS:
-                print(f"passed over a malformed document: {text}", flush=True)
+            problem = str(text)
+            if self.counts["unreadable"] <= MAX_PRINTED_DOCUMENTS and not self.is_quiet and problem not in PRINTED:
+                PRINTED.add(problem)
+                print_line(f"passed over a malformed document: {problem}")
             check_unreadable(self.name, self.counts["unreadable"], self.max_unreadable, str(text))
             return False
         is_empty = not text or text.isspace()
@@ -157,6 +163,14 @@ def check_unreadable(name: str, count: int, limit: int, problem: str) -> None:
             f"corpus {name!r} has {count} unreadable documents, more than `max_unreadable_documents` ({limit}) allows: "
             f"{problem}; correct the text, or raise the limit to pass over such documents"
         )
+
+
+def nothing_left(corpus: CorpusArguments, left_out: str) -> UserError:
+    """Word the error about a corpus of which nothing can be trained on, given what is left out of it."""
+    return UserError(
+        f"corpus {corpus.name!r}: {corpus.path} holds no text that can be trained on: {left_out}. A document with "
+        "words of `decontaminate_against` is left out whole; a .txt is one, or more by `sample_by: line` or `paragraph`"
+    )
 
 
 def text_checksum(text: str) -> int:

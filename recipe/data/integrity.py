@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from recipe.base.errors import UserError, raising_damaged_file
 from recipe.base.files import write_atomically
-from recipe.base.formatting import format_bytes
+from recipe.base.formatting import count_of, format_bytes
 from recipe.base.hashing import digest, file_checksum
 from recipe.base.progress import print_line
 from recipe.base.workers import InterruptedWaitError
@@ -158,9 +158,8 @@ class Verification:
         """Say how much of the files was compared."""
         total = sum(file.size for file in self.files)
         if self.verified == len(self.files):
-            return f"token stores: {len(self.files):,} files, {format_bytes(total)}, match their checksums " + (
-                f"({self.seconds:.1f} s)"
-            )
+            size = f"{count_of(len(self.files), 'file')}, {format_bytes(total)}"
+            return f"token stores: {size}, match their checksums ({self.seconds:.1f} s)"
         return (
             f"token stores: {format_bytes(self.bytes)} of {format_bytes(total)} were compared with their checksums, "
             "and match; the rest was left when the run ended"

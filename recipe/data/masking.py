@@ -11,6 +11,8 @@ from transformers import DataCollatorForLanguageModeling
 
 from recipe.arguments.pretraining import PAIR_PACKINGS
 from recipe.base.hashing import hash64, uniform
+from recipe.base.model_files import count_ids
+from recipe.data.tokenizer import role_ids
 
 # What is counted of a row. The digest is of the block and of what is masked in it.
 ROW = ("corpus", "tokens", "documents", "masked", "pairs", "digest")
@@ -35,7 +37,8 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
     Departures from `DataCollatorForLanguageModeling`: each row masks `int(p * n + u)` of its `n` maskable tokens,
     `u` uniform in [0, 1), without replacement, in place of one coin a token: unbiased, with a number of masked tokens
     that differs by at most one between full rows (fairseq does the same). Random replacements are never special
-    tokens: a `<pad>` inside a sentence would shift RoBERTa's positions. `position_ids` are given. There is no
+    tokens: a `<pad>` inside a sentence would shift RoBERTa's positions. Special tokens are those with a role (`<s>`,
+    `<mask>`); others, which users have added (`<url>`), are text. `position_ids` are given. There is no
     `attention_mask` when no row has padding. `tokenizer.pad` is never called.
     Departure from fairseq: `<s>` and `</s>` are never masked.
     """
@@ -48,9 +51,10 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.is_special = np.zeros(len(self.tokenizer), bool)
-        self.is_special[self.tokenizer.all_special_ids] = True
-        self.ordinary_ids = np.flatnonzero(~self.is_special)
+        vocab, roles = self.tokenizer.get_vocab(), role_ids(self.tokenizer)
+        self.is_special = np.zeros(count_ids(vocab), bool)
+        self.is_special[roles] = True
+        self.ordinary_ids = np.setdiff1d([*vocab.values()], roles)  # without ids that no token has
 
     def __call__(
         self, examples: Sequence[dict[str, Any]], return_tensors: str | None = None

@@ -95,10 +95,15 @@ class PackedCorpus:
         """Return the folder of a shard's arrays."""
         return self.path / f"shard-{shard:05d}"
 
+    @property
+    def is_complete(self) -> bool:
+        """Say whether store and view have all shards."""
+        return self.store.is_complete and all(self.folder(n).is_dir() for n in range(self.store.num_shards))
+
     def build(self, process_index: int) -> None:
         """Add the shards that are missing, together with all processes that do the same; then open the view."""
         num_shards = self.store.num_shards
-        if not all(self.folder(shard).is_dir() for shard in range(num_shards)):
+        if not self.is_complete:
             with (
                 naming_disk_errors(self.path),
                 progress_bar(f"packing {self.store.corpus.name}", num_shards, "shards", process_index == 0) as bar,

@@ -1,10 +1,12 @@
 """What documents become batches with: encoder, filters, block format and collators."""
 
+import os
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -13,16 +15,25 @@ from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.arguments.pretraining import PAIR_PACKINGS, first_position
 from recipe.base.errors import UserError
 from recipe.base.hashing import Purpose, hash64, pass_key
-from recipe.data.corpora import check_corpus, open_source
-from recipe.data.hygiene import Decontaminator, DocumentFilter
+from recipe.data.corpora import check_corpus, group_by_size, open_source
+from recipe.data.hygiene import Decontaminator, DocumentFilter, nothing_left
 from recipe.data.masking import DynamicMaskingCollator
 from recipe.data.packing import CONTINUES, Block, BlockFormat
 from recipe.data.streaming import CorpusReader
 from recipe.data.tokenizer import DocumentEncoder
 
-# What is looked at for pairs before a corpus is tokenised: of its head, and of one document in it.
-HEAD_CHARACTERS, DOCUMENT_CHARACTERS = 2_000_000, 100_000
+# What is looked at before a corpus is tokenised: of its head, for pairs and for a plan, and of one document in it.
+PAIR_CHARACTERS, HEAD_CHARACTERS, DOCUMENT_CHARACTERS = 2_000_000, 300_000, 100_000
 MIN_PAIR_SHARE = 0.05  # of the blocks, that each of the two kinds of pairs must have
+
+
+class Head(NamedTuple):
+    """What the documents at the head of a corpus have, and the seconds in which one process encodes them."""
+
+    bytes: int
+    tokens: int
+    blocks: int
+    seconds: float
 
 
 class Preprocessor:
@@ -66,18 +77,48 @@ class Preprocessor:
         return block._asdict() | {"corpus": corpus, "block": number, "visit": visit}
 
     def document_filter(self, corpus: CorpusArguments) -> DocumentFilter:
-        """Return a new filter, with counts of its own, for documents of a corpus."""
-        return DocumentFilter(corpus.name, self.args.max_unreadable_documents, self.decontaminator)
+        """Return a new filter, with counts of its own, for documents of a corpus; one process speaks of them."""
+        is_quiet = os.environ.get("RANK", "0") != "0"
+        return DocumentFilter(corpus.name, self.args.max_unreadable_documents, self.decontaminator, is_quiet=is_quiet)
 
     def check_corpus(self, corpus: CorpusArguments) -> None:
         """Read a little of a corpus; raise a `UserError` if it cannot be read, or has no pairs to learn from."""
         check_corpus(corpus, self.args.max_unreadable_documents)
         if not self.args.predicts_pairs:
             return
+        blocks, texts = self.pack_head(corpus, PAIR_CHARACTERS)
+        self.check_pairs(corpus, self.count_labels(blocks), len(texts))
+
+    def pack_head(self, corpus: CorpusArguments, max_characters: int) -> tuple[list[Block], list[str]]:
+        """Pack the first documents of a corpus, and return the blocks and the documents; a `UserError` without any."""
         filters = partial(self.document_filter, corpus)
         reader = CorpusReader(open_source(corpus), {}, self.encoder, filters, self.format)
-        blocks, texts = reader.pack_sample(HEAD_CHARACTERS, DOCUMENT_CHARACTERS)
-        self.check_pairs(corpus, self.count_labels(blocks), len(texts))
+        blocks, texts = reader.pack_sample(max_characters, DOCUMENT_CHARACTERS)
+        if not blocks:
+            raise nothing_left(corpus, "all documents are empty, malformed or contaminated")
+        return blocks, texts
+
+    def measure_head(self, corpus: CorpusArguments) -> Head:
+        """Measure the first documents of a corpus, and how fast one process encodes them."""
+        blocks, texts = self.pack_head(corpus, HEAD_CHARACTERS)
+        started = time.perf_counter()
+        tokens = sum(len(ids) for ids, _ in self.encoder(texts))  # again: the first time, threads start
+        return Head(sum(len(text.encode()) for text in texts), tokens, len(blocks), time.perf_counter() - started)
+
+    def describe_head(self, corpus: CorpusArguments) -> list[str]:
+        """Say how much at the head of a corpus the tokenizer does not know."""
+        texts = (text[:DOCUMENT_CHARACTERS] for _, text in open_source(corpus).read(0) if isinstance(text, str))
+        encoded = [ids for ids, _ in self.encoder(next(group_by_size(texts, len, DOCUMENT_CHARACTERS), []))]
+        return self.describe_unknown(corpus.name, sum(map(self.encoder.count_unknown, encoded)), sum(map(len, encoded)))
+
+    def describe_unknown(self, name: str, unknown: int, tokens: int) -> list[str]:
+        """Return a warning of the tokens of a corpus that stand for what the tokenizer does not know, if there are any.
+
+        What was there is lost for the model, and these tokens are never masked.
+        """
+        share = f"{unknown:,} of {tokens:,} tokens ({unknown / max(1, tokens):.2%})"
+        problem = f"are {self.tokenizer.unk_token}, for characters or words that the tokenizer does not have"
+        return [f"warning: corpus {name}: {share} {problem}"] if unknown else []
 
     def count_labels(self, blocks: Iterable[Block]) -> Counter[int]:
         """Count the labels of the pairs of some blocks in a first visit; blocks of one part have -100."""

@@ -16,8 +16,18 @@ from recipe.arguments.pretraining import PAIR_PACKINGS
 from recipe.base.errors import UserError
 from recipe.base.hashing import Purpose, digest
 from recipe.base.workers import identity_collate, one_ahead, start_worker, starting_workers
-from recipe.data.batches import COUNTED, Counts, Rank, Resume, TrainingData, UpdateData, given_weights
+from recipe.data.batches import (
+    COUNTED,
+    Counts,
+    Rank,
+    Resume,
+    TrainingData,
+    UpdateData,
+    apportion_eval_blocks,
+    given_weights,
+)
 from recipe.data.corpora import corpus_bytes, open_source
+from recipe.data.hygiene import nothing_left
 from recipe.data.packing import Block
 from recipe.data.preprocessor import Preprocessor
 from recipe.data.sampling import LaneOrder, apportion, permute
@@ -43,9 +53,10 @@ class StreamedData(TrainingData):
         super().__init__(args, preprocessor)
         self.quotas = given_weights(args.corpora) or list(map(corpus_bytes, args.corpora))
         self.readers = [self.open_reader(corpus) for corpus in self.corpora]
+        buffer_sizes = self.buffer_sizes()
         eval_corpora = args.eval_corpora or args.corpora
         sizes = list(map(corpus_bytes, eval_corpora)) if args.eval_corpora else self.quotas
-        eval_shares = self.apportion_eval_blocks(eval_corpora, sizes)
+        eval_shares = apportion_eval_blocks(args.eval_blocks, eval_corpora, sizes)
         shares = [0] * (len(self.corpora) - len(eval_shares)) + eval_shares
         self.held = [self.read_heads(corpus, num_blocks) for corpus, num_blocks in enumerate(shares)]
         self.hold_out(
@@ -53,7 +64,7 @@ class StreamedData(TrainingData):
             np.concatenate([np.arange(len(blocks)) for blocks in self.held]),
         )
         order = LaneOrder(args.num_lanes, self.quotas, args.seed)
-        self.schedule = Schedule(order, self.buffer_sizes(), args.train_batch_size // args.num_lanes)
+        self.schedule = Schedule(order, buffer_sizes, args.train_batch_size // args.num_lanes)
 
     @property
     def quota_shares(self) -> np.ndarray:
@@ -65,6 +76,8 @@ class StreamedData(TrainingData):
         sizes = []
         for reader, share in zip(self.readers, self.quota_shares, strict=False):
             blocks, texts = reader.pack_sample(REFILL_CHARACTERS, REFILL_CHARACTERS)
+            if not texts:
+                raise nothing_left(reader.source.corpus, "all documents are empty, malformed or contaminated")
             if self.args.packing in PAIR_PACKINGS:
                 self.pair_labels.append(self.preprocessor.count_labels(blocks))
             wanted = math.ceil(self.args.shuffle_buffer_size * share / self.args.num_lanes)
@@ -207,6 +220,11 @@ class StreamedData(TrainingData):
                 left_out = (buffer.state.counts[name] for name in LEFT_OUT)
                 counts.streams[corpus] += [*left_out, round(buffer.passes * 1e6)]
             yield UpdateData(batches, counts, lanes.snapshot())
+
+    def name_rows(self, update: int) -> list[str]:
+        """Say of each row of an update, in their order on one process, from which corpus and lane it is."""
+        lanes = list(range(self.args.num_lanes))
+        return [f"{self.names[corpus]}, lane {lane}" for lane, corpus in self.schedule.draws(update, lanes)]
 
     def sample_blocks(self) -> Iterator[np.ndarray]:
         """Yield the ids of blocks at the heads of what is trained on of each corpus."""

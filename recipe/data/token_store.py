@@ -8,8 +8,8 @@
     <token_store_dir>/books-1f6c…/
       store.json                   what it was made of and with
       shard-00000.arrow            `input_ids`, `sentence_ends`, `checksum` of the text
-      shard-00000.json             counts of documents, of tokens and of what was left out, size and SHA-256 of the
-                                   Arrow file, and a digest of its texts; written last
+      shard-00000.json             counts of documents, tokens, unknown tokens and of what was left out, size and
+                                   SHA-256 of the Arrow file, and a digest of its texts; written last
       full_sentences-512-9b2e…/shard-00000/{segments,block_ends,labels}.bin, counts.json
 
 All processes on all nodes do this side by side: each takes a shard whose lock nobody holds until none is left, then
@@ -21,10 +21,13 @@ killed process leaves its lock and all finished shards behind, and the result do
 import errno
 import hashlib
 import re
+import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,23 +36,24 @@ import pyarrow as pa
 from filelock import FileLock
 
 from recipe.arguments import CorpusArguments
-from recipe.arguments.corpus import is_token_store, local_files
+from recipe.arguments.corpus_files import is_token_store, local_files
 from recipe.base.errors import UserError
 from recipe.base.files import check_free_space, free_bytes, replace_file
-from recipe.base.formatting import format_bytes
+from recipe.base.formatting import format_bytes, format_duration
 from recipe.base.hashing import digest
-from recipe.base.progress import progress_bar
+from recipe.base.progress import describe_progress, print_line, progress_bar
 from recipe.base.workers import build_together
 from recipe.data.corpora import Source, corpus_bytes, group_by_size, open_source, source_fingerprint
 from recipe.data.encoders import Encoded, EncodedDocument, Encoders, RunEncoder, runs_of
-from recipe.data.hygiene import Decontaminator, check_unreadable
+from recipe.data.hygiene import Decontaminator, check_unreadable, nothing_left
 from recipe.data.integrity import StoredFile, note_file, raising_damaged_store, read_json, write_json
 from recipe.data.tokenizer import DocumentEncoder
 
-STORE_FORMAT = 2  # part of the folder's name: raise it when the contents come out differently
+STORE_FORMAT = 3  # part of the folder's name: raise it when the contents come out differently
 UNIT_TOKENS = 4_000_000  # that a unit has at least, if its shard has; one block of it is short
 LEFT_OUT = ("empty", "unreadable", "contaminated")  # why documents are left out of a store
-COUNTED = ("documents", "tokens", *LEFT_OUT)
+COUNTED = ("documents", "tokens", "unknown", *LEFT_OUT)
+LOOK_SECONDS, LOG_SECONDS = 10, 60  # between two looks at what other processes have finished, and lines in a log file
 STORE_BYTES_PER_TEXT_BYTE = 0.4  # at the least: two bytes a token, and a token has about 5 bytes of text at the most
 
 
@@ -143,7 +147,7 @@ class TokenStore:
         return [self.note(shard) for shard in range(self.num_shards)]
 
     def counts(self) -> Counter[str]:
-        """Count the documents and tokens in the store, and the documents that were left out, by reason."""
+        """Count the documents, tokens and unknown tokens in the store, and the documents left out, by reason."""
         return sum((Counter({name: note[name] for name in COUNTED}) for note in self.notes()), Counter())
 
     def checksums(self) -> list[np.ndarray]:
@@ -174,16 +178,15 @@ class TokenStore:
         """
         if not self.is_complete:
             encode_run = RunEncoder(self.corpus.name, self.encoder, self.decontaminator, max_unreadable)
-            with (
-                naming_disk_errors(self.path),
-                progress_bar(f"tokenising {self.corpus.name}", None, "documents", process_index == 0) as bar,
-            ):
+            preparation = Preparation(self, process_index == 0)
+            with naming_disk_errors(self.path), preparation.bar:
                 source = self.begin()
                 encoders = Encoders(encode_run, num_workers)
 
                 def make(shard: int) -> None:
                     runs = encoders.map(runs_of(source.read(shard)))
-                    write_shard(self.arrow(shard), self.watch(runs, max_unreadable, bar), self.encoder.dtype)
+                    progress = partial(preparation.update, shard)
+                    write_shard(self.arrow(shard), self.watch(runs, max_unreadable, progress), self.encoder.dtype)
                     self.written.add(shard)
 
                 def build_shards(number: int) -> None:
@@ -193,19 +196,71 @@ class TokenStore:
 
                 # Two shards at once, so that nobody is idle while the last, long document of one is encoded.
                 encoders.run(2, build_shards)
+            preparation.end()
         counts = self.counts()
         check_unreadable(self.corpus.name, counts["unreadable"], max_unreadable, f"counted in {self.path}")
         if not counts["tokens"]:
-            raise UserError(f"corpus {self.corpus.name!r}: {self.corpus.path} holds no text that can be trained on")
+            left_out = ", ".join(f"{counts[reason]:,} {reason}" for reason in LEFT_OUT if counts[reason])
+            raise nothing_left(self.corpus, f"of its documents, {left_out or 'none'} are left out")
 
-    def watch(self, runs: Iterator[Encoded], max_unreadable: int, bar: Any) -> Iterator[Encoded]:
-        """Yield the runs of a shard, show them on the bar, and end at one malformed document too many."""
+    def watch(self, runs: Iterator[Encoded], max_unreadable: int, show: Callable[[int], None]) -> Iterator[Encoded]:
+        """Yield the runs of a shard, show the bytes of their text, and end at one malformed document too many."""
         unreadable = 0
         for counted, documents in runs:
             unreadable += counted["unreadable"]
             check_unreadable(self.corpus.name, unreadable, max_unreadable, "see above")
-            bar.update(len(documents))
+            show(counted["text_bytes"])
             yield counted, documents
+
+
+class Preparation:
+    """The progress of a token store, in bytes of text: a bar in a terminal, a line a minute in a log file.
+
+    Shards that other processes finish are counted a little later.
+    """
+
+    def __init__(self, store: TokenStore, is_shown: bool) -> None:
+        self.store, self.is_shown = store, is_shown
+        self.finished: dict[Path, int] = {}  # bytes of text of shards, whoever has made them
+        self.running: Counter[Path] = Counter()  # of those that this process has worked on
+        self.lock = threading.Lock()
+        total = None
+        with suppress(UserError):  # not every hub data set has its size published
+            total = round(corpus_bytes(store.corpus))
+        self.initial = self.count()
+        self.phase = f"tokenising {store.corpus.name}"
+        self.bar = progress_bar(self.phase, total, "B", is_shown, self.initial)
+        self.total, self.started = total, time.monotonic()
+        self.next_look = self.started + LOOK_SECONDS
+
+    def count(self) -> int:
+        """Look for finished shards, and count the bytes of text that are done."""
+        for note in self.store.path.glob("shard-*.json"):
+            if note not in self.finished:
+                self.finished[note] = read_json(note)["text_bytes"]
+        return sum((self.finished | {n: size for n, size in self.running.items() if n not in self.finished}).values())
+
+    def update(self, shard: int, text_bytes: int) -> None:
+        """Count what has been encoded of a shard."""
+        with self.lock:
+            self.running[self.store.arrow(shard).with_suffix(".json")] += text_bytes
+            self.bar.update(text_bytes)
+            if not self.is_shown or time.monotonic() < self.next_look:
+                return
+            done, elapsed = self.count(), time.monotonic() - self.started
+            self.bar.update(done - self.bar.n)
+            if self.bar.disable:
+                print_line(describe_progress(self.phase, done, self.total, self.initial, elapsed))
+            self.next_look = time.monotonic() + (LOG_SECONDS if self.bar.disable else LOOK_SECONDS)
+
+    def end(self) -> None:
+        """Say how long the store took, and where it lies."""
+        if self.is_shown:
+            size, elapsed = self.count() - self.initial, time.monotonic() - self.started
+            made = (
+                f"{format_bytes(size)} of text in {format_duration(elapsed)}, {format_bytes(size / elapsed)} a second"
+            )
+            print_line(f"tokenised {self.store.corpus.name}: {made}; the token store is {self.store.path}")
 
 
 @contextmanager

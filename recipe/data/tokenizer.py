@@ -18,11 +18,18 @@ from typing import Any
 
 import numpy as np
 import sentencex
-from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AlbertTokenizer, AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AlbertTokenizer,
+    AutoTokenizer,
+    BertTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    RobertaTokenizer,
+)
 
 from recipe.base.errors import UserError, describe_error
-from recipe.base.model_files import check_model_files
+from recipe.base.model_files import LARGEST, check_model_files, count_ids
 from recipe.data.corpora import group_by_size
 
 ROBERTA_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # `<mask>` comes after the merges
@@ -36,6 +43,10 @@ FAST_CLASSES: dict[type[models.Model], type[PreTrainedTokenizerFast]] = {
 MASK_TOKEN = AddedToken("<mask>", lstrip=True, rstrip=False, normalized=False, special=True)
 COMMON_WORDS, COMMON_WORD_COUNT = 100, 100  # words that must not be missing, and occurrences from which that holds
 ENCODED_CHARACTERS = 2_000_000  # encoded at once; an `Encoding` takes some 100 bytes a token
+PIECE_CHARACTERS, MARGIN_CHARACTERS = 10_000, 2_000  # of a long paragraph, whose sentences are found piece by piece
+UNKNOWN_LENGTH = -(2**40)  # of a token: no others make up for it in the sum of a text
+UNWRITTEN = "\U0010ffff" * 8  # no character, and in no text
+NAME_CLASS = "load it by its class and `save_pretrained` it, for the tokenizer_config.json that is missing"
 
 
 def split_text(text: str, max_characters: int) -> Iterator[str]:
@@ -125,8 +136,28 @@ def train_unigram(
     trainer = trainers.UnigramTrainer(
         show_progress=shows_progress(), vocab_size=vocab_size, special_tokens=ALBERT_TOKENS, unk_token="<unk>"
     )
+    copy = Tokenizer.from_str(tokenizer.to_str())  # the trainer keeps the other locked
+    texts = counting_characters(texts, copy, vocab_size)
     tokenizer.train_from_iterator(split_batches(texts, max_document_characters), trainer)
     return tokenizer
+
+
+def counting_characters(texts: Iterable[list[str]], tokenizer: Tokenizer, vocab_size: int) -> Iterator[list[str]]:
+    """Yield batches of texts, and after the last raise a `UserError` if Unigram lacks entries for their characters.
+
+    The trainer needs one for each. It would find out when all its work is done.
+    """
+    characters: set[str] = set()
+    for batch in texts:
+        characters.update(*batch)
+        yield batch
+    words = count_words(tokenizer, [" ".join(sorted(characters))])
+    needed = len(set().union(*words)) + len(ALBERT_TOKENS)
+    if needed > vocab_size:
+        raise UserError(
+            f"`vocab_size` is {vocab_size:,}, and unigram has an entry for each character of the text, which are "
+            f"{needed:,} with the special tokens; give that many and more for words, or leave out text with rare ones"
+        )
 
 
 def save_tokenizer(
@@ -179,31 +210,44 @@ def check_saved_tokenizer(tokenizer: Tokenizer, output_dir: Path, texts: list[st
             raise RuntimeError(f"{source} lost `add_prefix_space`")
 
 
-def check_common_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> None:
-    """Raise a `UserError` if common words of the text, occurring 100 times at least, are not single tokens.
+def count_words(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[str]:
+    """Count what a tokenizer would cut texts into if all of it were single tokens."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        normalized = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+        counts.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normalized))
+    return counts
+
+
+def find_lost_words(tokenizer: Tokenizer, word_counts: Counter[str]) -> list[str]:
+    """Return which common words of `count_words`, occurring 100 times at least, are not single tokens.
 
     A count that overflows in the trainer loses them silently (tokenizers#2058: "the" was missing). Only as many words
-    are checked as the vocabulary surely has room for: one for each 100 entries beyond bytes and special tokens.
+    are checked as the vocabulary surely has room for: one for each 100 entries beyond bytes and special tokens. None
+    are in a Unigram vocabulary, which does without words that their parts make likely enough.
     """
-    commonest = word_counts.most_common(min(COMMON_WORDS, (tokenizer.get_vocab_size() - 261) // 100))
+    if isinstance(tokenizer.model, models.Unigram):
+        return []
+    commonest = word_counts.most_common(max(0, min(COMMON_WORDS, (tokenizer.get_vocab_size() - 261) // 100)))
     common = [word for word, count in commonest if count >= COMMON_WORD_COUNT]
-    lost = [word for word in common if len(tokenizer.encode(" " + word, add_special_tokens=False).ids) != 1]
-    if lost:
-        raise UserError(
-            f"the common words {lost} did not become single tokens, as when the trainer's counts overflow; lower "
-            "`max_train_bytes`"
-        )
+    lost = [word for word in common if [token.value for token in tokenizer.model.tokenize(word)] != [word]]
+    return [tokenizer.decoder.decode([word]) for word in lost]
 
 
 def load_tokenizer(name_or_path: str, option: str = "tokenizer_name") -> PreTrainedTokenizerFast:
     """Load a fast tokenizer from a folder or the hub; raise a `UserError` if it cannot serve masked language modelling.
 
-    Text that spells a special token stays text: a document's `<mask>` never becomes the mask. `option` named it.
+    RoBERTa's needs no more than its `tokenizer.json`, or `vocab.json` and `merges.txt`. `option` named it.
     """
     field = f"`{option}` is {name_or_path}"
-    check_model_files(option, name_or_path, "tokenizer")
+    folder = check_model_files(option, name_or_path, "tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        if any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json")):
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+        else:
+            tokenizer = load_bare_tokenizer(folder)
+    except UserError as error:
+        raise UserError(f"{field}, {error}") from None
     except Exception as error:  # of one library or another
         problem = f"no tokenizer can be loaded from there; make one by train_tokenizer.py ({describe_error(error)})"
         raise UserError(f"{field}, and {problem}") from None
@@ -212,16 +256,79 @@ def load_tokenizer(name_or_path: str, option: str = "tokenizer_name") -> PreTrai
         raise UserError(f"{field}, and no vocabulary is there, only {len(tokenizer)} special tokens")
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{field}, which is not a fast tokenizer; save it with a tokenizer.json")
-    if (largest := max(tokenizer.get_vocab().values())) >= len(tokenizer):
-        raise UserError(f"{field}, whose ids go up to {largest} with {len(tokenizer)} entries; number them from 0 on")
+    check_ids(field, tokenizer.get_vocab())
     for name in ("cls_token", "sep_token", "pad_token", "mask_token"):
         if getattr(tokenizer, name) is None:
             raise UserError(f"{field}, and it has no `{name}`, which the blocks need; add it or take another tokenizer")
-    backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True
-    backend.no_truncation()  # some tokenizers come with truncation or padding switched on
-    backend.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()  # some tokenizers come with truncation or padding switched on
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def load_bare_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """Load a tokenizer whose files do not name its class, if it is RoBERTa's.
+
+    Raises:
+        UserError: it is another, or there is none.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file() and not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        problem = "and no tokenizer.json is there, nor vocab.json with merges.txt; make one by train_tokenizer.py, or"
+        raise UserError(f"{problem} {NAME_CLASS}")
+    options: dict[str, Any] = {"mask_token": MASK_TOKEN}
+    tokenizer = RobertaTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    loaded = json.loads(tokenizer.backend_tokenizer.to_str())
+    saved = json.loads(Tokenizer.from_file(str(file)).to_str()) if file.is_file() else loaded
+    is_alike = all(saved[part] == loaded[part] for part in ("normalizer", "pre_tokenizer"))
+    if not is_alike or saved["model"]["type"] != "BPE" or set(ROBERTA_TOKENS) - saved["model"]["vocab"].keys():
+        tokens = ", ".join(ROBERTA_TOKENS)
+        raise UserError(f"and is no byte-level BPE with {tokens}, as RoBERTa's without a class's name is; {NAME_CLASS}")
+    return tokenizer
+
+
+def check_ids(field: str, vocab: dict[str, int]) -> None:
+    """Raise a `UserError` if two tokens have one id, or if ids are so high that no table of embeddings has them."""
+    if (num_ids := count_ids(vocab)) > LARGEST[""]:
+        raise UserError(f"{field}, whose ids go up to {num_ids - 1:,}; renumber them below {LARGEST['']:,}")
+    tokens = {index: token for token, index in vocab.items()}
+    for token, index in vocab.items():
+        if tokens[index] != token:
+            raise UserError(
+                f"{field}, in which {token} and {tokens[index]} have one id, {index}: the library numbers added tokens "
+                "from the size of the vocabulary on, which has gaps here; write each added token, with its id, into "
+                "`model.vocab` of tokenizer.json too"
+            )
+
+
+def role_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids of the tokens with a role: bos, cls, sep, eos, pad, unk, mask. These alone are never predicted."""
+    roles = {getattr(tokenizer, f"{name}_id") for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+    return sorted(index for index in roles if index is not None)
+
+
+def build_text_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Copy what encodes text so that a token with a role stays text where a document spells it.
+
+    All others, also special tokens that users have added (`<url>`), keep their ids. `encode_special_tokens`, which is
+    to be set on the copy, spares special tokens. Models other than BPE find what is in their vocabulary in the text
+    nevertheless, so that tokens with a role have names there that no text has. Nothing is cut or padded, though a call
+    of the tokenizer leaves that switched on.
+    """
+    state, roles = json.loads(tokenizer.backend_tokenizer.to_str()), role_ids(tokenizer)
+    state["truncation"] = state["padding"] = None
+    model, names = state["model"], {}
+    if model["type"] != "BPE" or model["ignore_merges"]:
+        names = {tokenizer.convert_ids_to_tokens(index): f"{UNWRITTEN}{index}" for index in roles}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(token, token): index for token, index in model["vocab"].items()}
+    else:
+        model["vocab"] = [(names.get(token, token), score) for token, score in model["vocab"]]
+    if "unk_token" in model:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    for token in state["added_tokens"]:
+        token["special"] = token["id"] in roles
+        token["content"] = names.get(token["content"], token["content"])
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def tokenizer_checksum(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -230,17 +337,37 @@ def tokenizer_checksum(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def token_byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray | None:
-    """Count the UTF-8 bytes of each token, by id; None unless it is byte-level and no normalizer changes the bytes."""
+    """Count the UTF-8 bytes of text that each token stands for, by id.
+
+    They are `UNKNOWN_LENGTH` for `<unk>`, and for an added token that takes white space beside it along or after which
+    `add_prefix_space` puts a space into the text.
+
+    Returns:
+        (ids,) int64, or None unless the tokenizer is byte-level and no normalizer changes the bytes.
+    """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     pre_tokenizer = backend["pre_tokenizer"] or {}
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    if backend["normalizer"] or not any(part.get("type") == "ByteLevel" for part in parts):
+    is_marked = any(backend["model"].get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+    if backend["normalizer"] or is_marked or not any(part.get("type") == "ByteLevel" for part in parts):
         return None
-    # In the byte-level alphabet a character stands for a byte. Special tokens never come out of text.
-    lengths = np.zeros(len(tokenizer), np.int64)
-    for token, index in tokenizer.get_vocab().items():
+    # In the byte-level alphabet a character stands for a byte; added tokens are written as they are.
+    vocab = tokenizer.get_vocab()
+    lengths = np.zeros(count_ids(vocab), np.int64)
+    for token, index in vocab.items():
         lengths[index] = len(token)
+    for token in backend["added_tokens"]:
+        is_known = not (token["lstrip"] or token["rstrip"] or puts_space_before(backend))
+        lengths[token["id"]] = len(token["content"].encode()) if is_known else UNKNOWN_LENGTH
+    if tokenizer.unk_token_id is not None:
+        lengths[tokenizer.unk_token_id] = UNKNOWN_LENGTH
     return lengths
+
+
+def puts_space_before(backend: dict[str, Any]) -> bool:
+    """Say whether a tokenizer, given as what its tokenizer.json holds, has `add_prefix_space`."""
+    pre_tokenizer = backend["pre_tokenizer"] or {}
+    return any(part.get("add_prefix_space") for part in pre_tokenizer.get("pretokenizers", [pre_tokenizer]))
 
 
 class DocumentEncoder:
@@ -266,10 +393,12 @@ class DocumentEncoder:
         joins_sentences: bool = False,
         max_document_characters: int = 1_000_000,
     ) -> None:
-        self.backend = tokenizer.backend_tokenizer
-        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.int32)
-        self.num_ids = 1 + max(tokenizer.get_vocab().values())
+        self.backend = build_text_backend(tokenizer)
+        self.num_ids = count_ids(tokenizer.get_vocab())
+        self.dtype = np.dtype(np.uint16 if self.num_ids <= 2**16 else np.int32)
+        self.unk_token_id = tokenizer.unk_token_id
         self.byte_lengths = token_byte_lengths(tokenizer)
+        self.puts_space_before = puts_space_before(json.loads(self.backend.to_str()))
         self.sentence_splitter = sentence_splitter
         self.language = language
         self.joins_sentences = joins_sentences
@@ -288,12 +417,10 @@ class DocumentEncoder:
         (sentences,) int64 ascending, the last of which is the number of ids.
         """
         self.backend.encode_special_tokens = True  # does not survive pickling
-        self.backend.no_truncation()  # a call of the tokenizer with `truncation` leaves it switched on
-        encode = self.backend.encode_batch if self.byte_lengths is None else self.backend.encode_batch_fast
         ids, ends, length = [], [np.empty(0, np.int64)], 0
         for batch in group_by_size(self.pieces(texts), lambda piece: len(piece[0]), ENCODED_CHARACTERS):
             texts_of_batch, ends_of_batch = zip(*(self.split_sentences(piece) for piece, _ in batch), strict=True)
-            rows = self.rows(texts_of_batch, ends_of_batch, encode(texts_of_batch, add_special_tokens=False))
+            rows = self.rows(texts_of_batch, ends_of_batch)
             for (_, is_last), (piece_ids, piece_ends) in zip(batch, rows, strict=True):
                 ids.append(piece_ids)
                 # A piece's end is a cut, not the end of a sentence; the document's end is added below.
@@ -304,6 +431,10 @@ class DocumentEncoder:
                     yield whole, np.concatenate([*ends, [length]] if length else ends).astype(np.int64, copy=False)
                     ids, ends, length = [], [np.empty(0, np.int64)], 0
 
+    def count_unknown(self, ids: np.ndarray) -> int:
+        """Count how often a text has something that the tokenizer does not know."""
+        return 0 if self.unk_token_id is None else int(np.count_nonzero(ids == self.unk_token_id))
+
     def pieces(self, texts: Iterable[str]) -> Iterator[tuple[str, bool]]:
         """Cut documents into pieces, and say which are their document's last."""
         for text in texts:
@@ -311,36 +442,57 @@ class DocumentEncoder:
             yield from ((piece, False) for piece in pieces)
             yield last, True
 
-    def rows(
-        self, texts: Sequence[str], ends: Sequence[np.ndarray], encodings: list[Encoding]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def rows(self, texts: Sequence[str], ends: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the ids of each text, and the ends of its sentences in tokens, ascending and distinct, without its own.
 
-        All texts are worked on as one long one, since numpy's cost for a call on each alone would be most of it.
+        All texts are worked on as one long one, since numpy's cost for a call on each alone would be most of it. Those
+        whose tokens do not add up to their bytes are encoded once more, for the offsets in characters.
         """
+        encode = self.backend.encode_batch if self.byte_lengths is None else self.backend.encode_batch_fast
+        encodings = encode(texts, add_special_tokens=False)
         lists = [encoding.ids for encoding in encodings]
         counts = np.array([len(ids) for ids in lists])
         firsts = np.cumsum(counts) - counts
         ids = np.fromiter(itertools.chain.from_iterable(lists), self.dtype, counts.sum())
-        if self.byte_lengths is None:
-            lengths = np.array([len(text) for text in texts])
-            bases = np.cumsum(lengths) - lengths
-            offsets = (np.array([end for _, end in encoding.offsets], np.int64) for encoding in encodings)
-            token_ends = np.concatenate([own + base for own, base in zip(offsets, bases, strict=True)])
-        else:
-            token_ends = np.cumsum(self.byte_lengths[ids])
-            # Where a text starts, counted back from its end: `add_prefix_space` puts one byte in front that the text
-            # does not have.
-            last = np.concatenate([[0], token_ends])[firsts + counts]
-            bases = last - [len(text) if text.isascii() else len(text.encode()) for text in texts]
-            ends = [byte_positions(text, own) for text, own in zip(texts, ends, strict=True)]
+        token_ends, sizes, is_exact = self.measure(texts, ids, counts)
+        rest = np.flatnonzero(~is_exact).tolist()
+        if self.byte_lengths is not None:
+            encodings = self.backend.encode_batch([texts[number] for number in rest], add_special_tokens=False)
+        for number, encoding in zip(rest, encodings, strict=True):
+            sizes[number] = len(texts[number])
+            token_ends[firsts[number] :][: counts[number]] = [end for _, end in encoding.offsets]
+        ends = [
+            byte_positions(text, own) if exact else own for text, own, exact in zip(texts, ends, is_exact, strict=True)
+        ]
+        bases = np.cumsum(sizes) - sizes
+        token_ends = np.maximum.accumulate(token_ends + np.repeat(bases, counts))
         text_of = np.repeat(np.arange(len(texts)), [len(own) for own in ends])
-        found = np.searchsorted(token_ends, np.concatenate(ends) + bases[text_of]) + 1
+        wanted = np.concatenate(ends) + bases[text_of]
+        # The first token that reaches an end, and all those after it that share its last character.
+        found = np.maximum(np.searchsorted(token_ends, wanted) + 1, np.searchsorted(token_ends, wanted, side="right"))
         is_end = (np.diff(found, prepend=-1) > 0) & (found < (firsts + counts)[text_of])
         found, text_of = (found - firsts[text_of])[is_end], text_of[is_end]
         yield from zip(
             np.split(ids, firsts[1:]), np.split(found, np.searchsorted(text_of, np.arange(1, len(texts)))), strict=True
         )
+
+    def measure(
+        self, texts: Sequence[str], ids: np.ndarray, counts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Add up the bytes of the tokens of each text.
+
+        Returns:
+            (tokens,) int64, where each token ends in its own text; (texts,) int64, the bytes of each text; and
+            (texts,) bool, whether its tokens add up to them. Where that is False, its token ends mean nothing.
+        """
+        if self.byte_lengths is None:
+            return np.zeros(len(ids), np.int64), np.zeros(len(texts), np.int64), np.zeros(len(texts), bool)
+        sizes = np.array([len(text) if text.isascii() else len(text.encode()) for text in texts])
+        sums = np.concatenate([[0], np.cumsum(self.byte_lengths[ids])])
+        text_ends = sums[np.cumsum(counts)]
+        # A byte of `add_prefix_space` is in front of the text: where tokens end is counted back from its end.
+        added = [self.puts_space_before and not text.startswith(" ") for text in texts]
+        return sums[1:] - np.repeat(text_ends - sizes, counts), sizes, np.diff(text_ends, prepend=0) == sizes + added
 
     def split_sentences(self, text: str) -> tuple[str, np.ndarray]:
         """Return a text as it is encoded, and where its sentences end, in characters, without white space behind."""
@@ -351,16 +503,38 @@ class DocumentEncoder:
         return "".join(sentences), np.cumsum([len(sentence) for sentence in sentences], dtype=np.int64)
 
     def sentence_ends(self, text: str) -> np.ndarray:
-        """Find where the sentences of a text end, in characters, ascending, without the white space behind each."""
-        sentences = text.split("\n") if self.sentence_splitter == "newline" else sentencex.segment(self.language, text)
+        """Find where the sentences of a text end, in characters, ascending, without the white space behind each.
+
+        sentencex takes time quadratic in a paragraph without white space, as Chinese and Japanese are written. A text
+        with a paragraph longer than `PIECE_CHARACTERS` is therefore taken in pieces of this length, each of which
+        begins at an end found in the one before, `MARGIN_CHARACTERS` before its end at the latest: what stands in
+        quotation marks or brackets is in one piece with both of them, if it is no longer than that.
+        """
+        if self.sentence_splitter == "newline":
+            return find_ends(text, text.split("\n"))
+        if len(text) <= PIECE_CHARACTERS or max(map(len, text.split("\n\n"))) <= PIECE_CHARACTERS:
+            return find_ends(text, sentencex.segment(self.language, text))
         ends, start = [], 0
-        for sentence in sentences:
-            # sentencex leaves out some paragraph breaks, so lengths alone do not tell where a sentence stands.
-            start = text.index(sentence, start)
-            if stripped := sentence.rstrip():
-                ends.append(start + len(stripped))
-            start += len(sentence)
-        return np.array(ends, np.int64)
+        while len(text) - start > PIECE_CHARACTERS:
+            piece = text[start : start + PIECE_CHARACTERS]
+            own = find_ends(piece, sentencex.segment(self.language, piece))[:-1]  # the last is the piece's own
+            own = own[own <= PIECE_CHARACTERS - MARGIN_CHARACTERS]
+            ends.append(own + start)
+            start += int(own[-1]) if len(own) else PIECE_CHARACTERS - MARGIN_CHARACTERS
+        ends.append(find_ends(text[start:], sentencex.segment(self.language, text[start:])) + start)
+        return np.concatenate(ends)
+
+
+def find_ends(text: str, sentences: Iterable[str]) -> np.ndarray:
+    """Find where sentences of a text end in it, in characters, ascending, without the white space behind each."""
+    ends, start = [], 0
+    for sentence in sentences:
+        # sentencex leaves out some paragraph breaks, so lengths alone do not tell where a sentence stands.
+        start = text.index(sentence, start)
+        if stripped := sentence.rstrip():
+            ends.append(start + len(stripped))
+        start += len(sentence)
+    return np.array(ends, np.int64)
 
 
 def byte_positions(text: str, character_positions: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@
 train_tokenizer.py need of it, so that nothing is read twice.
 """
 
-import re
 import shutil
 import tempfile
 from collections import Counter
@@ -14,13 +13,14 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from recipe.arguments import CorpusArguments, TokenizerArguments
-from recipe.arguments.corpus import describe_left_out, find_files
+from recipe.arguments.corpus_files import describe_left_out, find_files
 from recipe.base.errors import UserError, describe_error
 from recipe.base.progress import progress_bar
 from recipe.data.corpora import check_corpus, corpus_bytes, sample_texts
 from recipe.data.tokenizer import (
-    check_common_words,
     check_saved_tokenizer,
+    count_words,
+    find_lost_words,
     save_tokenizer,
     train_byte_level_bpe,
     train_unigram,
@@ -40,7 +40,7 @@ class VocabularyText:
         self.max_bytes = max_bytes
         self.sizes = {corpus.name: corpus_bytes(corpus) for corpus in corpora if corpus.weight is None}
         self.read_bytes: Counter[str] = Counter()  # of each corpus
-        self.word_counts: Counter[str] = Counter()  # in the beginning of each corpus
+        self.beginnings: list[str] = []  # the first texts of each corpus, whose words are counted
         self.sample: list[str] = []  # the beginnings of the first texts of each corpus
         for corpus in corpora:
             check_corpus(corpus)
@@ -60,15 +60,17 @@ class VocabularyText:
                 if not self.read_bytes[name]:
                     self.sample += [text[:COMPARED_CHARACTERS] for text in batch[:COMPARED_TEXTS]]
                 if self.read_bytes[name] < COUNTED_BYTES:
-                    self.word_counts.update(word for text in batch for word in re.findall(r"(?<= )[^\W\d_]+", text))
+                    self.beginnings += [text[:COUNTED_BYTES] for text in batch]
                 self.read_bytes[name] += size
                 bar.update(size)
                 yield batch
 
-    def bytes_per_token(self, tokenizer: Tokenizer) -> float:
-        """Measure on the sample how much text a token stands for."""
-        tokens = sum(len(encoding) for encoding in tokenizer.encode_batch(self.sample, add_special_tokens=False))
-        return sum(len(text.encode()) for text in self.sample) / tokens
+    def measure(self, tokenizer: Tokenizer) -> tuple[float, float]:
+        """Measure on the sample how many bytes of text a token stands for, and which share of the tokens is unknown."""
+        encodings = tokenizer.encode_batch(self.sample, add_special_tokens=False)
+        tokens = Counter(token for encoding in encodings for token in encoding.tokens)
+        unknown = tokens["<unk>"] + tokens["[UNK]"]
+        return sum(len(text.encode()) for text in self.sample) / tokens.total(), unknown / tokens.total()
 
 
 def train_vocabulary(args: TokenizerArguments, texts: Iterator[list[str]]) -> Tokenizer:
@@ -85,8 +87,7 @@ def save_checked(args: TokenizerArguments, tokenizer: Tokenizer, text: Vocabular
     """Save a tokenizer, and give its files their names once it has passed the checks.
 
     Raises:
-        UserError: common words are missing from it, or `output_dir` can no longer be written; then the tokenizer is in
-            a temporary folder.
+        UserError: `output_dir` can no longer be written; the tokenizer is in a temporary folder.
         RuntimeError: another check has failed. The tokenizer is left in `output_dir/.unchecked`.
     """
     output_dir, failure = Path(args.output_dir), None
@@ -101,8 +102,10 @@ def save_checked(args: TokenizerArguments, tokenizer: Tokenizer, text: Vocabular
         shutil.rmtree(folder, ignore_errors=True)
         folder = Path(tempfile.mkdtemp(prefix="tokenizer-"))
         save_tokenizer(tokenizer, folder, *settings)
-    check_common_words(tokenizer, text.word_counts)
-    check_saved_tokenizer(tokenizer, folder, text.sample, args.add_prefix_space)
+    try:
+        check_saved_tokenizer(tokenizer, folder, text.sample, args.add_prefix_space)
+    except RuntimeError as error:
+        raise RuntimeError(f"{error}; the vocabulary is kept in {folder}") from None
     if failure:
         raise UserError(
             f"`output_dir` {output_dir} cannot be written ({failure}); the tokenizer is in {folder}: move it"
@@ -110,3 +113,26 @@ def save_checked(args: TokenizerArguments, tokenizer: Tokenizer, text: Vocabular
     for file in sorted(folder.iterdir(), key=lambda file: file.name == "tokenizer.json"):  # by which it is recognised
         file.replace(output_dir / file.name)
     folder.rmdir()
+
+
+def describe_vocabulary(args: TokenizerArguments, tokenizer: Tokenizer, text: VocabularyText) -> list[str]:
+    """Return what there is to say of a vocabulary: its size, how much text a token has, and what is doubtful in it."""
+    num_entries, lines = tokenizer.get_vocab_size(), []
+    if num_entries < args.vocab_size:
+        lines.append(f"warning: the text had pairs for only {num_entries:,} of {args.vocab_size:,} entries")
+    if num_entries > args.vocab_size:
+        lines.append(
+            f"warning: `vocab_size` is {args.vocab_size:,}, and the characters of the text alone need "
+            f"{num_entries:,} entries, which the vocabulary has; give more to have words in it too"
+        )
+    bytes_per_token, unknown = text.measure(tokenizer)
+    if unknown:
+        lines.append(
+            f"warning: {unknown:.2%} of the tokens of the first texts are unknown, since their characters are rare"
+        )
+    if lost := find_lost_words(tokenizer, count_words(tokenizer, text.beginnings)):
+        lines.append(
+            f"warning: the common words {lost} did not become single tokens, as when the trainer's counts overflow; "
+            "look at the vocabulary, and lower `max_train_bytes` if it is not what you want"
+        )
+    return [*lines, f"{args.output_dir}: {num_entries:,} entries, {bytes_per_token:.2f} bytes a token"]

@@ -5,7 +5,6 @@
 3. `Finetuner.run` trains, evaluates after every epoch and returns the metrics of the best.
 """
 
-import hashlib
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,21 +15,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.arguments import GlueArguments
-from recipe.base.errors import UserError, describe_error, require
-from recipe.base.model_files import check_model_files
+from recipe.finetune.classifier import pad_rows
 from recipe.finetune.jobs import Job
+from recipe.finetune.progress import Progress
 from recipe.finetune.tasks.glue import TASKS, Task
 from recipe.finetune.tasks.scoring import score
-from recipe.modeling.model import LOADING, check_host_memory
 from recipe.modeling.optimizer import build_optimizer, build_scheduler
 
 POOL_BATCHES = 100  # batches whose rows are sorted by length together
@@ -55,38 +47,6 @@ class Outcome:
     weights: dict[str, torch.Tensor]  # the best epoch's, on the CPU; empty unless asked for
 
 
-def load_glue_tokenizer(name_or_path: str, max_seq_length: int) -> PreTrainedTokenizerBase:
-    """Load the model's own tokenizer.
-
-    Raises:
-        UserError: there is no model or no tokenizer, they do not match, the model reads fewer tokens, or is larger than
-            this machine.
-    """
-    check_model_files("model_name_or_path", name_or_path, "model")
-    lacking = "no model there, or none that can be built"
-    try:
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-        lacking = "no tokenizer beside the model"
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except Exception as error:  # of one library or another
-        raise UserError(f"`model_name_or_path` {name_or_path}: {lacking}: {describe_error(error)}") from None
-    check_host_memory(model, "model_name_or_path")
-    num_ids = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
-    if num_ids > config.vocab_size or tokenizer.pad_token_id != config.pad_token_id:
-        raise UserError(
-            f"`model_name_or_path` {name_or_path}: its tokenizer is another model's: {num_ids} entries, pad "
-            f"token {tokenizer.pad_token_id}; the model has {config.vocab_size} and {config.pad_token_id}"
-        )
-    longest = config.max_position_embeddings
-    if config.model_type == "roberta":
-        longest -= config.pad_token_id + 1  # positions start behind the pad token's
-    if max_seq_length > longest:
-        raise UserError(f"`max_seq_length` is {max_seq_length}; the model reads {longest} tokens at the most")
-    return tokenizer
-
-
 def encode_splits(
     splits: dict[str, Dataset], task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
 ) -> dict[str, EncodedSplit]:
@@ -104,67 +64,6 @@ def encode_splits(
         labels = labels.astype(np.float32) / np.float32(task.scale) if task.is_regression else labels.astype(np.int64)
         encoded[name] = EncodedSplit(rows, lengths, labels)
     return encoded
-
-
-def load_classifier(name_or_path: str, task: Task, classifier_dropout: float | None = None) -> PreTrainedModel:
-    """Load the model with a new head for the task, under torch's current seed.
-
-    A head that is already in the checkpoint (an MNLI model's) is replaced, whatever its shape.
-
-    Args:
-        classifier_dropout: of the head; None for the model's own.
-
-    Raises:
-        UserError: the checkpoint cannot be loaded, or lacks weights of the encoder, or the head has no such dropout.
-    """
-    labels = task.labels or (f"similarity / {task.scale:g}",)
-    config = AutoConfig.from_pretrained(
-        name_or_path,
-        trust_remote_code=False,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-        problem_type="regression" if task.is_regression else "single_label_classification",
-    )
-    if classifier_dropout is not None:
-        option = "classifier_dropout_prob" if config.model_type == "albert" else "classifier_dropout"
-        remedy = f"a {config.model_type} has no dropout of that name in its head: leave it out"
-        require(option in config.to_dict(), "classifier_dropout", classifier_dropout, remedy)
-        setattr(config, option, classifier_dropout)
-    try:
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            name_or_path,
-            config=config,
-            ignore_mismatched_sizes=True,  # of a head that is replaced below
-            output_loading_info=True,
-            **LOADING,
-        )
-    except Exception as error:  # of one library or another
-        raise UserError(f"`model_name_or_path` {name_or_path} cannot be loaded: {describe_error(error)}") from error
-    prefix = f"{model.base_model_prefix}."
-    # A masked language model has no pooler; one whose shape is wrong is an error.
-    unusable = {name for name in loading["missing_keys"] if not name.startswith(f"{prefix}pooler")}
-    unusable |= {name for name, *_ in loading["mismatched_keys"]}
-    if lacking := sorted(name for name in unusable if name.startswith(prefix)):
-        raise UserError(
-            f"`model_name_or_path` {name_or_path} lacks weights of the encoder, or has them in another shape than its "
-            f"config says: {', '.join(lacking[:3])}"
-        )
-    if any(not name.startswith(prefix) for name in model.state_dict().keys() - loading["missing_keys"]):
-        new = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
-        for name, module in model.named_children():
-            if module is not model.base_model:
-                module.load_state_dict(new.get_submodule(name).state_dict())
-    return model
-
-
-def model_checksum(name_or_path: str, task: Task) -> str:
-    """Compute the SHA-256 of the encoder's weights; raises as `load_classifier` does."""
-    torch.manual_seed(0)  # for weights that the checkpoint does not have: a pooler's
-    checksum = hashlib.sha256()
-    for name, tensor in sorted(load_classifier(name_or_path, task).base_model.state_dict().items()):
-        checksum.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return checksum.hexdigest()
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
@@ -193,7 +92,14 @@ class Finetuner:
         self.rank: int = self.accelerator.process_index if self.is_shared else 0
         self.world_size: int = self.accelerator.num_processes if self.is_shared else 1
 
-    def run(self, job: Job, splits: dict[str, EncodedSplit], model: PreTrainedModel, keeps_weights: bool) -> Outcome:
+    def run(
+        self,
+        job: Job,
+        splits: dict[str, EncodedSplit],
+        model: PreTrainedModel,
+        keeps_weights: bool,
+        progress: Progress | None = None,
+    ) -> Outcome:
         """Train a model of `load_classifier` in place for `num_train_epochs`, and evaluate it after each.
 
         Raises:
@@ -206,7 +112,7 @@ class Finetuner:
             torch.manual_seed(job.seed + (self.rank << 48))  # other rows, other dropout
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = build_optimizer(model, job.learning_rate, betas, args.adam_epsilon, args.weight_decay)
-        steps = args.num_train_epochs * math.ceil(len(train.lengths) / job.batch_size)
+        steps = job.num_updates(len(train.lengths), args.num_train_epochs)
         scheduler = build_scheduler(optimizer, math.ceil(args.warmup_ratio * steps), steps, 0)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.accelerator.mixed_precision == "fp16")
         epochs: list[dict[str, float]] = []
@@ -214,12 +120,17 @@ class Finetuner:
         for epoch in range(args.num_train_epochs):
             module.train()
             loss_sum = torch.zeros((), device=self.device)
-            for rows in epoch_batches(train.lengths, job.batch_size, job.seed, epoch):
+            batches = epoch_batches(train.lengths, job.batch_size, job.seed, epoch)
+            for number, rows in enumerate(batches, start=1):
                 loss_sum += self.backward(module, task, train, rows, scaler)
                 scaler.step(optimizer)
                 scaler.update()
                 scheduler.step()
                 optimizer.zero_grad()
+                if progress:
+                    seen = number * job.batch_size / self.world_size
+                    where = f"{epoch + 1} of {args.num_train_epochs}"
+                    progress.step(job, epoch * len(batches) + number, where, loss_sum, seen)
             loss = float(self.accelerator.reduce(loss_sum, "sum") if self.is_shared else loss_sum) / len(train.lengths)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the training loss of epoch {epoch + 1} is {loss}")
@@ -251,8 +162,8 @@ class Finetuner:
         return loss_sum
 
     def logits(self, module: nn.Module, split: EncodedSplit, rows: np.ndarray) -> torch.Tensor:
-        """Compute (rows, labels) float32, (rows,) in a regression; rows are padded to a multiple of 8 tokens."""
-        batch = self.tokenizer.pad(split.rows[rows], padding="longest", pad_to_multiple_of=8, return_tensors="pt")
+        """Compute (rows, labels) float32, (rows,) in a regression."""
+        batch = pad_rows(split.rows[rows], self.tokenizer)
         with self.accelerator.autocast():
             logits = module(**batch.to(self.device)).logits
         return logits.float().squeeze(-1)

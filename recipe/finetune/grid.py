@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recipe.arguments import GlueArguments
 from recipe.base.errors import UserError, describe_error
 from recipe.base.files import replace_folder, write_atomically
-from recipe.base.progress import print_line, progress_bar
-from recipe.finetune.finetuning import Finetuner, Outcome, encode_splits, load_classifier
+from recipe.finetune.classifier import load_classifier
+from recipe.finetune.finetuning import Finetuner, Outcome, encode_splits
 from recipe.finetune.jobs import Job, Results
+from recipe.finetune.progress import Progress
 from recipe.finetune.tasks.glue import TASKS
 from recipe.finetune.tasks.scoring import format_predictions
 from recipe.run.launch import on_main
@@ -69,7 +70,7 @@ class Grid:
         """Run all jobs that have no result yet, together with the other processes, until all have one.
 
         Args:
-            heartbeat: called with the number of results after each job of this process.
+            heartbeat: called with the number of results, every second or so.
 
         Returns:
             the lines of results.jsonl.
@@ -77,28 +78,24 @@ class Grid:
         is_alone = self.accelerator.num_processes == 1
         shared = [job for job in jobs if job.task in self.args.data_parallel_tasks and not is_alone]
         mnli = {job for job in jobs if job.task == "mnli"}
-
-        def run_job(job: Job, is_shared: bool) -> None:
-            self.run_job(job, is_shared)
-            done = len(self.results.read())
-            bar.update(done - bar.n)
-            heartbeat(done)
-
-        with progress_bar("fine-tuning", len(jobs), "jobs", self.accelerator.is_main_process) as bar:
+        epochs = self.args.num_train_epochs
+        updates = {job: job.num_updates(len(self.tasks[job.task]["train"]), epochs) for job in jobs}
+        with Progress(updates, self.results, heartbeat, self.accelerator.is_main_process) as progress:
             for job in shared:
                 if job not in on_main(self.accelerator, self.results.read):
-                    run_job(job, is_shared=True)
+                    self.run_job(job, True, progress)
                 self.accelerator.wait_for_everyone()
             # Another start may forget failed jobs at any time, also after the last job, and shared ones too.
             while not (records := self.results.read()).keys() >= set(jobs):
                 # A job that starts from an MNLI model waits until that is the best that there will be.
                 for job in self.results.claim(
-                    jobs, lambda job: job.init != "mnli" or mnli <= self.results.read().keys()
+                    jobs, lambda job: job.init != "mnli" or mnli <= self.results.read().keys(), progress.show_results
                 ):
-                    run_job(job, is_shared=False)
+                    self.run_job(job, False, progress)
+            progress.show_results()
         return records
 
-    def run_job(self, job: Job, is_shared: bool) -> None:
+    def run_job(self, job: Job, is_shared: bool, progress: Progress) -> None:
         """Run a job, from the model's files to its line in results.jsonl; failed jobs get one too.
 
         Raises:
@@ -110,10 +107,10 @@ class Grid:
         reason = None
         try:
             torch.manual_seed(job.seed)
-            model = load_classifier(self.source(job), task, self.args.classifier_dropout)
+            model = load_classifier(self.source(job), task, self.args.classifier_dropout, self.tokenizer.pad_token_id)
             # The best weights are of use if they are saved, or predict a test set.
             keeps = self.keeps_model(job.task) or any(task.splits[name].submission for name in self.tasks[job.task])
-            outcome = finetuner.run(job, self.encoded(job.task), model, is_writer and keeps)
+            outcome = finetuner.run(job, self.encoded(job.task), model, is_writer and keeps, progress)
         except (FloatingPointError, RuntimeError, UserError) as error:  # torch.OutOfMemoryError is a RuntimeError
             if is_shared and not isinstance(error, FloatingPointError):
                 raise  # the other processes wait for this one
@@ -124,15 +121,14 @@ class Grid:
             gc.collect()  # of the model, which the error referred to
             torch.zeros(1, device=self.accelerator.device).item()  # raises where the device is broken
             self.results.add(job, state="failed", reason=reason)
-            print_line(f"{job}: failed: {reason}")
+            progress.show_results()
             return
         if outcome.weights:
             self.keep_best(job, outcome, model)
         seconds = time.perf_counter() - started
         values = {name: value for name, value in vars(outcome).items() if name != "weights"}
         self.results.add(job, state="done", **values, seconds=round(seconds, 2), processes=finetuner.world_size)
-        scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in outcome.metrics.items())
-        print_line(f"{job}: {scores} (epoch {outcome.best_epoch} of {len(outcome.epochs)}), {seconds:,.0f} s")
+        progress.show_results()
 
     def source(self, job: Job) -> str:
         """Name the model that a job starts from."""
@@ -151,7 +147,7 @@ class Grid:
         task, best_file = TASKS[job.task], self.folder / "best" / f"{job.task}.json"
         rank = [-outcome.metrics[task.metrics[0]], *asdict(job).values()]
         with self.results.lock(f"best-{job.task}"):
-            if best_file.exists() and json.loads(best_file.read_text())["rank"] <= rank:
+            if best_file.exists() and json.loads(best_file.read_text("utf-8"))["rank"] <= rank:
                 return
             model.load_state_dict(outcome.weights)
             if self.keeps_model(job.task):

@@ -6,6 +6,7 @@ a line is never run again. The lock of a process that dies is free, for the othe
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,6 +30,10 @@ class Job:
     learning_rate: float
     batch_size: int
     seed: int
+
+    def num_updates(self, rows: int, epochs: int) -> int:
+        """Count the updates of so many epochs over so many rows."""
+        return epochs * math.ceil(rows / self.batch_size)
 
     def __str__(self) -> str:
         start = " from mnli" if self.init == "mnli" else ""
@@ -56,7 +61,7 @@ class Results:
         if not self.file.exists():
             return {}
         with raising_damaged_file(self.file, "remove the lines that are wrong; their jobs are run again"):
-            records = [json.loads(line) for line in self.file.read_text().splitlines()]
+            records = [json.loads(line) for line in self.file.read_text("utf-8").splitlines()]
             return {Job(**record["job"]): record for record in records}
 
     def write(self, records: list[dict[str, Any]]) -> None:
@@ -81,10 +86,13 @@ class Results:
         self.locks.mkdir(parents=True, exist_ok=True)
         return FileLock(self.locks / name, timeout=timeout)
 
-    def claim(self, jobs: list[Job], may_start: Callable[[Job], bool]) -> Iterator[Job]:
+    def claim(
+        self, jobs: list[Job], may_start: Callable[[Job], bool], look: Callable[[], None] = lambda: None
+    ) -> Iterator[Job]:
         """Claim jobs without a line for this process, one at a time in their order, until all have a line.
 
-        A job for which `may_start` is false waits for what it needs.
+        A job for which `may_start` is false waits for what it needs; `look` is called now and then while all jobs wait
+        or run elsewhere.
         """
         while missing := [job for job in jobs if job not in self.read()]:
             for job in missing:
@@ -93,4 +101,5 @@ class Results:
                         yield job
                         break
             else:
+                look()
                 time.sleep(POLL_SECONDS)

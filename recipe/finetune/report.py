@@ -1,7 +1,6 @@
 """The report of a grid of jobs: summary.json, table.md, glue.png and submission.zip."""
 
 import json
-import math
 import statistics
 import zipfile
 from collections import defaultdict
@@ -9,9 +8,10 @@ from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
+from recipe.base.errors import UserError
 from recipe.base.files import write_atomically
 from recipe.finetune.jobs import Job
-from recipe.finetune.tasks.glue import TASKS
+from recipe.finetune.tasks.glue import TASKS, submitted_rows
 from recipe.run.plots import plot_glue
 
 
@@ -28,7 +28,7 @@ def describe_jobs(
     for name in dict.fromkeys(job.task for job in jobs):
         own = [job for job in jobs if job.task == name]
         rows = len(tasks[name]["train"])
-        updates = sum(epochs * math.ceil(rows / job.batch_size) for job in own)
+        updates = sum(job.num_updates(rows, epochs) for job in own)
         tests = sum(split.startswith("test") for split in tasks[name])
         lines.append(
             f"  {TASKS[name].title:6} {rows:>8,} train rows, {len(tasks[name]['validation']):>6,} dev, {tests} test "
@@ -95,6 +95,15 @@ def summarise_task(
         "metrics": medians[best],
         "difference": None if row["published"] is None else 100 * median - row["published"],
     }
+
+
+def check_failures(records: dict[Job, dict[str, Any]], jobs: list[Job], file: Path) -> None:
+    """Raise a `UserError` if any job has failed; `file` is where the results are."""
+    if failed := [job for job in jobs if records[job]["state"] == "failed"]:
+        raise UserError(
+            f"{len(failed)} of {len(jobs)} jobs failed: {failed[0]}: {records[failed[0]]['reason']}; {file} says why "
+            "for each, and the same command tries them again"
+        )
 
 
 def average(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -171,8 +180,8 @@ def format_notes(summary: dict[str, Any]) -> list[str]:
 
 
 def write_submission(folder: Path, target: Path) -> list[str]:
-    """Write a zip of the predictions that exist; return the names of the site's eleven files that it lacks."""
-    names = [split.submission for task in TASKS.values() for split in task.splits.values() if split.submission]
+    """Write a zip of the predictions on GLUE that exist; return the names of the site's eleven files that it lacks."""
+    names = submitted_rows()
     found = [name for name in names if (folder / name).is_file()]
     if found:
         with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as file:
@@ -193,6 +202,10 @@ def write_report(folder: Path, summary: dict[str, Any], hours: float, model: str
     missing = write_submission(folder / "predictions", submission)
     if submission.exists():
         lines.append(f"submission: {submission}" + (f", without {', '.join(missing)}" if missing else ""))
-        if all(row["official"] for row in rows):
+        is_whole = not missing and all(
+            (folder / "predictions" / name).read_text("utf-8").count("\n") == 1 + number
+            for name, number in submitted_rows().items()
+        )
+        if is_whole and all(row["official"] for row in rows):
             lines.append("next: submit it at https://gluebenchmark.com/submit")
     return lines

@@ -1,6 +1,7 @@
 """The model: built from a config or from a checkpoint, with its parameters and FLOPs counted."""
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers import (
 from recipe.arguments.pretraining import first_position
 from recipe.base.errors import UserError, describe_error, did_you_mean
 from recipe.base.formatting import format_bytes
-from recipe.base.model_files import check_model_files, check_numbers
+from recipe.base.model_files import check_model_files, check_numbers, count_ids
 
 DECODER_FIELDS = {"is_decoder", "add_cross_attention", "use_cache"}  # of the config classes, and of no use here
 
@@ -56,8 +57,14 @@ def build_config(
     try:
         with torch.device("meta"):
             build_model(config, None, predicts_pairs=True)
-    except Exception as error:
-        raise UserError(f"`model_config` {model_config}: no model can be built: {describe_error(error)}") from error
+    except Exception as error:  # of a library, which tells the value at the most
+        problem = describe_error(error)
+        named = [
+            f" `{name}: {value}`"
+            for name, value in model_config.items()
+            if re.search(rf"\b{re.escape(str(value))}\b", problem)
+        ]
+        raise UserError(f"`model_config`{','.join(named)}: no model can be built: {problem}") from error
     return config
 
 
@@ -86,18 +93,20 @@ def load_config(
         fitting: dict[str, Any] = {}
         if tokenizer is not None:
             fitting = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "pad", "eos")}
-            fitting["vocab_size"] = len(tokenizer)
+            fitting["vocab_size"] = count_ids(tokenizer.get_vocab())
         return CONFIG_MAPPING[model_type](**(DEFAULTS[model_type] | fitting | model_config))
     except OSError as error:
         raise UserError(f"`model_name_or_path` {source}: no model there, as a folder or on the hub: {error}") from None
     except Exception as error:  # of one library or another
-        raise UserError(f"`model_config` {model_config}: {describe_error(error)}") from error
+        raise UserError(f"`model_config`: {describe_error(error)}") from error
 
 
 def check_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Refuse a tokenizer with more entries than the model, or with another padding token."""
+    """Refuse a tokenizer with higher ids than the model has rows for, or with another padding token."""
+    num_ids = count_ids(tokenizer.get_vocab())
+    gaps = f", with ids up to {num_ids - 1}" if num_ids > len(tokenizer) else ""
     for name, is_wrong, fact in (
-        ("vocab_size", config.vocab_size < len(tokenizer), f"has {len(tokenizer)} entries"),
+        ("vocab_size", config.vocab_size < num_ids, f"has {len(tokenizer)} entries{gaps}"),
         ("pad_token_id", config.pad_token_id != tokenizer.pad_token_id, f"pads with {tokenizer.pad_token_id}"),
     ):
         if is_wrong:
@@ -118,10 +127,25 @@ def check_sizes(config: PreTrainedConfig, max_seq_length: int) -> None:
     width, heads, positions = config.hidden_size, config.num_attention_heads, config.max_position_embeddings
     if width % heads:
         raise UserError(f"`model_config`: `hidden_size` ({width}) is not a multiple of `num_attention_heads` ({heads})")
-    needed = max_seq_length + first_position(config.model_type, config.pad_token_id)
-    if positions < needed:
+    if longest_sequence(config) < max_seq_length:
+        needed = max_seq_length + positions - longest_sequence(config)
         problem = f"needs `max_position_embeddings` >= {needed}, got {positions}"
         raise UserError(f"`max_seq_length` ({max_seq_length}) {problem}")
+
+
+def longest_sequence(config: PreTrainedConfig) -> int:
+    """Return how many tokens a model has positions for."""
+    return config.max_position_embeddings - first_position(config.model_type, config.pad_token_id)
+
+
+def usable_length(config: PreTrainedConfig, max_seq_length: int, length_before: int = 0) -> int:
+    """Return how many tokens a model can be given after training, which its tokenizer cuts longer texts to.
+
+    Args:
+        max_seq_length: of training; further positions of a new model are untrained.
+        length_before: what the tokenizer of a pretrained model cut to; a number beyond all bounds if it did not.
+    """
+    return max(max_seq_length, min(length_before, longest_sequence(config)))
 
 
 def build_model(
@@ -138,12 +162,26 @@ def build_model(
     if source is None:
         return model_class(config)
     try:
-        model, loading = model_class.from_pretrained(source, config=config, output_loading_info=True, **LOADING)
+        model, loading = model_class.from_pretrained(
+            source,
+            config=config,
+            ignore_mismatched_sizes=True,  # they are named below
+            output_loading_info=True,
+            **LOADING,
+        )
     except Exception as error:  # of one library or another
         raise UserError(f"`model_name_or_path` {source} cannot be loaded: {describe_error(error)}") from error
+    if mismatched := sorted(loading["mismatched_keys"]):
+        name, saved, wanted = mismatched[0]
+        problem = f"{name} is {' x '.join(map(str, saved))}, and its config with `model_config` over it makes it "
+        remedy = "a checkpoint keeps its sizes, that of its table of positions too: leave them out of `model_config`"
+        raise UserError(f"`model_name_or_path` {source}: {problem}{' x '.join(map(str, wanted))}; {remedy}")
     if missing := sorted(loading["missing_keys"]):
         problem = f"lacks weights of a {model_class.__name__}: {missing[:3]}"
         raise UserError(f"`model_name_or_path` {source} {problem}")
+    if unused := sorted(name for name in loading["unexpected_keys"] if ".encoder." in f".{name}"):
+        problem = f"has weights that its config has no layers for, {unused[:3]}: correct `num_hidden_layers`"
+        raise UserError(f"`model_name_or_path` {source} {problem}, or save the model without them")
     return model
 
 

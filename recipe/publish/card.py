@@ -6,27 +6,24 @@ throughput), the model's config and weights and, beside them, glue.json: what fi
 
 import json
 import math
-import re
 import shutil
 import statistics
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
-from recipe.arguments import CorpusArguments
-from recipe.arguments.corpus import local_files
-from recipe.base.errors import UserError, raising_damaged_file
-from recipe.base.files import write_atomically
+from recipe.base.errors import raising_damaged_file
+from recipe.base.files import to_yaml, write_atomically
 from recipe.base.formatting import format_count, format_duration
 from recipe.finetune.report import format_notes, format_rows, row_title
 from recipe.finetune.tasks.glue import TASKS
 from recipe.publish.hub import GLUE_FILE
+from recipe.publish.markdown import as_card, as_text, code_block, table, two_columns
+from recipe.publish.names import public_config, public_name
 from recipe.run.directory import read_config, read_records, read_step
 
-# Markdown's characters, those of mathematics, and those without which no address becomes a link.
-MARKUP = re.compile(r"[\\`*_~\[\]<>|&$#:@]|(?<=www)\.", re.IGNORECASE)
 RECIPE_TAG = "roberta-pretraining-recipe"  # of all cards
 MODEL_TITLES = {"roberta": "RoBERTa", "bert": "BERT", "albert": "ALBERT"}
 OBJECTIVE_TITLES = {
@@ -45,40 +42,10 @@ def count_weights(model: Path) -> int:
     return total
 
 
-def as_text(text: str) -> str:
-    """Write a text of the user's as Markdown that shows it as it is: no tags, links, emphasis or line breaks in it."""
-    return MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
-
-
-def code_block(code: str, language: str) -> str:
-    """Format code, whatever is in it, as Markdown."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
-    return f"{fence}{language}\n{code}\n{fence}"
-
-
-def table(rows: list[list[Any]]) -> str:
-    """Format rows as Markdown; the first is the head."""
-    head, *body = [" | ".join(map(str, row)) for row in rows]
-    return "\n".join(f"| {line} |" for line in [head, " | ".join(["---"] * len(rows[0])), *body])
-
-
-def two_columns(values: dict[str, Any]) -> str:
-    """Format names and values as a table without a head."""
-    return table([["", ""], *map(list, values.items())])
-
-
-def is_on_hub(corpus: dict[str, Any]) -> bool:
-    """Tell whether a corpus is a data set of the hub."""
-    try:
-        return local_files(CorpusArguments(**corpus)) is None
-    except UserError:  # its files have been removed
-        return False
-
-
-def source(corpus: dict[str, Any]) -> str:
-    """Say where a corpus is from; of local files only the name is given, since their folders tell of the machine."""
-    if not is_on_hub(corpus):
-        return f"local: {as_text(Path(corpus['path']).name)}"
+def source(corpus: dict[str, Any], sources: list[str]) -> str:
+    """Say where a corpus is from; of local files only the name is given."""
+    if corpus["path"] not in sources:
+        return f"local: {as_text(public_name(corpus['path'], sources))}"
     details = [as_text(corpus[name]) for name in ("config_name", "revision") if corpus[name]]
     link = f"[{as_text(corpus['path'])}](https://huggingface.co/datasets/{corpus['path']})"
     return link + (f" ({', '.join(details)})" if details else "")
@@ -91,26 +58,34 @@ class Run:
         self.path = path
         self.config = read_config(path)
         self.environment = self.config["environment"]
+        self.sources = self.environment["hub_sources"]
         self.step = read_step(path)
         records = [record for record in read_records(path / "metrics.jsonl") if record["step"] <= self.step]
         self.training = [record for record in records if "tokens_per_second" in record]
         evaluations = [record for record in records if record.get("eval_loss") is not None]
         self.evaluation = evaluations[-1] if evaluations else None
-        self.architecture = json.loads((model / "config.json").read_text())
+        self.first_evaluation = evaluations[0] if len(evaluations) > 1 and not evaluations[0]["step"] else None
+        self.architecture = json.loads((model / "config.json").read_text("utf-8"))
         self.parameters = count_weights(model)
-        self.glue = json.loads((model / GLUE_FILE).read_text()) if (model / GLUE_FILE).exists() else None
+        self.glue = json.loads((model / GLUE_FILE).read_text("utf-8")) if (model / GLUE_FILE).exists() else None
         corpora = self.config["eval_corpora"] or self.config["corpora"]
         self.held_out = ", ".join(corpus["name"] for corpus in corpora)
 
     @property
     def name(self) -> str:
-        """Name the model for `from_pretrained`: its hub id or its folder."""
-        return self.config["hub_model_id"] if self.config["push_to_hub"] else str(self.path / "model")
+        """Name the model for `from_pretrained`: its hub id or, from where the run's folder lies, its folder."""
+        return self.config["hub_model_id"] if self.config["push_to_hub"] else f"{public_name(str(self.path), [])}/model"
 
     @property
     def title(self) -> str:
         """Name the model in a heading."""
-        return self.name.split("/")[-1] if self.config["push_to_hub"] else self.path.name
+        return self.name.split("/")[-1] if self.config["push_to_hub"] else public_name(str(self.path), [])
+
+    @property
+    def base(self) -> str | None:
+        """Name the model that training began with; None if its weights were new."""
+        base = self.config["model_name_or_path"]
+        return base and public_name(base, self.sources)
 
 
 def metadata(run: Run) -> ModelCardData:
@@ -132,8 +107,8 @@ def metadata(run: Run) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="fill-mask",
         tags=[RECIPE_TAG, config["model_type"], "masked-lm", "pretraining"],
-        base_model=config["model_name_or_path"],
-        datasets=[corpus["path"] for corpus in config["corpora"] if is_on_hub(corpus)] or None,
+        base_model=run.base if run.base in run.sources else None,  # the hub refuses all but ids
+        datasets=[corpus["path"] for corpus in config["corpora"] if corpus["path"] in run.sources] or None,
         model_name=run.title,
         eval_results=results or None,
     )
@@ -157,7 +132,7 @@ def glue_result(row: dict[str, Any], metric: str, value: float) -> EvalResult:
 def introduction(run: Run) -> list[str]:
     """Say what the model is, and how far its training is."""
     config, shape = run.config, run.architecture
-    origin = f"from {as_text(config['model_name_or_path'])}" if config["model_name_or_path"] else "from scratch"
+    origin = f"from {as_text(run.base)}" if run.base else "from scratch"
     lines = [
         f"# {as_text(run.title)}",
         f"{MODEL_TITLES[config['model_type']]} with {shape['num_hidden_layers']} layers of width "
@@ -191,12 +166,13 @@ def evaluation(run: Run) -> list[str]:
     lines = []
     if last := run.evaluation:
         perplexity = "" if last["eval_perplexity"] is None else f", perplexity {last['eval_perplexity']:,.2f}"
+        before = f" ({first['eval_loss']:.3f} before the first)" if (first := run.first_evaluation) else ""
         held_out = f"blocks of {as_text(run.held_out)} that are not trained on"
         if run.config["eval_corpora"]:
             held_out = f"{as_text(run.held_out)}: text that is in none of the corpora's files"
         lines.append(
-            f"Held-out loss {last['eval_loss']:.3f} nats a masked token{perplexity}, after {last['step']:,} updates; a "
-            f"unigram model has {last['unigram_loss']:.3f}. Held out are {held_out}; "
+            f"Held-out loss {last['eval_loss']:.3f} nats a masked token{perplexity}, after {last['step']:,} updates"
+            f"{before}; a unigram model has {last['unigram_loss']:.3f}. Held out are {held_out}; "
             f"{run.config['eval_mlm_probability']:.0%} of the tokens are masked."
         )
     if (run.path / "loss.png").exists():
@@ -222,7 +198,7 @@ def data(run: Run) -> list[str]:
         counts = seen.get(corpus["name"])
         weight = "its size" if corpus["weight"] is None else f"{corpus['weight']:g}"
         seen_columns = [f"{counts['tokens']:,}", f"{counts['passes']:.2f}"] if counts else ["–", "–"]
-        rows.append([as_text(corpus["name"]), source(corpus), weight, *seen_columns])
+        rows.append([as_text(corpus["name"]), source(corpus, run.sources), weight, *seen_columns])
     dropped = {
         name: sum(counts.get(name, 0) for counts in seen.values())  # the streaming mode does not count copies
         for name in ("empty", "unreadable", "contaminated", "copies")
@@ -256,6 +232,11 @@ def procedure(run: Run) -> list[str]:
         "gradients": f"clipped to a norm of {config['max_grad_norm']:g}" if config["max_grad_norm"] else "not clipped",
         "seed": config["seed"],
     }
+    if changes := run.environment["changes"]:
+        rows["changed on the way"] = "; ".join(
+            f"after {one['step']:,} updates {one['name'].replace('_', ' ')} from {one['before']:g} to {one['after']:g}"
+            for one in changes
+        )
     if run.training:
         last = run.training[-1]
         rows["tokens seen"] = f"{last['tokens']:,}, padding ({last['padding_share']:.1%}) left out"
@@ -316,7 +297,7 @@ def limits(run: Run) -> list[str]:
 
 def reproduction(run: Run) -> list[str]:
     """Give the command, the versions and the config."""
-    machine, config_text = run.environment, (run.path / "config.yaml").read_text().strip()
+    machine, config_text = run.environment, to_yaml(public_config(run.config, run.sources)).strip()
     command = (
         f"accelerate launch --num_processes {machine['num_processes']} --mixed_precision {machine['mixed_precision']} "
         "pretrain.py --config config.yaml"
@@ -326,7 +307,7 @@ def reproduction(run: Run) -> list[str]:
     return [
         "## How to reproduce it",
         code_block(command, "bash"),
-        "Corpora and tokenizer are named as on the machine that it ran on; the tokenizer lies beside these weights.",
+        "Of local files and folders only the names are given; the tokenizer lies beside these weights.",
         f"Commit of the recipe: {commit}. Python {machine['python']}, {versions}.",
         f"<details><summary>config.yaml</summary>\n\n{code_block(config_text, 'yaml')}\n\n</details>",
     ]
@@ -340,12 +321,6 @@ def build_card(path: Path, model: Path) -> str:
         parts = (introduction, usage, evaluation, data, procedure, cost, limits, reproduction)
         sections = [section for part in parts for section in part(run)]
         return as_card(metadata(run), sections)
-
-
-def as_card(head: ModelCardData, sections: list[str]) -> str:
-    """Join a head and sections into the text of a card."""
-    text = "\n\n".join([f"---\n{head.to_yaml()}\n---", *sections]) + "\n"
-    return re.sub(r"\n{3,}", "\n\n", str(ModelCard(text)))
 
 
 def write_card(path: Path, model: Path) -> None:

@@ -9,53 +9,63 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from recipe.arguments import GlueArguments
+from recipe.base.errors import require
 from recipe.base.files import read_yaml, write_atomically
 from recipe.finetune.jobs import Job, Results
 from recipe.finetune.report import percent, points
 from recipe.finetune.tasks.glue import TASKS
-from recipe.publish.card import (
-    RECIPE_TAG,
-    Run,
-    as_card,
-    as_text,
-    code_block,
-    glue_result,
-    table,
-    two_columns,
-    write_card,
-)
+from recipe.publish.card import RECIPE_TAG, Run, glue_result, write_card
 from recipe.publish.hub import GLUE_FILE, stage_card
+from recipe.publish.markdown import as_card, as_text, code_block, table, two_columns
+from recipe.publish.names import public_name
 
 
-def add_glue_to_card(output_dir: Path) -> list[str]:
-    """Write the cards of the classifiers and, with its results, of a run's pretrained model; return lines to log."""
+def run_of(model: str) -> Path | None:
+    """Return the folder of the run whose model this is; None for any other model."""
+    run, files = Path(model).parent, ("config.yaml", "status.json", "metrics.jsonl")
+    return run if Path(model).name == "model" and all((run / name).is_file() for name in files) else None
+
+
+def check_card(args: GlueArguments) -> None:
+    """Raise a `UserError` if the card that is to be updated is not that of a run."""
+    problem = f"true, and `model_name_or_path` {args.model_name_or_path} is not the `model` folder of a run"
+    is_there = not args.update_model_card or run_of(args.model_name_or_path) is not None
+    require(is_there, "update_model_card", problem, "leave it out")
+
+
+def write_cards(output_dir: Path) -> list[str]:
+    """Write the cards of the classifiers and, if that is asked for, of the model with its results; return log lines."""
     config = read_yaml(output_dir / "config.yaml")
-    summary = json.loads((output_dir / "summary.json").read_text())
-    model = Path(config["model_name_or_path"])
-    run, lines = None, []
-    if model.name == "model" and (model.parent / "metrics.jsonl").is_file():
-        write_atomically(model / GLUE_FILE, json.dumps({"summary": summary, "config": config}, indent=1) + "\n")
-        write_card(model.parent, model)
-        lines += [f"model card: {model / 'README.md'}", *stage_card(model.parent)]
-        run = Run(model.parent, model)
+    summary = json.loads((output_dir / "summary.json").read_text("utf-8"))
+    model, path, lines = Path(config["model_name_or_path"]), run_of(config["model_name_or_path"]), []
+    if path and config["update_model_card"]:
+        settings = {name: config[name] for name in ("num_train_epochs", "seeds", "max_seq_length")}
+        write_atomically(model / GLUE_FILE, json.dumps({"summary": summary, "config": settings}, indent=1) + "\n")
+        write_card(path, model)
+        lines += [f"model card: {model / 'README.md'}", *stage_card(path)]
+    elif path:
+        lines.append(f"the same command with --update_model_card true adds this table to {model / 'README.md'}")
+    run = Run(path, model) if path else None
     for row in summary["tasks"]:
         folder, best = output_dir / "models" / row["task"], output_dir / "best" / f"{row['task']}.json"
-        job = Job(**json.loads(best.read_text())["job"]) if folder.is_dir() and best.is_file() else None
+        job = Job(**json.loads(best.read_text("utf-8"))["job"]) if folder.is_dir() and best.is_file() else None
         if job is not None and job.init == row["init"]:
             result = Results(output_dir).read()[job]
-            write_atomically(folder / "README.md", build_classifier_card(folder, config, row, job, result, run))
+            write_atomically(folder / "README.md", build_classifier_card(config, row, job, result, run))
             lines.append(f"model card: {folder / 'README.md'}")
     return lines
 
 
 def build_classifier_card(
-    folder: Path, config: dict[str, Any], row: dict[str, Any], job: Job, result: dict[str, Any], run: Run | None
+    config: dict[str, Any], row: dict[str, Any], job: Job, result: dict[str, Any], run: Run | None
 ) -> str:
     """Build the card of the model that a job has left in a folder, from the task's row and the job's result."""
     machine, task = config["environment"], TASKS[job.task]
-    base = run.name if run else config["model_name_or_path"]
-    is_on_hub = run.config["push_to_hub"] if run else not Path(base).exists()
-    title = f"{run.title if run else Path(base).name}-{job.task}"
+    sources = machine["hub_sources"]
+    base = run.name if run else public_name(config["model_name_or_path"], sources)
+    is_on_hub = run.config["push_to_hub"] if run else base in sources
+    title = f"{run.title if run else base.split('/')[-1]}-{job.task}"
     results = [glue_result(row, metric, value) for metric, value in result["metrics"].items()]
     head = ModelCardData(
         language="en",
@@ -68,7 +78,7 @@ def build_classifier_card(
         model_name=title,
         eval_results=results if row["official"] else None,
     )
-    name = json.dumps(str(folder), ensure_ascii=False)
+    name = json.dumps(f"{public_name(config['output_dir'], [])}/models/{job.task}", ensure_ascii=False)
     code = f'from transformers import pipeline\n\nclassify = pipeline("text-classification", model={name})'
     answers = f"labels {', '.join(task.labels)}" if task.labels else f"a similarity, divided by {task.scale:g}"
     versions = ", ".join(f"{library} {version}" for library, version in machine["versions"].items())

@@ -28,14 +28,15 @@ from typing import Any, TypeVar
 
 import httpx
 from filelock import FileLock
-from huggingface_hub import HfApi, constants, get_token, set_client_factory, snapshot_download
+from huggingface_hub import HfApi, constants, set_client_factory, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 from tqdm import tqdm
 
-from recipe.arguments import PretrainArguments, identity_of
+from recipe.arguments import PretrainArguments
 from recipe.arguments.checks import check_repo_id
-from recipe.base.errors import UserError, describe_error, did_you_mean, raising_damaged_file, report_user_errors
-from recipe.base.files import read_yaml, replace_folder
+from recipe.base.errors import UserError, describe_error, did_you_mean, raising_damaged_file, run_script
+from recipe.base.files import replace_folder, to_yaml, write_atomically
+from recipe.publish.names import public_config, wants_private
 from recipe.run.directory import (
     DOWNLOAD_FOLDER,
     HUB_SCHEME,
@@ -87,79 +88,6 @@ def retrying(action: Callable[[], Result], what: str) -> Result:
         wait *= 2
 
 
-def check_push(args: PretrainArguments, is_fresh: bool) -> tuple[str | None, list[str]]:
-    """Check before training that checkpoints can be pushed, and create the repository unless this is a dry run.
-
-    The repository of a run that begins now (`is_fresh`) has to be empty.
-
-    Returns:
-        the repository's full id, and a warning if the hub cannot be reached: pushes are tried all the same.
-
-    Raises:
-        UserError: there is no token, it is not valid or may not write there, or the repository holds another model.
-    """
-    if not args.push_to_hub:
-        return args.hub_model_id, []
-    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-    check_repo_id("hub_model_id", repo_id)
-    if constants.HF_HUB_OFFLINE:
-        raise UserError("`push_to_hub` is true and HF_HUB_OFFLINE is set; unset it, or leave `push_to_hub` false")
-    if get_token() is None:
-        raise UserError("`push_to_hub` needs a token of the hub: run `hf auth login`, or set HF_TOKEN")
-    limit_requests()
-    api, doing = HfApi(), "the token"
-    try:
-        user = api.whoami()
-        if (role := user.get("auth", {}).get("accessToken", {}).get("role")) == "read":
-            raise UserError(
-                f"`push_to_hub` needs a token that may write, and the one of {user['name']} has the role {role}; make "
-                "another at https://huggingface.co/settings/tokens"
-            )
-        repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
-        doing = f"`hub_model_id` {repo_id}"
-        if args.dry_run and not api.repo_exists(repo_id):
-            return repo_id, []
-        if not args.dry_run:
-            api.create_repo(repo_id, private=args.hub_private_repo, exist_ok=True)
-        check_writing(api, repo_id)
-        check_contents(api, repo_id, identity_of(args), is_fresh)
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        if refused := refusal(error):
-            raise UserError(
-                f"`push_to_hub`: the hub refuses {doing} ({reason(refused)}); give a valid token that may write there, "
-                "or a `hub_model_id` in a namespace of yours"
-            ) from None
-        return repo_id, [f"warning: the hub cannot be reached ({reason(error)}); pushes are tried all the same"]
-    return repo_id, []
-
-
-def check_writing(api: HfApi, repo_id: str) -> None:
-    """Ask for a branch that is there already: refused without the right to write, and otherwise changes nothing."""
-    try:
-        api.create_branch(repo_id, branch="main")
-    except HfHubHTTPError as error:
-        if error.response.status_code != 409:
-            raise
-
-
-def check_contents(api: HfApi, repo_id: str, identity: dict[str, Any], is_fresh: bool) -> None:
-    """Raise a `UserError` unless the repository is empty or holds earlier checkpoints of the run."""
-    files = set(api.list_repo_files(repo_id)) - {".gitattributes", "README.md"}
-    if not files:
-        return
-    if is_fresh:
-        raise UserError(
-            f"`hub_model_id` {repo_id} already holds files; choose another or, to go on from its checkpoints, give "
-            f"--resume_from_checkpoint {HUB_SCHEME}{repo_id}"
-        )
-    pushed = read_yaml(Path(api.hf_hub_download(repo_id, "config.yaml"))) if "config.yaml" in files else {}
-    if different := [name for name, value in identity.items() if pushed.get(name) != value]:
-        raise UserError(
-            f"`hub_model_id` {repo_id} holds another experiment, with other values of {', '.join(different)}; choose "
-            "another"
-        )
-
-
 def waiting_step(path: Path) -> int | None:
     """Return the update of a folder that waits, a checkpoint's or a card's; None for any other folder."""
     return checkpoint_step(path.with_name(path.name.removesuffix(CARD_SUFFIX)))
@@ -190,7 +118,8 @@ def push(api: HfApi, config: dict[str, Any], folder: Path) -> str:
     """Commit a folder's files to `main`, tagged with its name if it is a checkpoint; return the repository's id."""
     if not folder.is_dir():
         raise UserError(f"{folder} is gone: removed, moved or unmounted; nothing more is pushed from there")
-    repo_id = api.create_repo(config["hub_model_id"], private=config["hub_private_repo"], exist_ok=True).repo_id
+    private = wants_private(config, config["environment"]["hub_sources"])
+    repo_id = api.create_repo(config["hub_model_id"], private=private, exist_ok=True).repo_id
     is_checkpoint = checkpoint_step(folder) is not None
     # Those of these files that the folder lacks belong to an earlier checkpoint.
     stale = [name for name in (*STATE_FILES, GLUE_FILE) if not (folder / name).exists()] if is_checkpoint else None
@@ -275,9 +204,12 @@ class Publisher:
             for file in checkpoint.iterdir():
                 if self.args.hub_strategy == "checkpoint" or file.name not in STATE_FILES:
                     link_or_copy(file, folder / file.name)
-            for name in ("config.yaml", "metrics.jsonl", "loss.png"):  # copied, since the run goes on changing them
+            for name in ("metrics.jsonl", "loss.png"):  # copied, since the run goes on changing them
                 if (self.run / name).exists():
                     shutil.copyfile(self.run / name, folder / name)
+            config = read_config(self.run)
+            public = public_config(config, config["environment"]["hub_sources"])
+            write_atomically(folder / "config.yaml", to_yaml(public))
             (folder / "README.md").write_text(self.build_card(self.run, folder), "utf-8")
         for surplus in list_waiting(self.run)[1 : -self.args.save_total_limit]:
             shutil.rmtree(surplus)
@@ -372,7 +304,7 @@ def fetch_checkpoint(args: PretrainArguments) -> str | None:
         return None
     shutil.rmtree(temporary / ".cache", ignore_errors=True)  # what the library recorded of the download
     with raising_damaged_file(f"state.json of {uri}", "choose another checkpoint"):
-        folder = checkpoint_path(run / "checkpoints", json.loads((temporary / "state.json").read_text())["step"])
+        folder = checkpoint_path(run / "checkpoints", json.loads((temporary / "state.json").read_text("utf-8"))["step"])
     if (temporary / "metrics.jsonl").exists():
         (temporary / "metrics.jsonl").replace(run / "metrics.jsonl")
     return str(temporary.rename(folder))
@@ -395,5 +327,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors():
-        main()
+    run_script(main)

@@ -42,11 +42,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from recipe.base.errors import UserError, describe_error, raising_damaged_file
 from recipe.base.files import check_free_space, read_json, replace_folder
 from recipe.base.hashing import file_checksum
+from recipe.base.model_files import describe_run_path
 from recipe.base.progress import print_line
 from recipe.run.directory import MANIFEST, STATE_FILES, checkpoint_path, checkpoint_step, list_checkpoints
 
 FORMAT = 5
 REQUIRED_FILES = {"config.json", "model.safetensors", "optimizer.pt", "state.json"}
+# The arguments that may change at a resume and that weights depend on.
+PROCEDURE = ["max_steps", "learning_rate", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"]
+PROCEDURE += ["max_grad_norm"]
 BYTES_PER_PARAMETER = 12  # weight and two moments, in float32
 
 
@@ -118,10 +122,10 @@ def save_checkpoint(
     with replace_folder(path) as temporary:
         model.save_pretrained(temporary, state_dict=weights)
         torch.save(tensors, temporary / "optimizer.pt")
-        (temporary / "state.json").write_text(json.dumps(state | {"format": FORMAT, "step": step}, indent=1))
+        (temporary / "state.json").write_text(json.dumps(state | {"format": FORMAT, "step": step}, indent=1), "utf-8")
         files = sorted(temporary.iterdir())
         manifest = {file.name: {"bytes": file.stat().st_size, "sha256": file_checksum(file)} for file in files}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), "utf-8")
     for old in list_checkpoints(folder)[:-limit]:
         remove_old(old)
     return path
@@ -223,6 +227,12 @@ def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path | None, list[s
         path = Path(resume_from)
         if not path.is_dir():
             raise UserError(f"`resume_from_checkpoint` {resume_from}: there is no such checkpoint")
+        if not any((path / name).exists() for name in STATE_FILES):
+            problem = ", ".join(filter(None, ["not a checkpoint of this recipe", describe_run_path(path)]))
+            remedy = "give `latest`, or the path of a checkpoint"
+            if (path / "config.json").is_file():
+                remedy = "to train on from its weights, with a new schedule, give it as `model_name_or_path`"
+            raise UserError(f"`resume_from_checkpoint` {resume_from} is {problem}; {remedy}")
         if fault := find_fault(path):
             raise UserError(f"`resume_from_checkpoint` {resume_from} is damaged: {fault}; choose another or `latest`")
         return path, []
@@ -279,6 +289,21 @@ def describe_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[str
     ]
 
 
+def procedure_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[dict[str, Any]]:
+    """List what has changed at each resume of how the weights are trained, from the state of a checkpoint.
+
+    Returns:
+        A `step`, a `name`, and the values `before` and `after`, for each field that changed then; `current` are the
+        arguments of now. None without a checkpoint.
+    """
+    if not saved:
+        return []
+    before = saved["arguments"]
+    changed = [name for name in PROCEDURE if name in before and before[name] != current[name]]
+    new = [{"step": saved["step"], "name": name, "before": before[name], "after": current[name]} for name in changed]
+    return saved.get("changes", []) + new
+
+
 def open_checkpoint(
     folder: Path, resume_from: str | None, identity: dict[str, Any], arguments: dict[str, Any]
 ) -> tuple[Path | None, dict[str, Any], list[str]]:
@@ -297,6 +322,8 @@ def open_checkpoint(
     with reading(path, "state.json"):
         if wrong := [name for name in ("train_state", "identity", "arguments") if not isinstance(state[name], dict)]:
             raise ValueError(f"{', '.join(wrong)} without names and values")
+        if not isinstance(state.get("changes", []), list):
+            raise ValueError("`changes` is no list")
         if type(state["step"]) is not int or state["step"] != state["train_state"]["step"]:
             raise ValueError(f"`step` is {state['step']!r} and that of `train_state` {state['train_state']['step']!r}")
     check_identity(state["identity"], identity, path)

@@ -21,6 +21,7 @@ from recipe.base.errors import UserError, raising_damaged_file
 from recipe.base.files import check_output_dir, read_yaml, to_yaml, write_atomically
 from recipe.base.progress import print_line
 from recipe.run.lock import RunLock, job_name
+from recipe.run.stopping import handling_stop_signals, interrupt
 
 HUB_SCHEME = "hub://"  # of a checkpoint on the hub
 MANIFEST = "manifest.json"
@@ -52,7 +53,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
         return []
     with raising_damaged_file(file, "remove the lines that are no records; a run can resume without them"):
         # What follows the last line break was not written to its end.
-        records = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+        records = [json.loads(line) for line in file.read_text("utf-8").split("\n")[:-1]]
         for number, record in enumerate(records, start=1):
             if not isinstance(record, dict) or type(record.get("step")) is not int:
                 raise ValueError(f"line {number} is no JSON object with a whole number as `step`")
@@ -62,7 +63,7 @@ def read_records(file: Path) -> list[dict[str, Any]]:
 def read_step(run: Path) -> int:
     """Read from status.json the update of the newest checkpoint, or else how many are done; without, a `UserError`."""
     with raising_damaged_file(run / "status.json", 'write {"step": N} into it, with the number of updates done'):
-        status = json.loads((run / "status.json").read_text())
+        status = json.loads((run / "status.json").read_text("utf-8"))
         step = status["step"] if status.get("saved_step") is None else status["saved_step"]
         if type(step) is not int or step < 0:
             raise ValueError(f"`step` is {step!r}")
@@ -72,7 +73,8 @@ def read_step(run: Path) -> int:
 def read_config(run: Path) -> dict[str, Any]:
     """Read config.yaml of a run; a field that it lacks, since the code was older, has its default."""
     defaults = {option.name: option.default for option in fields(PretrainArguments) if option.default is not MISSING}
-    return defaults | read_yaml(run / "config.yaml")
+    config = {"corpora": [], "eval_corpora": []} | defaults | read_yaml(run / "config.yaml")
+    return config | {"environment": {"hub_sources": [], "changes": []} | (config.get("environment") or {})}
 
 
 class LostFolderError(UserError):
@@ -149,7 +151,7 @@ class RunDirectory:
             return f"{self.model} is the model of a complete run"
         if self.status_file.exists():
             with raising_damaged_file(self.status_file, "remove it if no checkpoint was written yet"):
-                status = json.loads(self.status_file.read_text())
+                status = json.loads(self.status_file.read_text("utf-8"))
                 if status.get("saved_step") is not None:
                     return f"{self.status_file.name} says that update {status['saved_step']:,} was saved"
                 return None
@@ -180,10 +182,18 @@ class RunDirectory:
         ]
 
     def write_config(self, arguments: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Write config.yaml: the resolved arguments, which `--config` reads back, and the `environment` they ran in."""
+        """Write config.yaml: the resolved arguments, which `--config` reads back, and the `environment` they ran in.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         if self.is_main:
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.config_file, to_yaml(arguments | {"environment": environment}))
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.config_file, to_yaml(arguments | {"environment": environment}))
+            except OSError as error:
+                problem = f"{self.config_file} cannot be written: {error}"
+                raise UserError(f"{problem}; put that right or name another `output_dir`") from error
 
     def write_status(self, state: str, step: int, reason: str | None = None) -> None:
         """Write status.json; `state` is running, complete, preempted or failed."""
@@ -203,7 +213,7 @@ class RunDirectory:
                     if not self.status_file.exists():
                         raise
                     # A full disk has no room for a new file, and has it for the contents of an old one.
-                    with self.status_file.open("r+") as file:
+                    with self.status_file.open("r+", encoding="utf-8") as file:
                         file.write(text)
                         file.truncate()
             except OSError as error:
@@ -217,9 +227,17 @@ class RunDirectory:
 
     @contextmanager
     def noting_failure(self) -> Iterator[None]:
-        """Record in status.json what ended a run that had begun, and after which update, if an exception did."""
+        """Record in status.json what ended a run that had begun, and after which update, if an exception did.
+
+        A stop signal raises a KeyboardInterrupt here, and the run is preempted.
+        """
         try:
-            yield
+            with handling_stop_signals(interrupt):
+                yield
+        except KeyboardInterrupt as error:
+            if self.step is not None:
+                self.write_status("preempted", self.step, str(error))
+            raise
         except BaseException as error:
             if self.step is not None:
                 self.write_status("failed", self.step, f"{type(error).__name__}: {error}")
@@ -241,9 +259,9 @@ class RunDirectory:
         return read_records(self.metrics_file)
 
     def cut_metrics(self, step: int) -> None:
-        """Remove the lines of later updates, which a resume from `step` writes again."""
+        """Remove the lines that a run writes again which goes on from `step`, or begins if that is 0."""
         if self.is_main and self.metrics_file.exists():
             self.unwritten_metrics = b""
-            kept = [record for record in self.read_metrics() if record["step"] <= step]
+            kept = [record for record in self.read_metrics() if record["step"] <= step and step]
             self.loss = next((record["loss"] for record in reversed(kept) if "loss" in record), None)
             write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))

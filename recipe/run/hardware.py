@@ -21,7 +21,9 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "s
 def output_of(*command: str) -> str:
     """Run a command in the folder of this code; what it prints is empty where there is no such command."""
     try:
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=False
+        ).stdout
     except OSError:
         return ""
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import statistics
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ import numpy as np
 from recipe.base.errors import raising_damaged_file
 from recipe.base.formatting import format_count, format_duration, number
 from recipe.base.hashing import hash64
+
+COUNTERS = ("nonfinite_updates", "overflows", "loss_spikes", "updates_left_out")  # of what goes wrong, by `TrainState`
+LINE_CHARACTERS = 100  # of a line of the log that lists all corpora
 
 
 @dataclass
@@ -170,7 +174,6 @@ def train_record(
         positions: of all updates so far, padding included.
     """
     epoch = sum(seen["passes"] * seen["blocks"] for seen in corpora.values()) / state.blocks
-    counters = ("nonfinite_updates", "overflows", "loss_spikes", "updates_left_out")
     return {
         "step": state.step,
         **state.take_means(),
@@ -178,7 +181,7 @@ def train_record(
         "grad_norm": update["grad_norm"] if math.isfinite(update["grad_norm"]) else None,  # JSON has no NaN
         "tokens": state.tokens,
         "epoch": round(epoch, 4),
-        **{name: getattr(state, name) for name in counters},
+        **{name: getattr(state, name) for name in COUNTERS},
         **rates,
         "padding_share": round(state.padding_share(positions), 4),
         "data_digest": f"{state.data_digest:016x}",
@@ -230,13 +233,12 @@ def format_train_line(record: dict[str, Any], max_steps: int) -> str:
 
 def format_data_line(state: TrainState, corpora: dict[str, dict[str, float]], positions: int, max_steps: int) -> str:
     """Format what has been seen of each corpus, see `train_record`, as a line of the log."""
-    seen = [
-        f"{name} {format_count(corpus['tokens'])} tokens, {format_count(corpus['documents'])} documents, "
-        f"{corpus['passes']:.2f} passes"
-        for name, corpus in corpora.items()
-    ]
+    seen = ", ".join(
+        f"{name} {format_count(corpus['tokens'])} ({corpus['passes']:.2f} passes)" for name, corpus in corpora.items()
+    )
     step = f"step {state.step:>{len(str(max_steps))}}/{max_steps}"
-    return f"{step}  seen: {'; '.join(seen)}; padding {state.padding_share(positions):.1%}"
+    text = f"{step}  tokens seen: {seen}; padding {state.padding_share(positions):.1%}"
+    return textwrap.fill(text, LINE_CHARACTERS, subsequent_indent=" " * len(f"{step}  "), break_on_hyphens=False)
 
 
 def format_eval_line(record: dict[str, Any], max_steps: int) -> str:

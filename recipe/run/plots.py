@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from recipe.base.errors import UserError, raising_damaged_file, report_user_errors
+from recipe.base.errors import UserError, raising_damaged_file, run_script
+from recipe.base.formatting import format_count
 from recipe.run.directory import RunDirectory, read_config
 
 if TYPE_CHECKING:
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 # Colours that colour-blind readers tell apart (Okabe and Ito); lines and markers tell the runs apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
-DRAWN_FIELDS = ("loss", "eval_loss", "unigram_loss", "learning_rate", "grad_norm", "tokens_per_second")
+PANELS = ("learning_rate", "grad_norm", "tokens_per_second")  # below the loss
+DRAWN_FIELDS = ("loss", "eval_loss", "unigram_loss", "resumed_from", *PANELS)
 MARKERS = ("o", "s", "^", "D", "v", "P")
+MAX_TICKS = 12  # of the perplexity, before only powers of ten are shown
 SMOOTHING_DIVISOR = 50  # a smoothed line is the mean over the number of log lines divided by this
 CROPPED_FRACTION = 0.02  # of the tokens, in which the loss falls from higher than the figure shows
 
@@ -41,6 +44,12 @@ class Curves:
         """Return the tokens and the values of the lines that have the field, (lines,) each."""
         lines = [line for line in self.metrics if line.get(field) is not None]
         return np.array([line["tokens"] for line in lines], float), np.array([line[field] for line in lines], float)
+
+    def resumes(self) -> list[float]:
+        """List how many tokens had been seen where the run was resumed."""
+        before = {line["step"]: line["tokens"] for line in self.metrics if "tokens" in line}
+        starts = [line["resumed_from"] for line in self.metrics if line.get("resumed_from") is not None]
+        return [max((tokens for step, tokens in before.items() if step <= start), default=0) for start in starts]
 
 
 def read_curves(path: Path) -> Curves:
@@ -98,11 +107,7 @@ def plot_runs(runs: list[Curves], path: Path) -> None:
     if not runs:
         return
     figure = new_figure(9, 7.5)
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-
-    panels = figure.subplot_mosaic(
-        [["loss"] * 3, ["learning_rate", "grad_norm", "tokens_per_second"]], height_ratios=[2.2, 1]
-    )
+    panels = figure.subplot_mosaic([["loss"] * 3, list(PANELS)], height_ratios=[2.2, 1])
     is_alone = len(runs) == 1
     styles = zip(runs, itertools.cycle(COLOURS), itertools.cycle(LINE_STYLES), itertools.cycle(MARKERS), strict=False)
     for run, colour, line, marker in styles:
@@ -116,21 +121,40 @@ def plot_runs(runs: list[Curves], path: Path) -> None:
             draw_compared_loss(panels["loss"], run, style, marker)
     panels["learning_rate"].set(ylabel="learning rate")
     panels["grad_norm"].set(ylabel="gradient norm", yscale="log")
-    norms = panels["grad_norm"].yaxis
-    norms.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    norms.set_major_formatter("{x:g}")
-    norms.set_minor_formatter(NullFormatter())
+    set_log_ticks(panels["grad_norm"])
     panels["tokens_per_second"].set(ylabel="tokens/s", ylim=(0, None))
-    panels["tokens_per_second"].yaxis.set_major_formatter(EngFormatter(sep=""))
+    panels["tokens_per_second"].yaxis.set_major_formatter(format_tick)
     panels["loss"].set(ylabel="masked-LM loss (nats a token)", title=runs[0].name if is_alone else None)
-    panels["loss"].legend()
     for axes in panels.values():
+        if is_alone:
+            for tokens in runs[0].resumes():
+                axes.axvline(tokens, color="0.6", linestyle=(0, (1, 2)), linewidth=1, zorder=0)
         axes.set(xlabel="tokens", xlim=(0, None))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_formatter(format_tick)
         axes.grid(alpha=0.3)
+    if is_alone and runs[0].resumes():
+        panels["loss"].plot([], [], color="0.6", linestyle=(0, (1, 2)), linewidth=1, label="resumed")  # for the legend
     crop_beginning(panels["loss"], runs)
     add_perplexity(panels["loss"])
+    figure.legend(*panels["loss"].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=120)
+
+
+def format_tick(number: float, position: float) -> str:
+    """Write a number at a tick as the log does: 540,000 as 540K, and 1e11 as 100B."""
+    return format_count(number)
+
+
+def set_log_ticks(axes: "Axes") -> None:
+    """Set a handful of round ticks on a logarithmic axis, whether it covers half a decade or several."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+    low, high = axes.get_ylim()
+    is_narrow = high < 10 * low  # where a logarithmic axis would have one or two ticks
+    several = LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,))
+    axes.yaxis.set_major_locator(MaxNLocator(5) if is_narrow else several)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_smoothed(
@@ -146,10 +170,12 @@ def draw_smoothed(
 def draw_only_loss(axes: "Axes", run: Curves, style: dict[str, Any]) -> None:
     """Draw the losses of a single run, the loss of a unigram model and the expected loss."""
     width = max(1, len(run.series("loss")[1]) // SMOOTHING_DIVISOR)
-    draw_smoothed(axes, run.series("loss"), style, True, f"training, mean over {width} log lines")
+    label = f"training, mean over {width} log lines" if width > 1 else "training"
+    draw_smoothed(axes, run.series("loss"), style, True, label)
     tokens, held_out = run.series("eval_loss")
     if len(held_out):
-        label = f"held out: {held_out[-1]:.3f}, perplexity {format_perplexity(held_out[-1])}"
+        first = f" ({held_out[0]:.3f} at the start)" if tokens[0] == 0 and len(tokens) > 1 else ""
+        label = f"held out: {held_out[-1]:.3f}{first}, perplexity {format_perplexity(held_out[-1])}"
         axes.plot(tokens, held_out, color=COLOURS[1], linestyle="--", marker="o", markersize=4, label=label)
         unigram = run.series("unigram_loss")[1][-1]
         axes.axhline(unigram, color="0.4", linestyle=":", label=f"unigram model: {unigram:.3f}")
@@ -172,20 +198,28 @@ def draw_compared_loss(axes: "Axes", run: Curves, style: dict[str, Any], marker:
 def crop_beginning(axes: "Axes", runs: list[Curves]) -> None:
     """Crop the axis to the losses after the very beginning, in which they fall the most."""
     end = max(run.series("loss")[0][-1] for run in runs)
-    lines = [np.array(line.get_data(), float) for line in axes.get_lines()]
-    # The x of a line across the figure goes from 0 to 1.
-    highest = max(y[(x > CROPPED_FRACTION * end) | (x <= 1)].max(initial=-math.inf) for x, y in lines)
+    later = [
+        values[tokens > CROPPED_FRACTION * end]
+        for run in runs
+        for tokens, values in map(run.series, ("loss", "eval_loss", "unigram_loss"))
+    ]
     low, high = axes.get_ylim()
+    highest = np.concatenate(later).max(initial=low)
     if low < highest < high:
         axes.set_ylim(low, highest + 0.05 * (highest - low))
 
 
 def add_perplexity(axes: "Axes") -> None:
-    """Add a perplexity axis on the right."""
+    """Add a perplexity axis on the right, with round ticks: 1, 2 or 5 times a power of ten, or powers of e far up."""
     perplexity = axes.secondary_yaxis("right")
     low, high = axes.get_ylim()
-    ticks = [nats for nats in axes.get_yticks() if low <= nats <= high]
-    perplexity.set_yticks(ticks, labels=[format_perplexity(nats) for nats in ticks])
+    shown = [(math.log(digit) + power * math.log(10), digit * 10**power) for power in range(9) for digit in (1, 2, 5)]
+    ticks = {nats: f"{number:,}" for nats, number in shown if low <= nats <= high}
+    if len(ticks) > MAX_TICKS:
+        ticks = {nats: text for nats, text in ticks.items() if text.startswith("1")}
+    if len(ticks) < 3:
+        ticks = {nats: format_perplexity(nats) for nats in axes.get_yticks() if low <= nats <= high}
+    perplexity.set_yticks(list(ticks), labels=list(ticks.values()))
     perplexity.set_ylabel("perplexity")
 
 
@@ -237,5 +271,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with report_user_errors():
-        main()
+    run_script(main)

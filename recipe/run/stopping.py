@@ -5,11 +5,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+# Batch systems announce the end of a job's time by each of them.
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
 if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which is how `nohup` starts a process
     STOP_SIGNALS.append(signal.SIGHUP)
 LAUNCHED_BY_ACCELERATE = "ACCELERATE_DYNAMO_BACKEND"  # set by its launcher
@@ -32,14 +33,33 @@ def watch_launcher() -> None:
     """Wait until the launcher is gone, and signal this process then."""
     while os.getppid() == PARENT_PID:
         time.sleep(1)
-    print(f"the launcher (process {PARENT_PID}) is gone, and the run stops", file=sys.stderr, flush=True)
+    print(f"the launcher (process {PARENT_PID}) is gone, and the run saves and stops", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def handling_stop_signals(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have the stop signals call `handle` inside the context."""
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle a stop signal where there is nothing to save: raise a KeyboardInterrupt with its name."""
+    for other in STOP_SIGNALS:  # a terminal and a launcher send one each
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 class StopRequest:
     """A request to save and stop, made by a signal or the time limit, and looked at once an update."""
 
-    def __init__(self, max_hours: float | None = None) -> None:
+    def __init__(self, max_hours: float | None = None, speaks: bool = False) -> None:
+        self.speaks, self.pid = speaks, os.getpid()  # whether it says that a signal has been received
         self.reason: str | None = None  # the signal's name or the limit, once there is a request
         self.max_hours = max_hours  # from the start of the process
         self.updated = time.monotonic()
@@ -62,15 +82,10 @@ class StopRequest:
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Take a signal as the request; a second SIGINT raises KeyboardInterrupt, which ends the process at once."""
         if self.reason and number == signal.SIGINT:
-            signal.default_int_handler(number, frame)
-        self.reason = signal.Signals(number).name
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the stop signals inside the context."""
-        before = {number: signal.signal(number, self.handle) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            interrupt(number, frame)
+        if self.reason is None:  # a launcher sends signals of its own after the user's
+            self.reason = signal.Signals(number).name
+            if self.speaks and os.getpid() == self.pid:  # worker processes have this handler too
+                line = f"{self.reason}: stopping after this update, saving …\n"
+                with suppress(OSError):  # not by print, which a signal may have interrupted
+                    os.write(2, ("\n" if os.isatty(2) else "").encode() + line.encode())

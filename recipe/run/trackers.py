@@ -12,7 +12,9 @@ from recipe.base.errors import UserError, describe_error, did_you_mean
 from recipe.base.hashing import digest
 from recipe.base.progress import print_line
 from recipe.run.directory import RunDirectory
+from recipe.run.metrics import COUNTERS
 
+CHARTED = {"loss", "perplexity", "learning_rate", "grad_norm", "tokens_per_second"}
 PROJECT_NAME = "pretraining"  # the project in which trackers show the runs side by side
 
 
@@ -29,17 +31,6 @@ def check_trackers(report_to: str | list[str]) -> list[str]:
         if name not in installed:
             raise UserError(f"`report_to` names {name}, which is not installed; run: pip install {name}")
     return names
-
-
-def name_numbers(record: dict[str, Any], path: str = "") -> dict[str, float]:
-    """Name the numbers of a record and of the records in it by their path."""
-    numbers: dict[str, float] = {}
-    for name, value in record.items():
-        if isinstance(value, dict):
-            numbers |= name_numbers(value, f"{path}{name}/")
-        elif isinstance(value, int | float):
-            numbers[path + name.removeprefix("eval_")] = value
-    return numbers
 
 
 @contextmanager
@@ -81,7 +72,7 @@ def start_trackers(accelerator: Accelerator, run: RunDirectory, arguments: dict[
     name = f"{path.name}-{digest(str(path))[:8]}"  # folders of one name are different runs
     settings = {
         "trackio": {"name": name},
-        "tensorboard": {"purge_step": (run.step or 0) + 1},
+        "tensorboard": {"purge_step": run.step + 1 if run.step else 0},
         "wandb": {"name": name, "group": name},
     }
     try:
@@ -106,10 +97,19 @@ def replace_in_trackio(tracker: GeneralTracker, run: RunDirectory, name: str) ->
 
 
 def name_values(record: dict[str, Any]) -> dict[str, float]:
-    """Name the numbers of a line of metrics.jsonl, as `train/loss`, `eval/loss` or `corpora/books/tokens`."""
+    """Name what of a line of metrics.jsonl has a chart, as `eval/loss` or `train/learning_rate`.
+
+    Counters of what goes wrong have one once they are not 0. The rest, such as what has been seen of each corpus, would
+    come before the loss on the page of a tracker, in dozens of charts.
+    """
     kind = "eval" if "eval_loss" in record else "train"
-    values = {name: value for name, value in record.items() if name not in ("step", "corpora")}
-    return name_numbers({kind: values, "corpora": record.get("corpora", {})})
+    named = {name.removeprefix("eval_"): value for name, value in record.items()}
+
+    def has_chart(name: str, value: Any) -> bool:
+        is_of_pairs = name.endswith(("_accuracy", "_loss")) and name != "unigram_loss"
+        return value is not None and (name in CHARTED or is_of_pairs or (name in COUNTERS and value > 0))
+
+    return {f"{kind}/{name}": value for name, value in named.items() if has_chart(name, value)}
 
 
 def log_metrics(accelerator: Accelerator, record: dict[str, Any]) -> None:

@@ -49,16 +49,16 @@ from recipe.publish.card import write_card
 from recipe.arguments import CorpusArguments, GlueArguments, PretrainArguments, TokenizerArguments
 from recipe.base.errors import UserError
 from recipe.base.hashing import file_checksum
-from recipe.arguments.corpus import SUFFIXES, TABLES
+from recipe.arguments.corpus_files import SUFFIXES, TABLES
 from recipe.data.corpora import (
     Part,
     Source,
     check_corpus,
     corpus_bytes,
     open_source,
-    packing_of,
     sample_texts,
 )
+from recipe.data.readers import packing_of
 from recipe.finetune.finetuning import encode_splits
 from recipe.finetune.tasks.glue import TASKS, Task
 from recipe.finetune.tasks.loading import load_task
@@ -210,7 +210,7 @@ class Material:
         rng = random.Random(0)
         self.texts = [make_text(rng, rng.randint(1, 20)) for _ in range(60)]
         self.corpus = self.root / "text.jsonl"
-        self.corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in self.texts))
+        self.corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in self.texts), "utf-8")
         trained = train_byte_level_bpe([self.texts], 400, 2, add_prefix_space=False, max_document_characters=10_000)
         save_tokenizer(trained, self.root / "tokenizer", add_prefix_space=False, model_max_length=64)
         self.tokenizer = load_tokenizer(str(self.root / "tokenizer"))
@@ -277,7 +277,7 @@ def fuzz_config(case: Case) -> None:
     """Damage the YAML and flags of a script, and run everything that it checks before it begins to work."""
     rng, root = case.rng, case.material.root
     kind, (script, cls) = rng.choice(list(KINDS.items()))
-    values = yaml.safe_load(rng.choice(sorted((ROOT / "recipe" / "configs" / kind).glob("*.yaml"))).read_text())
+    values = yaml.safe_load(rng.choice(sorted((ROOT / "recipe" / "configs" / kind).glob("*.yaml"))).read_text("utf-8"))
     # What the config names exists, unless the changes below give it another name.
     local = {"corpora": [{"name": name, "path": str(case.material.corpus)} for name in "ab"], "output_dir": "out"}
     local |= {"tokenizer_name": str(root / "tokenizer"), "model_name_or_path": str(root / "run" / "model")}
@@ -328,7 +328,10 @@ def fuzz_corpus(case: Case) -> None:
         compress(path, mutate_bytes(text, rng) if rng.random() < 0.4 else text)
     if rng.random() < 0.5:
         case.damage(path)
-    fields_of = {"sample_by": rng.choice(["document", "paragraph"]), "text_column": rng.choice(["text"] * 9 + ["id"])}
+    fields_of = {
+        "sample_by": rng.choice(["document", "paragraph", "line"]),
+        "text_column": rng.choice(["text"] * 9 + ["id"]),
+    }
     corpus = CorpusArguments(name="c", path=rng.choice([str(path), "."]), **fields_of)
     check_corpus(corpus, rng.choice([0, 100]))
     assert corpus_bytes(corpus) >= 0
@@ -434,16 +437,16 @@ def fuzz_links(case: Case) -> None:
         elif kind == "empty":
             path.with_suffix(rng.choice((".jsonl", ".txt.gz", ".parquet"))).touch()
         elif kind == "unknown":
-            path.with_suffix(rng.choice((".bz2", ".tmp", ".md"))).write_text("text")
+            path.with_suffix(rng.choice((".bz2", ".tmp", ".md"))).write_text("text", "utf-8")
         elif kind == "dangling" and rng.random() < 0.3:
             path.with_suffix(".jsonl").symlink_to("nowhere")
             has_dangling = True
         elif kind == "hidden":
-            (path.parent / f".{path.name}.jsonl").write_text('{"text": "hidden"}\n')
+            (path.parent / f".{path.name}.jsonl").write_text('{"text": "hidden"}\n', "utf-8")
         elif kind == "file":
             expected.append(f"text {number}")
             path = path.with_suffix(".jsonl")
-            path.write_text(json.dumps({"text": expected[-1]}) + "\n")
+            path.write_text(json.dumps({"text": expected[-1]}) + "\n", "utf-8")
             files.append(path)
     entrance = Path("entrance")
     entrance.symlink_to("corpus")
@@ -465,13 +468,13 @@ def fuzz_glue(case: Case) -> None:
         write_tsv(task, split, rng)
     file = rng.choice(sorted(Path().rglob("*.tsv")))
     if rng.random() < 0.5:
-        rows = list(csv.reader(io.StringIO(file.read_text()), delimiter="\t", quoting=csv.QUOTE_NONE))
+        rows = list(csv.reader(io.StringIO(file.read_text("utf-8")), delimiter="\t", quoting=csv.QUOTE_NONE))
         rows = mutate(
             rows, rng, [*filter(lambda value: isinstance(value, str), ODD), "-1", "5.1", "nan", "inf", "2", []]
         )
         rows = [row if isinstance(row, list) else [row] for row in rows] if isinstance(rows, list) else []
         lines = ["\t".join(map(str, row)) for row in rows]
-        file.write_text(rng.choice(["\n", "\n", "\r\n", "\r"]).join(lines), errors="surrogatepass")
+        file.write_text(rng.choice(["\n", "\n", "\r\n", "\r"]).join(lines), errors="surrogatepass", encoding="utf-8")
     else:
         case.damage(file)
     splits, _ = load_task(name, ".")
@@ -490,7 +493,7 @@ def write_tsv(task: Task, split: str, rng: random.Random) -> None:
         rows.append([label if column in is_label else make_text(rng, 1) for column in columns])
     file = Path(rng.choice(place.files))
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(map("\t".join, rows)) + "\n")
+    file.write_text("\n".join(map("\t".join, rows)) + "\n", "utf-8")
 
 
 ODD_TENSORS = [torch.zeros(0), torch.ones(3, dtype=torch.int8), torch.full((2, 2), float("nan")), torch.zeros(1, 2**20)]
@@ -501,14 +504,14 @@ def fuzz_checkpoint(case: Case) -> None:
     rng, folder = case.rng, case.folder / "checkpoints"
     shutil.copytree(case.material.run / "checkpoints", folder)
     older, newest = list_checkpoints(folder)
-    saved = json.loads((newest / "state.json").read_text())
+    saved = json.loads((newest / "state.json").read_text("utf-8"))
     whole = contents(newest)
     file = rng.choice(sorted(newest.iterdir()))
     if rng.random() < 0.5 and file.suffix == ".json":
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text("utf-8"))
         for _ in range(rng.choice([1, 1, 2])):
             values = mutate(values, rng)
-        file.write_text(json.dumps(values, default=str, skipkeys=True), errors="surrogatepass")
+        file.write_text(json.dumps(values, default=str, skipkeys=True), errors="surrogatepass", encoding="utf-8")
     elif rng.random() < 0.7 and file.name == "optimizer.pt":
         tensors = torch.load(file, weights_only=True)
         torch.save(mutate(tensors, rng, [*ODD[:-1], *ODD_TENSORS]), file)
@@ -520,9 +523,9 @@ def fuzz_checkpoint(case: Case) -> None:
         case.damage(file)
     is_changed, fits = contents(newest) != whole, rng.random() < 0.6
     if fits and file.is_file() and file.name != MANIFEST:
-        manifest = json.loads((newest / MANIFEST).read_text())
+        manifest = json.loads((newest / MANIFEST).read_text("utf-8"))
         manifest[file.name] = {"bytes": file.stat().st_size, "sha256": file_checksum(file)}
-        (newest / MANIFEST).write_text(json.dumps(manifest))
+        (newest / MANIFEST).write_text(json.dumps(manifest), "utf-8")
     before = contents(folder)
     try:
         path, state, _ = ckpt.open_checkpoint(folder, "latest", saved["identity"], saved["arguments"])
@@ -559,13 +562,17 @@ def fuzz_run(case: Case) -> None:
     if rng.random() < 0.4:
         case.damage(file)
     elif file.suffix == ".yaml":
-        file.write_text(yaml.dump(mutate(yaml.safe_load(file.read_text()), rng)), errors="surrogatepass")
+        file.write_text(
+            yaml.dump(mutate(yaml.safe_load(file.read_text("utf-8")), rng)), errors="surrogatepass", encoding="utf-8"
+        )
     elif file.suffix == ".json":
-        file.write_text(json.dumps(mutate(json.loads(file.read_text()), rng), default=str, skipkeys=True))
+        file.write_text(
+            json.dumps(mutate(json.loads(file.read_text("utf-8")), rng), default=str, skipkeys=True), "utf-8"
+        )
     else:
-        records = mutate([json.loads(line) for line in file.read_text().splitlines()], rng)
+        records = mutate([json.loads(line) for line in file.read_text("utf-8").splitlines()], rng)
         records = records if isinstance(records, list) else [records]
-        file.write_text("".join(json.dumps(record, default=str, skipkeys=True) + "\n" for record in records))
+        file.write_text("".join(json.dumps(record, default=str, skipkeys=True) + "\n" for record in records), "utf-8")
     (run / "hub" / "step-00000004").mkdir(parents=True)
     card = run / "model" / "README.md"
     before = card.read_bytes()

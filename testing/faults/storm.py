@@ -52,8 +52,8 @@ UPLOADS = ("/preupload/", "PUT ", "/commit/", "/tag/")
 KINDS = {"signal": 8, "second start": 1, "takeover": 1, "moved away": 1, "damaged store": 1}  # and how often
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 END_SECONDS = 600  # for which the end of a process is waited for
-# Values that depend on the machine.
-TIMED = {"tokens_per_second", "mfu", "peak_memory", "data_wait_share", "seconds_per_update"}
+# Values that depend on the machine, and a mark of resumes.
+TIMED = {"resumed_from", "tokens_per_second", "mfu", "peak_memory", "data_wait_share", "seconds_per_update"}
 
 
 def build_flags(folder: Path, max_steps: int) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def build_flags(folder: Path, max_steps: int) -> dict[str, Any]:
     texts = [" ".join(rng.choices(words, k=rng.randint(5, 200))).capitalize() + "." for _ in range(300)]
     corpus = folder / "corpus"
     corpus.mkdir()
-    (corpus / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (corpus / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
     (corpus / "empty.jsonl").touch()
     (corpus / "again").symlink_to(corpus)
     (corpus / "same.jsonl").symlink_to("text.jsonl")
@@ -100,7 +100,7 @@ def start(
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), "pretrain.py"]
-    with log.open("w") as err, open("/dev/full", "w") as full:
+    with log.open("w", encoding="utf-8") as err, open("/dev/full", "w", encoding="utf-8") as full:
         process = subprocess.Popen(
             [*command, *(f"--{name}={value}" for name, value in flags.items())],
             cwd=ROOT,
@@ -174,12 +174,13 @@ class Storm:
     def undisturbed(self) -> Path:
         run = self.folder / "undisturbed"
         if start(self.flags | {"output_dir": run}, 1, self.environment, self.log).wait():
-            raise RuntimeError(self.log.read_text())
+            raise RuntimeError(self.log.read_text("utf-8"))
         return run
 
     def start(self, run: Path, log: Path, processes: int | None = None) -> subprocess.Popen:
         """Start or resume a run, with its output in the log or lost."""
         flags = self.flags | {"output_dir": run, "push_to_hub": "true", "hub_model_id": f"ann/{run.name}"}
+        flags |= {"license": "mit"}
         output = self.rng.choices(("log", "full", "closed"), weights=(2, 1, 1))[0]
         return start(flags, processes or self.rng.choice((1, 2)), self.environment, log, output)
 
@@ -206,7 +207,7 @@ class Storm:
                 failed = process.wait(END_SECONDS)
                 self.check_readable(run)
                 if self.done.total() == before and failed:
-                    raise RuntimeError(self.log.read_text())
+                    raise RuntimeError(self.log.read_text("utf-8"))
                 for failure in self.failures[self.shown :]:
                     print(failure, flush=True)
                 self.shown = len(self.failures)
@@ -274,11 +275,11 @@ class Storm:
             time.sleep(self.rng.uniform(0, 2))
             kill(members, signal.SIGCONT)
             self.await_end(process, members, "a takeover")
-            if "is now in use by" not in (text := self.log.read_text()) and process.returncode:
+            if "is now in use by" not in (text := self.log.read_text("utf-8")) and process.returncode:
                 self.failures.append(f"taken over, and ended with: {text[-1000:]}")
         # The second start is refused, or goes on once the first has ended.
         second.wait(END_SECONDS)
-        text = log.read_text()
+        text = log.read_text("utf-8")
         if second.returncode and "is in use by process" not in text:
             self.failures.append(f"a second start ended with: {text[-1000:]}")
         self.record("takeover" if takes_over else "second start", "all ranks", "training")
@@ -308,8 +309,8 @@ class Storm:
         process = self.start(run, self.log)
         failed = process.wait(END_SECONDS)
         file.write_bytes(whole)
-        if not failed or str(file) not in self.log.read_text():
-            self.failures.append(f"{file} was damaged at byte {at}: {self.log.read_text()[-1000:]}")
+        if not failed or str(file) not in self.log.read_text("utf-8"):
+            self.failures.append(f"{file} was damaged at byte {at}: {self.log.read_text('utf-8')[-1000:]}")
         self.record("damaged store", file.suffix, "starting")
 
     def await_end(self, process: subprocess.Popen, members: list[psutil.Process], what: str) -> None:
@@ -348,17 +349,17 @@ class Storm:
         if list((run / "checkpoints").glob(".step-*")):
             return "saving"
         with suppress(OSError, ValueError, IndexError):
-            line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+            line = json.loads((run / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
             if "loss" in line and not line["step"] % EVAL_STEPS:
                 return "evaluating"
         return "pushing" if last and any(part in last[0] for part in UPLOADS[:3]) else "training"
 
     def check_saved(self, run: Path, state: str, reason: str, target: str) -> None:
         """Check that a run that was asked to stop, or whose worker is gone, has saved its last update."""
-        status, log = json.loads((run / "status.json").read_text()), self.log.read_text()
+        status, log = json.loads((run / "status.json").read_text("utf-8")), self.log.read_text("utf-8")
         if status["state"] == "complete" or status["step"] == self.flags["max_steps"]:
             return
-        is_saved = checkpoint_path(run / "checkpoints", status["step"]).is_dir()
+        is_saved = not status["step"] or checkpoint_path(run / "checkpoints", status["step"]).is_dir()
         if status["state"] != state or reason not in str(status["reason"]) or not is_saved:
             self.failures.append(f"{self.last}: {status}")
         elif 'pretrain.py", line' in log:  # of a traceback; torchrun has one of its own for a rank that fails
@@ -368,17 +369,17 @@ class Storm:
         """Check that everything the run has left can be read, and that its start found nothing damaged."""
         try:
             if (run / "status.json").exists():
-                json.loads((run / "status.json").read_text())
+                json.loads((run / "status.json").read_text("utf-8"))
                 read_config(run)
             read_records(run / "metrics.jsonl")
             _, warnings = find_checkpoint(run / "checkpoints", "latest")
         except Exception as error:  # any error is a finding
             warnings = [f"{type(error).__name__}: {error}"]
-        self.failures += warnings + [line for line in self.log.read_text().splitlines() if "is damaged" in line]
+        self.failures += warnings + [line for line in self.log.read_text("utf-8").splitlines() if "is damaged" in line]
 
     def is_complete(self, run: Path) -> bool:
         status = run / "status.json"
-        return status.exists() and json.loads(status.read_text())["state"] == "complete"
+        return status.exists() and json.loads(status.read_text("utf-8"))["state"] == "complete"
 
     def compare(self, whole: Path, run: Path) -> None:
         lines, others = (read_records(path / "metrics.jsonl") for path in (whole, run))

@@ -1,10 +1,13 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
+import sentencex
 import yaml
 
 from recipe.arguments import (
+    CorpusArguments,
     GlueArguments,
     PretrainArguments,
     TokenizerArguments,
@@ -13,6 +16,7 @@ from recipe.arguments import (
     recorded_values,
 )
 from recipe.arguments.checks import divisors
+from recipe.arguments.languages import WITH_RULES, describe_rules
 from recipe.base.errors import UserError
 from recipe.base.files import read_yaml, to_yaml
 from testing.helpers import ROOT
@@ -48,6 +52,43 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(config_file):
     assert [corpus.name for corpus in args.corpora] == ["a", "b"]
 
 
+def test_list_of_a_flag_takes_nothing_from_that_of_a_file(config_file):
+    corpora = [{"name": "x", "path": "x", "config_name": "20231101.en", "weight": 2.0}]
+    args = parse("--config", config_file(corpora=corpora), "--corpora", '[{"name": "y", "path": "y"}]')
+    assert args.corpora == [CorpusArguments(name="y", path="y")]
+    args = parse("--config", config_file(corpora=corpora), '--corpora=[{"name": "y", "path": "y"}]', "--seed", 1)
+    assert args.corpora == [CorpusArguments(name="y", path="y")]
+
+
+RULES = f"; sentencex has rules for {', '.join(WITH_RULES)}, and finds sentences in others too"
+
+
+@pytest.mark.parametrize(
+    ("language", "hint"),
+    [
+        ("german", "; did you mean `de`?"),
+        ("Japanese", "; did you mean `ja`?"),
+        ("chines", "; did you mean `zh`?"),
+        ("de_AT", "; did you mean `de`?"),
+        ("EN", "; did you mean `en`?"),
+        ("xx", RULES),
+        ("", RULES),
+    ],
+)
+def test_language_is_a_code(config_file, language: str, hint: str):
+    with pytest.raises(UserError) as caught:
+        parse("--config", config_file(), f"--language={language}")
+    assert str(caught.value) == f"`language` is {language!r}, which is no code of ISO 639-1 such as en, de or zh{hint}"
+
+
+def test_language_without_rules_is_told_and_rules_are_those_of_the_library():
+    assert not describe_rules("de")
+    assert describe_rules("sv").startswith("sentencex has no rules of its own for `language` sv and takes those of")
+    abbreviated = "Er kam ggf. Anna war da. Am 3. Mai."
+    assert sentencex.segment("de", abbreviated) != sentencex.segment("en", abbreviated)
+    assert sentencex.segment("sv", abbreviated) == sentencex.segment("en", abbreviated)
+
+
 @pytest.fixture
 def overlay(tmp_path: Path):
     """A function that writes a second YAML file, from text, and returns its path."""
@@ -63,12 +104,12 @@ def overlay(tmp_path: Path):
 def test_overlay_replaces_single_fields_single_keys_of_the_model_and_whole_lists(config_file, overlay):
     base = config_file(model_config={"num_hidden_layers": 3, "layer_norm_eps": 1e-5})
     first = overlay("model_config: {num_hidden_layers: 6, hidden_size: 64}\nseed: 1\n", "first.yaml")
-    second = overlay("corpora: [{name: c, path: c.jsonl}]\nseed: 2\nlanguage: '1e3'\n")
+    second = overlay("corpora: [{name: c, path: c.jsonl}]\nseed: 2\nlicense: '1e3'\n")
     args = parse("--config", base, "--config", first, "--config", second)
     assert args.model_config == {"num_hidden_layers": 6, "layer_norm_eps": 1e-5, "hidden_size": 64}
     assert [corpus.name for corpus in args.corpora] == ["c"]
     assert (args.seed, args.learning_rate, args.output_dir) == (2, 0.0006, "runs/x")
-    assert args.language == "1e3"  # quoted in the file: a text, not a number
+    assert args.license == "1e3"  # quoted in the file: a text, not a number
 
 
 def test_flag_wins_over_every_file_wherever_it_stands(config_file, overlay):
@@ -83,11 +124,11 @@ def test_flag_wins_over_every_file_wherever_it_stands(config_file, overlay):
     ("text", "expected"),
     [
         ("lerning_rate: 1", "there is no field `lerning_rate` (in {overlay}); did you mean `learning_rate`?"),
-        ("learning_rate: fast", "`learning_rate` (in {overlay}): Expected a float"),
+        ("learning_rate: fast", "`learning_rate` (in {overlay}) is fast; it takes float, more than 0"),
         ("corpora: [{name: a, pth: b}]", "there is no field `pth` in `corpora` (in {overlay}); did you mean `path`?"),
         ("corpora+: [{name: a, path: b}]", "there is no field `corpora+` (in {overlay}); did you mean `corpora`?"),
         ("model_config.hidden_size: 3", "there is no field `model_config.hidden_size` (in {overlay})"),
-        ("model_config: [3]", "`model_config` (in {overlay}): Expected a dict"),
+        ("model_config: [3]", "`model_config` (in {overlay}) is [3]; it takes fields and values"),
         ("seed: null\nlanguage: en", "`seed` (in {overlay}) is null"),
         ("config: base.yaml", "there is no field `config` (in {overlay})"),
         ("3: 1", "there is no field `3` (in {overlay})"),
@@ -111,7 +152,7 @@ def test_value_of_the_first_file_is_named_with_the_first_file(config_file, overl
     base = config_file(learning_rate="fast")
     with pytest.raises(UserError) as caught:
         parse("--config", base, "--config", overlay("seed: 1"))
-    assert f"`learning_rate` (in {base}): Expected a float" in str(caught.value)
+    assert f"`learning_rate` (in {base}) is fast" in str(caught.value)
 
 
 def test_file_without_effect_is_refused(config_file, overlay):
@@ -144,6 +185,17 @@ def test_switch_may_stand_alone(config_file):
         ({}, ["--max_steps=1.5"], ["max_steps", "1.5", "on the command line"]),
         ({"sentence_splitter": "period"}, [], ["sentence_splitter", "period", "sentencex", "config.yaml"]),
         ({}, ["--sentence_splitter=period"], ["sentence_splitter", "period", "on the command line"]),
+        ({}, ["--packing=full_sentence"], ["it takes full_sentences | doc_sent", "did you mean `full_sentences`?"]),
+        ({}, ["--max_train_hours=x"], ["`max_train_hours` (on the command line) is x; it takes null or float, more t"]),
+        ({}, ["--eval_corpora=[{name: a}]"], ["path must be given in `eval_corpora` (on the command line)"]),
+        (
+            {"corpora": [{"name": "a", "path": "b", "weight": "x"}]},
+            [],
+            ["`weight` in `corpora` (in ", "config.yaml) is x; it takes null or float, more than 0"],
+        ),
+        ({"corpora": [{"name": "a", "path": 3}]}, [], ["`path` in `corpora`", "is 3; it takes str"]),
+        ({}, ["--seed"], ["--seed has no value after it"]),
+        ({}, ["stray"], ["stray: an option is written --name value"]),
         ({"corpora": []}, [], ["corpora", "at least one"]),
         ({"corpora": ["a.jsonl"]}, [], ["write {name: ..., path: a.jsonl}"]),
         ({}, ["--corpora=[a.jsonl]"], ["write {name: ..., path: a.jsonl}"]),
@@ -193,10 +245,17 @@ def test_bad_input_is_named(config_file, changes, arguments, expected):
 def test_missing_field_and_file_are_named(tmp_path):
     with pytest.raises(UserError, match="output_dir"):
         parse("--tokenizer_name=x")
-    with pytest.raises(UserError, match="--config: expected one argument"):
+    with pytest.raises(UserError, match="--config has no value after it"):
         parse("--config")
     with pytest.raises(UserError, match=r"no\.yaml: there is no such file"):
         parse("--config", tmp_path / "no.yaml")
+
+
+def test_nearest_file_is_named_beside_it_or_of_those_shipped(tmp_path):
+    (tmp_path / "experiment.yaml").write_text("seed: 1")
+    for file, meant in (("experimnt.yaml", tmp_path / "experiment"), ("robert-base.yml", "pretrain/roberta-base")):
+        with pytest.raises(UserError, match=rf"there is no such file; did you mean `.*{meant}\.yaml`\?"):
+            parse("--config", tmp_path / file)
 
 
 def test_broken_yaml_names_file_and_line(tmp_path):
@@ -268,6 +327,7 @@ def test_identity_holds_the_experiment_and_nothing_else(config_file):
     assert identity_of(args)["corpora"][0] == dataclasses.asdict(args.corpora[0])
     assert identity_of(GlueArguments(output_dir="x", model_name_or_path="m")) == {
         "model_name_or_path": "m",
+        "tokenizer_name": None,
         "glue_dir": None,
         "max_seq_length": 512,
         "num_train_epochs": 10,
@@ -313,3 +373,19 @@ def test_shipped_config_is_complete_and_opens_with_its_command(path: Path):
     if cls is PretrainArguments:
         assert "Batch:" in head
         assert "Expected held-out loss:" in head
+
+
+@pytest.mark.parametrize("cls", [PretrainArguments, GlueArguments, TokenizerArguments])
+def test_help_has_every_option_in_a_group_and_no_names_of_python(cls, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_config(cls, "What it is for.\n\n  a command", ["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    titles = [line.removesuffix(":") for line in text.splitlines() if re.fullmatch(r"\w[\w ,]*:", line)]
+    assert titles == list(cls.GROUPS.values())
+    assert set(cls.GROUPS) <= {option.name for option in dataclasses.fields(cls)}
+    for option in dataclasses.fields(cls):
+        assert f"\n  --{option.name}  (" in text
+    for word in ("Annotated", "Optional", "Literal", "None", "Union", "CorpusArguments"):
+        assert word not in text
+    assert max(map(len, text.splitlines())) <= 100

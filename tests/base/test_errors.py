@@ -1,3 +1,4 @@
+import os
 import pickle
 import subprocess
 import sys
@@ -22,6 +23,22 @@ def test_error_that_says_what_to_do_is_its_message_and_status_2(error, capsys):
     sys.stderr.flush()
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: lower --learning_rate\n"
+
+
+def test_what_all_ranks_refuse_is_said_by_the_first():
+    """The launcher ends the others as soon as one has failed; one that fails alone says so all the same."""
+    code = "import recipe.base.errors as e\ndef main(): raise e.UserError('x')\ne.run_script(main)"
+    start = {"cwd": ROOT, "stderr": subprocess.PIPE, "text": True}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"LOCAL_RANK": rank}, **start)
+        for rank in ("0", "1")
+    ]
+    assert ranks[0].communicate()[1] == "error: x\n"
+    ranks[1].terminate()
+    assert ranks[1].communicate()[1] == ""
+    code = code.replace("as e\n", "as e; e.FIRST_RANK_SECONDS = 0\n")
+    alone = subprocess.run([sys.executable, "-c", code], env=os.environ | {"LOCAL_RANK": "1"}, **start)
+    assert alone.stderr == "error: x\n"
 
 
 def chained() -> Exception:

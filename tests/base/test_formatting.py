@@ -1,6 +1,6 @@
 import pytest
 
-from recipe.base.formatting import format_bytes, format_count, format_duration, number
+from recipe.base.formatting import count_of, format_bytes, format_count, format_duration, number
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,8 @@ from recipe.base.formatting import format_bytes, format_count, format_duration, 
 )
 def test_numbers_are_short_and_have_a_unit(formatted: str, expected: str):
     assert formatted == expected
+
+
+def test_one_is_no_plural():
+    assert [count_of(n, "file") for n in (0, 1, 2000)] == ["0 files", "1 file", "2,000 files"]
+    assert [count_of(n, "process", "processes") for n in (1, 2)] == ["1 process", "2 processes"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from testing.helpers import ROOT
+from testing.helpers import PYTHONPATH, ROOT, write_jsonl
 from tests.test_pretrain import start
 
 PRINTS = """
@@ -84,3 +84,26 @@ def test_vocabulary_is_not_lost_to_a_full_disk_behind_stdout(tmp_path: Path, kin
     with open("/dev/full", "w") as full:
         assert subprocess.run(command, cwd=ROOT, stdout=full, stdin=subprocess.DEVNULL).returncode == 0
     assert (tmp_path / "tokenizer" / "tokenizer.json").is_file()
+
+
+LOCALES = {"posix": {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, "utf-8": {"LC_ALL": "C.UTF-8"}}
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_scripts_read_write_and_print_utf_8_whatever_the_locale(tmp_path: Path, locale: str):
+    """Names of files too, which the libraries would otherwise not find."""
+    (tmp_path / "mémoires").mkdir()
+    write_jsonl(tmp_path / "mémoires" / "тексты.jsonl", ["Слово за слово. 語料。"] * 9)
+    config = tmp_path / "конфиг.yaml"
+    config.write_text("corpora: [{name: книги, path: mémoires/тексты.jsonl}]\noutput_dir: 出力\n", "utf-8")
+    options = ["--config", "конфиг.yaml", "--vocab_size", "300", "--min_frequency", "1"]
+    result = subprocess.run(
+        [sys.executable, ROOT / "train_tokenizer.py", *options],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": PYTHONPATH} | LOCALES[locale],
+        capture_output=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "MB of книги" in result.stdout.decode()
+    assert "語" not in result.stderr.decode()
+    assert json.loads((tmp_path / "出力" / "tokenizer.json").read_text("utf-8"))

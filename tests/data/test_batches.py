@@ -284,7 +284,7 @@ def test_too_small_and_too_eager_are_named(make_data, tmp_path: Path):
         UserError, match=r"'small' has \d+ tokens, too few for a single block of `max_seq_length` \(32\)"
     ):
         make_data(corpora=[CorpusArguments(name="small", path=str(small))])
-    with pytest.raises(UserError, match=r"`eval_blocks` \(100000\) takes 100000 blocks of corpus 'sample'"):
+    with pytest.raises(UserError, match=r"`eval_blocks` \(100000\) takes 100,000 blocks of corpus 'sample'"):
         make_data(eval_blocks=100_000)
 
 

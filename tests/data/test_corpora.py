@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recipe.arguments import CorpusArguments
-from recipe.arguments.corpus import local_files
+from recipe.arguments.corpus_files import local_files
 from recipe.base.errors import UserError
 from recipe.data.corpora import (
     LocalSource,
@@ -77,12 +77,22 @@ def test_formats_folders_and_globs(tmp_path: Path):
     assert read(tmp_path / "a.jsonl") == everything[:2]
 
 
+TEXT_TYPES = [
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.dictionary(pa.int8(), pa.string()),
+    pa.dictionary(pa.uint32(), pa.large_string()),
+]
+
+
 @pytest.mark.parametrize("name", ["a.arrow", "stream.arrow", "a.parquet"])
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+@pytest.mark.parametrize("kind", TEXT_TYPES, ids=str)
 def test_no_flipped_bit_of_a_table_sends_the_reader_astray(tmp_path: Path, name: str, kind: pa.DataType):
     """Arrow's files have no checksums, and a position in one that is wrong may lie outside of it. (`corpus_bytes` is
     left out: pyarrow ends the process where a Parquet column's size statistics are wrong, which nothing can catch.)"""
-    texts = pa.array(["some words é", "", None, "more and more words of text " * 3], kind)
+    texts = pa.array(["some words é", "", None, "more and more words of text " * 3])
+    texts = (texts.dictionary_encode() if pa.types.is_dictionary(kind) else texts).cast(kind)
     path = write_table(tmp_path / name, texts)
     whole = path.read_bytes()
     refused = 0
@@ -100,17 +110,64 @@ def test_linked_files_are_what_their_names_say(tmp_path: Path):
     (tmp_path / "blobs").mkdir()
     write_jsonl(tmp_path / "blobs" / "0a1b2c", ["one", "two"])
     (tmp_path / "data" / "linked").mkdir(parents=True)
-    (tmp_path / "data" / "train.jsonl").symlink_to(tmp_path / "blobs" / "0a1b2c")
+    (tmp_path / "data" / "shard.jsonl").symlink_to(tmp_path / "blobs" / "0a1b2c")
     (tmp_path / "more").mkdir()
     write_jsonl(tmp_path / "more" / "b.jsonl", ["three"])
     (tmp_path / "data" / "sub").symlink_to(tmp_path / "more")
-    assert read(tmp_path / "data") == ["three", "one", "two"]
+    assert read(tmp_path / "data") == ["one", "two", "three"]
     assert len(read(tmp_path / "data" / "**" / "**" / "*.jsonl")) == 3
 
 
-def test_folder_of_save_to_disk_is_read_without_its_descriptions(tmp_path: Path):
-    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(tmp_path / "saved")
-    assert read(tmp_path / "saved") == ["one", "two"]
+def test_folder_of_save_to_disk_is_read_without_its_descriptions_and_caches(tmp_path: Path):
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_dict({"text": ["one", "two"]}).save_to_disk(saved)
+    before = set(saved.iterdir())
+    datasets.load_from_disk(saved).map(lambda row: {"text": row["text"] + "!"}, load_from_cache_file=False)
+    assert any("cache-" in path.name for path in set(saved.iterdir()) - before), "the copy lies beside the data"
+    assert read(saved) == ["one", "two"]
+    assert read(saved / "*.arrow") == ["one", "two"]
+
+
+def test_split_of_a_dataset_dict_is_read_whatever_its_name(tmp_path: Path):
+    splits = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test", "unlabelled")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "dict")
+    for name in splits:
+        assert read(tmp_path / "dict", split=name) == [name]
+    with pytest.raises(UserError, match=r"has the splits test, train, unlabelled by .*, not dev \(`split`\)"):
+        read(tmp_path / "dict", split="dev")
+
+
+LAYOUTS = {
+    "numbered": [
+        "data/train-00000-of-00002.jsonl",
+        "data/train-00001-of-00002.jsonl",
+        "data/extra-00000-of-00001.jsonl",
+    ],
+    "folders": ["train/a.jsonl", "training-2/b.jsonl", "x/dev/c.jsonl", "y/my test/d.jsonl", "notes.jsonl"],
+    "files": ["train.jsonl", "b-train-1.jsonl", "val_0.jsonl", "eval.jsonl", "latest.jsonl"],
+    "folders before files": ["train/test.jsonl", "valid/train.jsonl", "train.jsonl"],
+    "both": ["train-test.jsonl", "train.jsonl"],
+    "words in words": ["trains.jsonl", "pretrain.jsonl", "contest.jsonl", "devil/x.jsonl"],
+    "only one": ["test/a.jsonl", "test/b.jsonl"],
+}
+
+
+@pytest.mark.parametrize("names", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("split", ["train", "validation", "test", "extra"])
+def test_folder_has_the_splits_that_load_dataset_finds(tmp_path: Path, names: list[str], split: str):
+    for name in names:
+        (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / "here" / name, [name])
+    try:
+        cache = str(tmp_path / "cache")
+        expected = datasets.load_dataset(str(tmp_path / "here"), split=split, streaming=True, cache_dir=cache)
+    except ValueError as error:
+        assert "Bad split" in str(error)  # noqa: PT017
+        with pytest.raises(UserError, match=r"not .* \(`split`\); the pattern .*\*\* takes|is no folder with"):
+            read(tmp_path / "here", split=split)
+    else:
+        assert sorted(read(tmp_path / "here", split=split)) == sorted(row["text"] for row in expected)
+    assert sorted(read(tmp_path / "here" / "**")) == sorted(names), "a pattern takes all"
 
 
 def test_shards_of_small_files_are_not_too_many(tmp_path: Path, monkeypatch):
@@ -126,6 +183,58 @@ def test_paragraphs_of_a_text_file(tmp_path: Path):
     (tmp_path / "a.txt").write_text("\n\none\nline\n\n \ntwo\n")
     assert [text.strip() for text in read(tmp_path, sample_by="paragraph")] == ["one\nline", "two"]
     assert len(read(tmp_path)) == 1
+
+
+ENDS = {"unix": "\n", "windows": "\r\n", "old mac": "\r"}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
+def test_line_ends_of_a_text_are_line_feeds(tmp_path: Path, name: str, end: str):
+    lines = ["\ufeffone", "é two", "", "", "three\tand so on\x0b\x0c\x85\u2028", "four"]
+    data = end.join(lines).encode()
+    (tmp_path / name).write_bytes(data) if name == "a.txt" else compress(tmp_path / name, data)
+    lines[0] = "one"
+    assert read(tmp_path) == ["\n".join(lines)]
+    assert read(tmp_path, sample_by="paragraph") == ["one\né two\n", "\n".join(lines[4:])]
+    assert read(tmp_path, sample_by="line") == [line for line in lines if line]
+
+
+def test_last_line_needs_no_end(tmp_path: Path):
+    for content in ("one\r\ntwo", "one\r\ntwo\r\n"):
+        (tmp_path / "a.txt").write_bytes(content.encode())
+        assert read(tmp_path, sample_by="line") == ["one", "two"]
+
+
+def test_json_lines_may_end_in_carriage_returns(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\r\n')
+    assert read(tmp_path) == ["one", "two"]
+
+
+@pytest.mark.parametrize("kind", TEXT_TYPES, ids=str)
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a-stream.arrow"])
+def test_text_of_any_type_is_read_and_nulls_are_empty(tmp_path: Path, name: str, kind: pa.DataType):
+    values = ["one", None, "two é", "one"]
+    encoded = pa.array(values).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(values)
+    write_table(tmp_path / name, encoded.cast(kind))
+    write_table(tmp_path / f"b{Path(name).suffix}", pa.nulls(3))
+    assert read(tmp_path) == ["one", "two é", "one"]
+    source = open_source(corpus(tmp_path))
+    assert [number for number, _ in source.read(0, 2)] == list(range(2, 7)), "nulls are numbered"
+    check_corpus(corpus(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_column_that_is_there_twice_is_named(tmp_path: Path, name: str):
+    write_table(tmp_path / name, ["x"])
+    table = pa.table([pa.array(["x"]), pa.array(["y"])], names=["text", "text"])
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_file(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(UserError, match=rf"{name} has 2 columns 'text'; rename all but one, or set `text_column`"):
+        read(tmp_path)
 
 
 def test_other_text_column(tmp_path: Path):
@@ -250,7 +359,7 @@ def test_damaged_later_member_is_named(tmp_path: Path, name: str, harm: str):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.txt.gz", "a.parquet", "a.arrow"])
 def test_giant_record_is_named_and_not_unpacked(tmp_path: Path, name: str, monkeypatch):
-    monkeypatch.setattr("recipe.data.corpora.MAX_RECORD_BYTES", 100_000)
+    monkeypatch.setattr("recipe.data.readers.MAX_RECORD_BYTES", 100_000)
     path, giant = tmp_path / name, "x" * 90_000_000
     if name.endswith((".parquet", ".arrow")):
         write_table(path, ["small", giant], rows=1)
@@ -276,7 +385,7 @@ def test_lack_of_memory_is_told_with_the_file(tmp_path: Path, monkeypatch):
     def fail(*_: object, **__: object) -> str:
         raise MemoryError
 
-    monkeypatch.setattr("recipe.data.corpora.parse_line", fail)
+    monkeypatch.setattr("recipe.data.readers.parse_line", fail)
     with pytest.raises(UserError, match=r"a\.jsonl, line 1 or 2 has more than 1 GB, or than fits into memory"):
         read(write_jsonl(tmp_path / "a.jsonl", ["one"]))
 

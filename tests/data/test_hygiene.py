@@ -103,3 +103,13 @@ def test_copies_are_all_but_the_first():
     checksums = np.array([text_checksum(text) for text in "abacabd"], np.uint64)
     assert find_copies(checksums).tolist() == [False, False, True, False, True, True, False]
     assert find_copies(np.array([], np.uint64)).tolist() == []
+
+
+def test_a_malformed_document_is_said_once_and_by_one_process(capsys, monkeypatch):
+    for rank, expected in (("1", 0), ("0", 1)):
+        monkeypatch.setattr("recipe.data.hygiene.PRINTED", set())
+        for _ in range(3):  # as when a corpus is checked, held out of, and read
+            documents = DocumentFilter("c", 10, Decontaminator([]), is_quiet=rank != "0")
+            assert not documents.accepts(UserError("a.jsonl, line 2 is not a JSON object"))
+            assert documents.counts["unreadable"] == 1
+        assert capsys.readouterr().out.count("passed over a malformed document: a.jsonl, line 2") == expected

@@ -1,4 +1,6 @@
+import json
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -8,6 +10,7 @@ import torch
 from transformers import DataCollatorForLanguageModeling
 
 from recipe.data.masking import ROW, DynamicMaskingCollator
+from recipe.data.tokenizer import load_tokenizer
 
 LENGTH = 128
 
@@ -180,3 +183,21 @@ def test_other_replacement_shares_are_kept_to(tokenizer):
     examples = make_examples(tokenizer, 500)
     batch = collator(examples)
     assert (batch["input_ids"][batch["labels"] != -100] == tokenizer.mask_token_id).all()
+
+
+def test_own_special_tokens_are_masked_and_drawn_and_ids_of_no_token_are_not(tokenizer_dir, tmp_path):
+    shutil.copytree(tokenizer_dir, tmp_path, dirs_exist_ok=True)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state["model"]["vocab"] |= {"<mask>": 500, "<url>": 501}
+    state["added_tokens"].append(state["added_tokens"][-1] | {"id": 501, "content": "<url>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    loaded = load_tokenizer(str(tmp_path))
+    assert (loaded.mask_token_id, loaded.convert_tokens_to_ids("<url>"), len(loaded)) == (500, 501, 401)
+    collator = DynamicMaskingCollator(loaded, max_seq_length=LENGTH, mask_replace_prob=0.0, random_replace_prob=1.0)
+    examples = make_examples(loaded, 2000)
+    for example in examples:
+        example["input_ids"][5:60] = 501
+    batch = collator(examples)
+    assert (batch["labels"] == 501).sum() > 10_000
+    drawn = set(batch["input_ids"][batch["labels"] != -100].tolist())
+    assert drawn == set(loaded.get_vocab().values()) - {0, 1, 2, 3, 500}

@@ -3,9 +3,11 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,13 @@ import pyarrow as pa
 import pytest
 
 from recipe.arguments import CorpusArguments
-from recipe.arguments.corpus import local_files
+from recipe.arguments.corpus_files import local_files
 from recipe.base.errors import UserError
 from recipe.data import token_store
 from recipe.data.corpora import LocalSource
 from recipe.data.encoders import RunEncoder
 from recipe.data.hygiene import Decontaminator, find_copies
+from recipe.data.integrity import read_json
 from recipe.data.packed_corpus import PackedCorpus
 from recipe.data.packing import BlockFormat
 from recipe.data.token_store import TokenStore, check_space
@@ -263,7 +266,7 @@ def test_store_of_a_hub_data_set_stays_with_the_commit_that_it_was_begun_with(tm
 
     def open_hub(asked):
         opened.append(asked.revision)
-        return Hub(asked, local_files(asked))
+        return Hub(asked, local_files(replace(asked, revision=None)))
 
     monkeypatch.setattr(token_store, "open_source", open_hub)
     store = build(corpus, encoder, tmp_path)
@@ -331,3 +334,21 @@ def test_torn_file_of_a_store_is_named(corpus, encoder, tmp_path: Path, name):
     torn.write_bytes(torn.read_bytes()[:-20])
     with pytest.raises(UserError, match=f"{name} is damaged"):
         PackedCorpus(store, FULL).build(0)
+
+
+def test_preparation_tells_a_log_file_how_far_all_processes_have_come(corpus, encoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(token_store, "LOOK_SECONDS", 0)
+    monkeypatch.setattr(token_store, "LOG_SECONDS", 0)
+    store = build(corpus, encoder, tmp_path)
+    printed = capsys.readouterr().out.splitlines()
+    pattern = r"tokenising a/b c: [\d.]+ .?B of about [\d.]+ KB, [\d.]+ .?B a second, \d+:\d\d:\d\d left"
+    assert re.fullmatch(pattern, printed[0])
+    made = rf"tokenised a/b c: [\d.]+ KB of text in 0:00:\d\d, .* a second; the token store is {store.path}"
+    assert re.fullmatch(made, printed[-1])
+    size = sum(read_json(store.path / f"shard-{n:05d}.json")["text_bytes"] for n in range(store.num_shards))
+    done = read_json(store.path / "shard-00001.json")["text_bytes"]
+    store.arrow(1).with_suffix(".json").unlink()
+    preparation = token_store.Preparation(store, True)
+    assert preparation.initial == preparation.count() == size - done, "what was there before is no progress"
+    preparation.update(1, done)
+    assert preparation.count() == size

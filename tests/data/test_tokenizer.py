@@ -5,13 +5,14 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
     AlbertTokenizer,
     AutoTokenizer,
@@ -22,10 +23,12 @@ from transformers import (
 
 from recipe.base.errors import UserError
 from recipe.data.tokenizer import (
+    PIECE_CHARACTERS,
     DocumentEncoder,
-    check_common_words,
     check_saved_tokenizer,
+    find_ends,
     load_tokenizer,
+    role_ids,
     save_tokenizer,
     split_text,
     train_byte_level_bpe,
@@ -84,12 +87,6 @@ def test_check_after_saving_sees_a_different_tokenizer(texts, tokenizer_dir: Pat
         check_saved_tokenizer(other, tokenizer_dir, texts[:20], add_prefix_space=False)
 
 
-def test_lost_common_word_is_noticed(tokenizer: PreTrainedTokenizerFast):
-    check_common_words(tokenizer.backend_tokenizer, Counter({"the": 1000, "zyzzyva": 10}))
-    with pytest.raises(UserError, match="zyzzyva"):
-        check_common_words(tokenizer.backend_tokenizer, Counter({"zyzzyva": 1000}))
-
-
 def test_vocabulary_is_that_of_one_thread_on_several(tmp_path: Path):
     """The library trains with one thread here, by `TOKENIZERS_PARALLELISM` in conftest.py, and with three there."""
     corpora = json.dumps([{"name": "tales", "path": str(SAMPLE / "tales.jsonl.gz")}])
@@ -145,7 +142,7 @@ def test_rows_are_the_documents_own_ids(tokenizer, documents, splitter):
     rows = list(DocumentEncoder(tokenizer, splitter, "en")(documents))
     assert len(rows) == len(documents)
     for (ids, ends), document in zip(rows, documents, strict=True):
-        assert ids.tolist() == tokenizer.backend_tokenizer.encode(document, add_special_tokens=False).ids
+        assert ids.tolist() == tokenizer(document, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert (np.diff(ends) > 0).all()
         assert ends[0] > 0
         assert ends[-1] == len(ids)
@@ -271,13 +268,36 @@ def test_missing_tokenizer_is_named(tmp_path: Path, tokenizer_dir: Path):
         load_tokenizer(str(tmp_path / "nothing"))
 
 
-def test_ids_with_a_gap_are_refused(tmp_path: Path, tokenizer_dir: Path):
-    shutil.copy(tokenizer_dir / "tokenizer_config.json", tmp_path)
-    backend = json.loads((tokenizer_dir / "tokenizer.json").read_text())
-    backend["model"]["vocab"]["e"] = 10**9
-    (tmp_path / "tokenizer.json").write_text(json.dumps(backend))
-    with pytest.raises(UserError, match=r"whose ids go up to 1000000000 with 400 entries"):
-        load_tokenizer(str(tmp_path))
+def renumbered(source: Path, folder: Path, **ids: int) -> Path:
+    """Copy a byte-level tokenizer, with other ids of some tokens and without those whose id is negative."""
+    shutil.copytree(source, folder)
+    state = json.loads((folder / "tokenizer.json").read_text())
+    state["model"]["vocab"] |= ids
+    removed = {token for token, index in state["model"]["vocab"].items() if index < 0}
+    state["model"]["vocab"] = {token: i for token, i in state["model"]["vocab"].items() if token not in removed}
+    state["model"]["merges"] = [m for m in state["model"]["merges"] if not removed & {*m, "".join(m)}]
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    return folder
+
+
+def test_ids_with_gaps_are_those_of_the_vocabulary(tmp_path: Path, tokenizer_dir: Path):
+    ids = {"<mask>": 70_000, "e": 65_600, "Ġthe": -1}
+    loaded = load_tokenizer(str(renumbered(tokenizer_dir, tmp_path / "gaps", **ids)))
+    assert (len(loaded), loaded.mask_token_id) == (399, 70_000)
+    encoder = DocumentEncoder(loaded, "sentencex", "en")
+    [(found, ends)] = encoder(["me. Be"])
+    assert (encoder.num_ids, encoder.dtype, found.max()) == (70_001, np.int32, 65_600)
+    assert ends[-1] == len(found)
+
+
+def test_ids_too_high_or_of_two_tokens_are_refused(tmp_path: Path, tokenizer_dir: Path):
+    high = renumbered(tokenizer_dir, tmp_path / "high", e=10**9)
+    with pytest.raises(UserError, match=r"whose ids go up to 1,000,000,000; renumber them below 16,777,216"):
+        load_tokenizer(str(high))
+    # Without an entry for it in the vocabulary, the library gives `<mask>` the number of the others.
+    pruned = renumbered(tokenizer_dir, tmp_path / "pruned", **{"Ġthe": -1})
+    with pytest.raises(UserError, match=r"and .* have one id, 398: .* write each added token, with its id, into"):
+        load_tokenizer(str(pruned))
 
 
 def test_documents_are_whole_whatever_the_tokenizer_was_used_for_before(tokenizer_dir: Path, texts: list[str]):
@@ -285,5 +305,191 @@ def test_documents_are_whole_whatever_the_tokenizer_was_used_for_before(tokenize
     tokenizer = load_tokenizer(str(tokenizer_dir))
     encoder = DocumentEncoder(tokenizer, "sentencex", "en")
     whole = [ids.tolist() for ids, _ in encoder(texts)]
-    tokenizer(texts[0], truncation=True, max_length=5)
-    assert [ids.tolist() for ids, _ in encoder(texts)] == whole
+    tokenizer(texts[0], truncation=True, padding="max_length", max_length=5)
+    for used in (encoder, DocumentEncoder(tokenizer, "sentencex", "en")):
+        assert [ids.tolist() for ids, _ in used(texts)] == whole
+
+
+def with_added(source: Path, folder: Path, *added: AddedToken | str, special: bool = False) -> PreTrainedTokenizerFast:
+    """Add tokens to a saved tokenizer, save it in another folder, and load it from there."""
+    stock = AutoTokenizer.from_pretrained(source)
+    stock.add_tokens(list(added), special_tokens=special)
+    stock.save_pretrained(folder)
+    return load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert", "albert"])
+@pytest.mark.parametrize("special", [False, True])
+def test_own_special_tokens_keep_their_ids_and_roles_stay_text(tokenizer_dirs, tmp_path: Path, kind, special):
+    """Also Unigram's, whose model finds its own pieces in the text, `[MASK]` and `<pad>` among them."""
+    loaded = with_added(tokenizer_dirs[kind], tmp_path, "<url>", "<user>", "[CITE]", special=special)
+    text = "he <url> was [CITE] and <s> [CLS] <mask> [MASK][SEP] <pad> [UNK]<unk> </s> by <user>. Then <url> she!"
+    encoder = pickle.loads(pickle.dumps(DocumentEncoder(loaded, "sentencex", "en")))
+    [(ids, ends)] = encoder([text])
+    own = loaded.convert_tokens_to_ids(["<url>", "<user>", "[CITE]"])
+    assert [index for index in ids if index in own] == [own[0], own[2], own[1], own[0]]
+    assert not set(ids) & set(role_ids(loaded)) - {loaded.unk_token_id}
+    assert loaded.convert_ids_to_tokens(ids[ends[0] - 1 : ends[0]]) == ["."]
+    assert loaded(text)["input_ids"] == AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+
+
+PIECES = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "he", "there", *"abdehkmnprstuw<>/"]
+VOCAB = {token: index for index, token in enumerate([*PIECES, *(f"##{piece}" for piece in PIECES[7:])])}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel(VOCAB, unk_token="<unk>"),
+        models.WordPiece(VOCAB, unk_token="<unk>"),
+        models.BPE(VOCAB, [("h", "e")], unk_token="<unk>", ignore_merges=True),
+        models.BPE(VOCAB, [("h", "e")], unk_token="<unk>"),
+        models.Unigram([(token, -1.0) for token in PIECES], unk_id=3),
+    ],
+    ids=["words", "pieces", "bpe-words", "bpe", "unigram"],
+)
+def test_words_of_the_text_that_are_tokens_with_a_role_stay_text(tmp_path: Path, model):
+    """Words are cut at white space alone here, so that the models are asked for the tokens' own names."""
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    roles = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="<mask>", **roles)
+    tokenizer.add_tokens([AddedToken("<url>", special=True)])
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    encoder = pickle.loads(pickle.dumps(DocumentEncoder(loaded, "newline", "en")))
+    [(ids, _)] = encoder(["he <mask> was <s> </s> <pad> <unk> there <url> ☂"])
+    assert not set(ids) & {0, 1, 2, 4}
+    assert encoder.count_unknown(ids)
+    assert ids[0] == VOCAB["he"]
+    assert ids[-2:].tolist() == [loaded.convert_tokens_to_ids("<url>"), 3]
+
+
+ADDED = [
+    AddedToken("糖尿病", normalized=True),
+    AddedToken("Übelkeit", lstrip=True, rstrip=True),
+    AddedToken("µmol", rstrip=True),
+    AddedToken("|", lstrip=True),
+    AddedToken("naïve", single_word=True),
+]
+MEDICAL = "Er hat 糖尿病 and  Übelkeit . It was 8 µmol  in | blood, naïve. 糖尿病. Then she — née — went 😀! 😀 Was |? "
+
+
+@pytest.mark.parametrize("kind", ["bytes", "prefix", "bytes without some", "lower", "bert", "albert"])
+@pytest.mark.parametrize("joins_sentences", [False, True])
+def test_sentence_ends_with_added_tokens(tokenizer_dirs, tmp_path: Path, kind: str, joins_sentences: bool):
+    """Also of byte-level tokenizers with `add_prefix_space`, without all bytes, and with a normalizer."""
+    source = Path(shutil.copytree(tokenizer_dirs.get(kind, tokenizer_dirs["roberta"]), tmp_path / "source"))
+    state = json.loads((source / "tokenizer.json").read_text())
+    if kind == "prefix":
+        settings = json.loads((source / "tokenizer_config.json").read_text()) | {"add_prefix_space": True}
+        (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    if kind == "bytes without some":
+        for character in "ÃĠ":
+            state["model"]["vocab"][f"missing {character}"] = state["model"]["vocab"].pop(character)
+        merges = [merge for merge in state["model"]["merges"] if not set("ÃĠ") & set("".join(merge))]
+        state["model"] |= {"unk_token": "<unk>", "merges": merges}
+    if kind == "lower":
+        state["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Lowercase"}, {"type": "NFD"}]}
+    (source / "tokenizer.json").write_text(json.dumps(state))
+    if kind in ("bytes without some", "lower"):
+        settings = json.loads((source / "tokenizer_config.json").read_text())
+        (source / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "TokenizersBackend"}))
+    loaded = with_added(source, tmp_path / "added", *ADDED)
+    documents = [
+        MEDICAL * 3,
+        "It was. 糖尿病 it. Was it?",
+        "糖尿病. 糖尿病. a",
+        "|. Was",
+        " He was. It is.",
+        "Née. née",
+    ]
+    encoder = DocumentEncoder(loaded, "sentencex", "en", joins_sentences)
+    assert encoder.byte_lengths is None or "bytes" in kind or kind == "prefix"
+    rows = list(encoder(documents))
+    for (ids, ends), document in zip(rows, documents, strict=True):
+        text, sentence_ends = encoder.split_sentences(document)
+        offsets = encoder.backend.encode(text, add_special_tokens=False).offsets
+        reached = [max(end for _, end in offsets[:index]) for index in ends]
+        assert len(ids) == len(offsets)
+        # A sentence ends with the first token that reaches its end, and no other begins there.
+        expected = []
+        for sentence_end in sentence_ends:
+            last = next((n for n, (_, end) in enumerate(offsets) if end >= sentence_end), len(offsets) - 1)
+            while last + 1 < len(offsets) and offsets[last + 1][1] <= sentence_end:
+                last += 1
+            expected.append(last + 1)
+        assert ends.tolist() == sorted({*expected, len(ids)}), (document, reached)
+
+
+def test_sentence_never_ends_inside_a_character(texts, tmp_path: Path):
+    """The offsets of the tokens of one character are all the same."""
+    trained = train_byte_level_bpe([texts], 300, 2, add_prefix_space=False, max_document_characters=10_000)
+    save_tokenizer(trained, tmp_path, add_prefix_space=False, model_max_length=64)
+    loaded = load_tokenizer(str(tmp_path))
+    encoder = DocumentEncoder(loaded, "sentencex", "zh")
+    by_bytes = rows_of(encoder, ["他来了。她走了！好？", "😀。😀"])
+    encoder.byte_lengths = None
+    assert rows_of(encoder, ["他来了。她走了！好？", "😀。😀"]) == by_bytes
+    [(ids, ends), _] = by_bytes
+    assert loaded.decode(ids[: ends[0]]) == "他来了。"
+
+
+@pytest.mark.parametrize(("language", "text"), [
+    ("zh", "今天天气很好，我们去公园散步。他说：“你好吗？我很好。”是吗？（真的。）但是他不相信我……"),
+    ("ja", "今日は天気がいい。「行きますか？はい。」と言った！（本当。）でも…"),
+    ("en", 'He was (so. to speak) "there. Was he?" Dr. Who went. “No!” It is.\nThen'),
+])  # fmt: skip
+def test_long_lines_have_the_sentence_ends_of_the_whole(tokenizer, language: str, text: str):
+    encoder = DocumentEncoder(tokenizer, "sentencex", language)
+    long = "".join(text.replace("很好", "很" * (n % 50) + "好") for n in range(-(-23_000 // len(text))))
+    assert len(long) > 2 * PIECE_CHARACTERS
+    expected = find_ends(long, sentencex.segment(language, long))
+    assert encoder.sentence_ends(long).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "text", ["字" * 30_000, "字" * 15_000 + "。" + "字" * 15_000 + "。字", " " * 25_000, "。" * 25_000]
+)
+def test_long_lines_without_sentences_come_to_an_end(tokenizer, text: str):
+    ends = DocumentEncoder(tokenizer, "sentencex", "zh").sentence_ends(text)
+    assert (np.diff(ends) > 0).all()
+    assert ends.tolist() == find_ends(text, sentencex.segment("zh", text)).tolist()
+
+
+@pytest.mark.parametrize("files", [["tokenizer.json"], ["vocab.json", "merges.txt"]])
+def test_bare_files_are_the_tokenizer_of_roberta(tokenizer: PreTrainedTokenizerFast, tokenizer_dir, tmp_path, files):
+    for file in files:
+        shutil.copy(tokenizer_dir / file, tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert isinstance(loaded, RobertaTokenizerFast)
+    assert loaded.special_tokens_map == tokenizer.special_tokens_map
+    assert loaded.added_tokens_decoder[399].lstrip
+    assert loaded("He <mask> there", "It is")["input_ids"] == tokenizer("He <mask> there", "It is")["input_ids"]
+
+
+def test_bare_files_of_others_are_named_with_the_way_out(tokenizer_dirs, tmp_path):
+    for kind in ("bert", "albert"):
+        (tmp_path / kind).mkdir()
+        shutil.copy(tokenizer_dirs[kind] / "tokenizer.json", tmp_path / kind)
+    (tmp_path / "gpt2").mkdir()
+    text = (tokenizer_dirs["roberta"] / "tokenizer.json").read_text().replace('"</s>"', '"<|endoftext|>"')
+    (tmp_path / "gpt2" / "tokenizer.json").write_text(text)
+    for kind in ("bert", "albert", "gpt2"):
+        with pytest.raises(
+            UserError, match=r"is no byte-level BPE with <s>, .*, as RoBERTa's .*; load it by its class"
+        ):
+            load_tokenizer(str(tmp_path / kind), "model_name_or_path")
+    (tmp_path / "word").mkdir()
+    shutil.copy(tokenizer_dirs["bert"] / "vocab.txt", tmp_path / "word")  # which does not say what is lower-cased
+    with pytest.raises(UserError, match=r"`model_name_or_path` is .*, and no tokenizer.json is there, nor vocab.json"):
+        load_tokenizer(str(tmp_path / "word"), "model_name_or_path")
+
+
+@pytest.mark.parametrize("name", ["runs/tokenizer", "/nowhere/tokenizer", "a/b/tokenizer"])
+def test_missing_folder_is_refused_without_asking_the_hub(tmp_path: Path, monkeypatch, name: str):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    with pytest.raises(UserError, match=f"`tokenizer_name` is {name}: no tokenizer there: there is no such folder"):
+        load_tokenizer(name)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,9 +18,12 @@ import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from recipe.base.errors import UserError
-from recipe.finetune.finetuning import Finetuner, load_classifier
+from recipe.finetune.classifier import load_classifier
+from recipe.finetune.finetuning import Finetuner
 from recipe.finetune.jobs import Job, Results
+from recipe.finetune.progress import Progress
 from recipe.finetune.tasks.glue import TASKS, Split, Task
+from recipe.run.stopping import STOP_SIGNALS
 from testing.glue_data import sentence, write, write_cola, write_mnli, write_rte, write_stsb
 from testing.helpers import PATIENCE_SECONDS, PYTHONPATH, ROOT, command_line, read_lines
 
@@ -147,8 +151,14 @@ def test_other_settings_do_not_mix_with_earlier_results(run_glue, flags, tmp_pat
 
 def test_failed_job_is_recorded_and_tried_again(run_glue, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     flags |= {"tasks": "[rte]", "learning_rates": "[1e14,3e-3]", "seeds": "[1]"}
-    run_glue(flags)
+    with pytest.raises(
+        UserError, match=r"1 of 2 jobs failed: rte, lr 1e\+14, batch 8, seed 1: .* is nan; .*/results.jsonl"
+    ):
+        run_glue(flags)
     out = tmp_path / "out"
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 2)
+    assert status["reason"].startswith("UserError: 1 of 2 jobs failed")
     records = Results(out).read()
     assert records[Job("rte", "pretrained", 1e14, 8, 1)]["state"] == "failed"
     assert "the training loss of epoch 1 is nan" in records[Job("rte", "pretrained", 1e14, 8, 1)]["reason"]
@@ -166,6 +176,7 @@ def test_failed_job_is_recorded_and_tried_again(run_glue, flags, tmp_path: Path,
     run_glue(flags)
     assert attempts == [1e14]
     assert {record["state"] for record in Results(out).read().values()} == {"done"}
+    assert json.loads((out / "status.json").read_text())["state"] == "complete"
 
 
 def test_out_of_memory_fails_one_job(run_glue, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -177,7 +188,8 @@ def test_out_of_memory_fails_one_job(run_glue, flags, tmp_path: Path, monkeypatc
         return finetune(self, job, *rest)
 
     monkeypatch.setattr("recipe.finetune.grid.Finetuner.run", run)
-    run_glue(flags | {"tasks": "[rte]"})
+    with pytest.raises(UserError, match=r"1 of 2 jobs failed: .* OutOfMemoryError: no room"):
+        run_glue(flags | {"tasks": "[rte]"})
     states = {job.seed: record["state"] for job, record in Results(tmp_path / "out").read().items()}
     assert states == {1: "failed", 2: "done"}
 
@@ -192,7 +204,8 @@ def test_kept_model_is_the_best_and_loads_without_our_code(run_glue, flags, tmp_
     accuracy = sum(answer == row[3] for answer, row in zip(answers, rows, strict=True)) / len(rows)
     best = max(record["metrics"]["accuracy"] for job, record in Results(out).read().items() if job.task == "rte")
     assert accuracy == pytest.approx(best)
-    [answer] = pipeline("text-classification", model=str(out / "models" / "stsb"), device="cpu")(["the of a."])
+    classify = pipeline("text-classification", model=str(out / "models" / "stsb"), device="cpu")
+    [answer] = classify(["the of a. " * 700], truncation=True)
     assert answer["label"] == "similarity / 5"
 
 
@@ -307,6 +320,7 @@ def test_bad_input_is_refused_before_training(run_glue, flags, tmp_path: Path, s
         ({"max_seq_length": 513}, "the model reads 512 tokens"),
         ({"init_from_mnli": "true"}, "`init_from_mnli` needs an MNLI model"),
         ({"learning_rate": "[1e-5]"}, "did you mean `learning_rates`"),
+        ({"resume_from_checkpoint": "checkpoint-500"}, "a checkpoint to start from is given as `model_name_or_path`"),
         ({"output_dir": __file__}, "is a file"),
     ]:
         with pytest.raises(UserError) as caught:
@@ -359,6 +373,64 @@ def test_two_processes_share_jobs_and_a_shared_task_with_the_results_of_one(run_
             assert a == pytest.approx(b, abs=2e-4)
     processes = {job.task: record["processes"] for job, record in Results(tmp_path / "two").read().items()}
     assert processes == {"cola": 2, "rte": 1}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_stop_signal_leaves_a_grid_that_the_same_command_ends(
+    run_glue, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, number: signal.Signals
+):
+    evaluate, calls, handlers = Finetuner.evaluate, [], [signal.getsignal(one) for one in STOP_SIGNALS]
+
+    def evaluate_or_stop(self, *arguments):
+        calls.append(1)
+        if len(calls) == 5:  # in the second of four jobs
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # the launcher's
+        return evaluate(self, *arguments)
+
+    monkeypatch.setattr(Finetuner, "evaluate", evaluate_or_stop)
+    with pytest.raises(KeyboardInterrupt, match=number.name):  # of which `run_script` makes an exit status
+        run_glue(flags)
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert (status["state"], status["reason"], status["step"]) == ("preempted", number.name, 1)
+    assert "1 of 4 jobs have a result; the same command runs the others" in capsys.readouterr().out
+    assert [signal.getsignal(one) for one in STOP_SIGNALS] == handlers
+    run_glue(flags)
+    assert json.loads((tmp_path / "out" / "status.json").read_text())["state"] == "complete"
+
+
+def test_log_tells_epoch_loss_and_time_left(run_glue, flags, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("recipe.finetune.progress.REFRESH_SECONDS", 0)
+    monkeypatch.setattr("recipe.finetune.progress.LOG_SECONDS", 0)
+    run_glue(flags | {"seeds": "[1]"})
+    lines = capsys.readouterr().out.splitlines()
+    told = [line for line in lines if ": epoch" in line]
+    assert len(told) == 3 * (48 // 8 + 40 // 8)
+    assert "rte, lr 0.003, batch 8, seed 1: epoch 3 of 3, " in told[14]
+    assert "; 15 of 33 updates, left 0:" in told[14]
+    assert re.fullmatch(r"cola, .*: epoch 3 of 3, loss 0\.\d+; 33 of 33 updates, left 0:00:00", told[-1])
+    loss = Results(tmp_path / "out").read()[Job("cola", "pretrained", 3e-3, 8, 1)]["epochs"][2]["loss"]
+    assert f"loss {loss:.3f};" in told[-1]
+    assert len([line for line in lines if "(epoch " in line]) == 2  # each result once
+
+
+def test_results_of_other_processes_are_told_by_the_main_one(tmp_path: Path, capsys):
+    jobs, beats = {Job("rte", "pretrained", 1e-5, 8, seed): 10 for seed in (1, 2, 3)}, []
+    results = Results(tmp_path)
+    first, second, third = jobs
+    done = {"state": "done", "metrics": {"accuracy": 0.5}, "best_epoch": 1, "epochs": [{}], "seconds": 3.0}
+    results.add(first, **done)
+    with Progress(jobs, results, beats.append, True) as progress, Progress(jobs, results, beats.append, False) as other:
+        results.add(second, **done)
+        results.add(third, state="failed", reason="no room")
+        for one in (progress, other, progress):
+            one.show_results()
+    assert capsys.readouterr().out.splitlines() == [
+        "rte, lr 1e-05, batch 8, seed 2: accuracy 50.0 (epoch 1 of 1), 3 s",
+        "rte, lr 1e-05, batch 8, seed 3: failed: no room",
+    ]
+    assert beats == [3, 3]
+    assert progress.done == 30
 
 
 @pytest.mark.long

@@ -10,28 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    AutoConfig,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
-    RobertaConfig,
-    RobertaForMaskedLM,
-    get_linear_schedule_with_warmup,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
 from recipe.arguments import GlueArguments
-from recipe.base.errors import UserError
-from recipe.finetune.finetuning import (
-    Finetuner,
-    encode_splits,
-    epoch_batches,
-    load_classifier,
-    load_glue_tokenizer,
-    model_checksum,
-)
+from recipe.finetune.classifier import load_classifier, load_glue_tokenizer
+from recipe.finetune.finetuning import Finetuner, encode_splits, epoch_batches
 from recipe.finetune.jobs import Job
 from recipe.finetune.tasks.glue import TASKS
 from recipe.finetune.tasks.loading import load_task
@@ -160,24 +143,6 @@ def test_best_epoch_counts_and_its_weights_are_kept(accelerator, small_model: Pa
     assert (found == splits["validation"].labels).mean() == max(scores)
 
 
-@pytest.mark.parametrize("model_type", ["roberta", "bert", "albert"])
-def test_dropout_of_the_head_is_as_given(tmp_path: Path, model_type: str):
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
-    config = AutoConfig.for_model(model_type, vocab_size=100, **sizes)
-    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
-    for dropout, expected in ((None, 0.1), (0.0, 0.0), (0.3, 0.3)):
-        model = load_classifier(str(tmp_path), TASKS["rte"], dropout)
-        head = [module for name, module in model.named_modules() if not name.startswith(model.base_model_prefix)]
-        assert [module.p for module in head if isinstance(module, torch.nn.Dropout)] == [expected]
-
-
-def test_head_without_such_a_dropout_is_named(tmp_path: Path):
-    config = AutoConfig.for_model("distilbert", vocab_size=100, dim=16, n_heads=2, n_layers=1, hidden_dim=16)
-    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"`classifier_dropout` is 0.0; a distilbert has no dropout"):
-        load_classifier(str(tmp_path), TASKS["rte"], 0.0)
-
-
 def test_scores_are_predicted_on_their_own_scale(accelerator, small_model: Path, tmp_path: Path):
     write_stsb(tmp_path, train=320)
     task, tokenizer = TASKS["stsb"], load_glue_tokenizer(str(small_model), 32)
@@ -193,27 +158,6 @@ def test_scores_are_predicted_on_their_own_scale(accelerator, small_model: Path,
     assert found.max() > 3
 
 
-def test_head_of_another_task_is_left_out_by_name(small_model: Path, tmp_path: Path):
-    torch.manual_seed(0)
-    mnli = load_classifier(str(small_model), TASKS["mnli"])
-    with torch.no_grad():
-        for name, parameter in mnli.named_parameters():
-            parameter.fill_(7.0 if name.startswith("classifier.") else 0.25)
-    mnli.save_pretrained(tmp_path / "mnli")
-    for name in ("mnli", "rte", "stsb"):  # even where the head would fit
-        model = load_classifier(str(tmp_path / "mnli"), TASKS[name])
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.startswith("classifier."):
-                assert not (parameter == 7.0).any(), parameter_name
-            else:
-                assert (parameter == 0.25).all(), parameter_name
-    assert model.config.num_labels == 1
-    assert load_classifier(str(tmp_path / "mnli"), TASKS["rte"]).config.id2label == {
-        0: "entailment",
-        1: "not_entailment",
-    }
-
-
 def test_diverged_training_is_an_error(accelerator, small_model: Path, tmp_path: Path):
     write_rte(tmp_path)
     task, tokenizer = TASKS["rte"], load_glue_tokenizer(str(small_model), 32)
@@ -224,47 +168,12 @@ def test_diverged_training_is_an_error(accelerator, small_model: Path, tmp_path:
         finetuner.run(Job("rte", "pretrained", 1e30, 8, 0), splits, model, keeps_weights=False)
 
 
-def test_model_without_encoder_weights_is_refused(small_model: Path, tmp_path: Path):
-    config = RobertaConfig.from_pretrained(small_model)
-    model = RobertaForMaskedLM(config)
-    weights = {name: tensor for name, tensor in model.state_dict().items() if "layer.1." not in name}
-    model.save_pretrained(tmp_path / "half", state_dict=weights)
-    with pytest.raises(UserError, match=r"lacks weights of the encoder, .*: roberta\.encoder\.layer\.1"):
-        load_classifier(str(tmp_path / "half"), TASKS["rte"])
-
-
-def test_weights_of_another_shape_than_the_config_says_are_refused(small_model: Path, tmp_path: Path):
-    folder = shutil.copytree(small_model, tmp_path / "wide")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 401}))
-    with pytest.raises(UserError, match=r"another shape than its config says: roberta\.embeddings\.word_embeddings"):
-        load_classifier(str(folder), TASKS["rte"])
-
-
-def test_checksum_of_a_model_without_pooler_is_always_the_same(tokenizer, tmp_path: Path):
-    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
-    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
-    checksums = {model_checksum(str(tmp_path), TASKS[name]) for name in ("rte", "rte", "mnli")}
-    assert len(checksums) == 1
-
-
-def test_what_is_no_model_and_what_does_not_match_is_refused(small_model: Path, tokenizer_dir: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="no model there"):
-        load_glue_tokenizer(str(tmp_path), 32)
-    with pytest.raises(UserError, match="`max_seq_length` is 600; the model reads 512 tokens at the most"):
-        load_glue_tokenizer(str(small_model), 600)
-    RobertaConfig(vocab_size=300).save_pretrained(tmp_path / "other")
-    for file in tokenizer_dir.iterdir():
-        (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(UserError, match="its tokenizer is another model's: 400 entries"):
-        load_glue_tokenizer(str(tmp_path / "other"), 32)
-
-
 SHARED = """
 import json, sys
 import torch
 from recipe.arguments import GlueArguments
-from recipe.finetune.finetuning import Finetuner, encode_splits, load_classifier, load_glue_tokenizer
+from recipe.finetune.classifier import load_classifier, load_glue_tokenizer
+from recipe.finetune.finetuning import Finetuner, encode_splits
 from recipe.finetune.jobs import Job
 from recipe.finetune.tasks.glue import TASKS
 from recipe.finetune.tasks.loading import load_task

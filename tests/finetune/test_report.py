@@ -1,13 +1,14 @@
 import json
 import statistics
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from recipe.finetune.jobs import Job
 from recipe.finetune.report import format_table, summarise, write_report, write_submission
-from recipe.finetune.tasks.glue import TASKS
+from recipe.finetune.tasks.glue import TASKS, submitted_rows, three_splits
 from recipe.finetune.tasks.loading import load_task
 from recipe.finetune.tasks.scoring import describe_data
 from testing.glue_data import write_cola, write_stsb
@@ -111,11 +112,26 @@ def test_report_is_written_with_failed_tasks_too(summary, tmp_path: Path):
     assert not any("submission" in line for line in others)  # there are no predictions
 
 
-def test_only_predictions_on_the_official_data_are_to_be_submitted(summary, tmp_path: Path):
+def test_only_the_site_s_eleven_files_of_official_data_are_to_be_submitted(summary, tmp_path: Path, monkeypatch):
+    """Also where there is a task of one's own, whose predictions are not the site's."""
+    monkeypatch.setitem(
+        TASKS, "own", replace(TASKS["rte"], hub_id="me/own", splits=three_splits("own", "Own", 1, 1, 1))
+    )
     (tmp_path / "predictions").mkdir()
-    (tmp_path / "predictions" / "AX.tsv").write_text("index\tprediction\n0\tneutral\n")
+    (tmp_path / "predictions" / "Own.tsv").write_text("index\tprediction\n0\tentailment\n")
     official = summary | {"tasks": [row for row in summary["tasks"] if row["task"] != "cola"]}
+    assert not any("submission" in line for line in write_report(tmp_path, official, 1.5, "a model"))
+    rows = submitted_rows()
+    assert len(rows) == 11
+    for name, number in rows.items():
+        lines = write_report(tmp_path, official, 1.5, "a model")
+        assert not any("gluebenchmark.com" in line for line in lines), name
+        (tmp_path / "predictions" / name).write_text("index\tprediction\n" + "0\tx\n" * number)
+    with zipfile.ZipFile(tmp_path / "submission.zip") as file:
+        assert len(file.namelist()) == 10
     for given, is_named in ((official, True), (summary, False)):
         lines = write_report(tmp_path, given, 1.5, "a model")
-        assert any(line.startswith(f"submission: {tmp_path / 'submission.zip'}, without CoLA.tsv, ") for line in lines)
+        assert f"submission: {tmp_path / 'submission.zip'}" in lines
         assert any("gluebenchmark.com" in line for line in lines) == is_named
+    (tmp_path / "predictions" / "CoLA.tsv").write_text("index\tprediction\n0\tx\n")  # of another test set
+    assert not any("gluebenchmark.com" in line for line in write_report(tmp_path, official, 1.5, "a model"))

@@ -6,7 +6,14 @@ from transformers import AlbertConfig, BertConfig, RobertaConfig, RobertaForSequ
 
 from recipe.arguments import PretrainArguments, parse_config
 from recipe.base.errors import UserError
-from recipe.modeling.model import ROBERTA_DEFAULTS, build_config, build_model, count_parameters, model_flops_per_token
+from recipe.modeling.model import (
+    ROBERTA_DEFAULTS,
+    build_config,
+    build_model,
+    count_parameters,
+    model_flops_per_token,
+    usable_length,
+)
 from recipe.modeling.objectives import OBJECTIVES
 from testing.helpers import ROOT, SMALL_MODEL
 
@@ -94,6 +101,33 @@ def test_checkpoint_comes_as_float32(tokenizer, tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("model_type", ["roberta", "bert", "albert"])
+def test_checkpoint_with_more_layers_than_its_config_is_refused(tokenizer, tmp_path, model_type):
+    build_model(build_config(SMALL_MODEL, None, tokenizer, 128, model_type), None).save_pretrained(tmp_path)
+    config = build_config({"num_hidden_layers": 1}, str(tmp_path), tokenizer, 128, model_type)
+    if model_type == "albert":  # whose layers share their weights
+        assert build_model(config, str(tmp_path)).config.num_hidden_layers == 1
+        return
+    with pytest.raises(UserError, match=r"no layers for, \['\w+.encoder.layer.1.*: correct `num_hidden_layers`"):
+        build_model(config, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("positions", "max_seq_length", "length_before", "expected"),
+    [
+        (514, 128, 0, 128),  # new, with positions that were never trained
+        (514, 512, 128, 512),  # of a tokenizer that cuts too much
+        (130, 128, 512, 128),  # of one that cuts too little
+        (130, 64, 10**30, 128),  # of one that cuts nothing
+        (514, 128, 512, 512),  # trained further on short blocks
+    ],
+)
+def test_tokenizer_cuts_to_what_the_model_can_read(positions, max_seq_length, length_before, expected):
+    config = RobertaConfig(max_position_embeddings=positions)
+    assert usable_length(config, max_seq_length, length_before) == expected
+    assert usable_length(BertConfig(max_position_embeddings=512), 512, length_before) == 512
+
+
 @pytest.mark.parametrize("objective", ["masked_lm", "next_sentence"])
 @pytest.mark.parametrize(
     "config",
@@ -124,3 +158,34 @@ def test_albert_base_has_its_size_whatever_its_depth(tokenizer, layers):
     config = build_config({"vocab_size": 30_000, "num_hidden_layers": layers}, None, tokenizer, 512, "albert")
     with torch.device("meta"):
         assert count_parameters(build_model(config, None, predicts_pairs=True)) / 1e6 == pytest.approx(11.81, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"max_position_embeddings": 1026},
+            r"position_embeddings.weight is 514 x 32, .* makes it 1026 x 32; a checkpoint",
+        ),
+        ({"intermediate_size": 128}, r"dense.bias is 64, .* makes it 128; a checkpoint keeps its sizes"),
+    ],
+)
+def test_sizes_other_than_those_of_the_checkpoint_are_named(small_model, tokenizer, changes, expected):
+    config = build_config(changes, str(small_model), tokenizer, 64)
+    with pytest.raises(UserError, match=expected):
+        build_model(config, str(small_model))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("hidden_act", "gelo", "`model_config` `hidden_act: gelo`: no model can be built: KeyError"),
+        ("hidden_dropout_prob", 3.0, "`hidden_dropout_prob: 3.0`: no model can be built: ValueError: dropout prob"),
+        ("layer_norm_eps", "a", "field 'layer_norm_eps'"),
+    ],
+)
+def test_what_no_model_can_be_built_of_is_named_without_the_rest(name: str, value: object, expected: str):
+    with pytest.raises(UserError) as caught:
+        build_config({"num_hidden_layers": 2, "intermediate_size": 77, name: value}, None, None, 128)
+    assert expected in str(caught.value)
+    assert "intermediate_size" not in str(caught.value)

@@ -13,8 +13,9 @@ from recipe.arguments import GlueArguments
 from recipe.base.errors import UserError
 from recipe.finetune.jobs import Job
 from recipe.modeling.model import build_config, build_model, count_parameters
-from recipe.publish.card import as_text, build_card, code_block, count_weights, write_card
+from recipe.publish.card import build_card, count_weights, write_card
 from recipe.publish.glue_card import build_classifier_card
+from recipe.publish.markdown import as_text, code_block
 from testing.helpers import SMALL_MODEL, read_lines
 
 ROW = {
@@ -77,7 +78,7 @@ def test_figures_are_those_of_the_files(run, tokenizer):
 
 def test_metadata_pass_the_validation_of_the_hub_library(run):
     add_glue(run)
-    change(run, push_to_hub=True, hub_model_id="ann/small")
+    change(run, push_to_hub=True, hub_model_id="ann/small", license="cc-by-4.0")
     text = build_card(run, run / "model")
     data = ModelCard(text).data  # parses `model-index`, and raises where it is not one
     results = {(result.dataset_type, result.metric_type): result.metric_value for result in data.eval_results}
@@ -87,7 +88,7 @@ def test_metadata_pass_the_validation_of_the_hub_library(run):
         ("held-out", "perplexity"): round(held_out["eval_perplexity"], 3),
         ("nyu-mll/glue", "matthews_correlation"): 0.6123,
     }
-    assert (data.model_name, data.language, data.license) == ("small", "en", "apache-2.0")
+    assert (data.model_name, data.language, data.license) == ("small", "en", "cc-by-4.0")
     assert 'pipeline("fill-mask", model="ann/small")' in text
     assert re.search(r"\| CoLA .*\| *61\.2 \|.*\| *63\.6 \| *-2\.4 \|", text)
 
@@ -138,8 +139,10 @@ def test_run_of_older_code_has_a_card(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     for name in ("license", "push_to_hub", "masking"):
         del config[name]
+    for name in ("hub_sources", "changes"):
+        del config["environment"][name]
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    assert "license: apache-2.0" in build_card(run, run / "model")
+    assert "license" not in build_card(run, run / "model").split("---")[1]
 
 
 @pytest.mark.parametrize("values", [{"corpora": [{"path": 3}]}, {"learning_rate": {}}, {"model_type": "odd"}])
@@ -154,7 +157,7 @@ def test_damaged_config_is_an_error_and_the_card_stays(run, values):
 def test_corpora_of_the_hub_are_linked_and_named_in_the_metadata(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     corpus = config["corpora"][0] | {"path": "wikimedia/wikipedia", "config_name": "20231101.en", "weight": 2.0}
-    change(run, corpora=[corpus])
+    change(run, corpora=[corpus], environment={"hub_sources": ["wikimedia/wikipedia"]})
     text = build_card(run, run / "model")
     assert ModelCard(text).data.datasets == ["wikimedia/wikipedia"]
     assert "[wikimedia/wikipedia](https://huggingface.co/datasets/wikimedia/wikipedia) (20231101.en) | 2 |" in text
@@ -179,7 +182,8 @@ def test_what_users_have_named_shows_as_text(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     corpora = [corpus | {"name": HOSTILE} for corpus in config["corpora"]]
     path = shutil.copytree(run, run.with_name(plain.replace("/", "")[:200]))
-    change(path, corpora=corpora, language=HOSTILE, license=HOSTILE, model_name_or_path=HOSTILE)
+    sources = {"hub_sources": [HOSTILE]}
+    change(path, corpora=corpora, language=HOSTILE, license=HOSTILE, model_name_or_path=HOSTILE, environment=sources)
     text = build_card(path, path / "model")
     data = ModelCard(text).data
     assert (data.license, data.language, data.model_name) == (HOSTILE, HOSTILE, path.name)
@@ -194,7 +198,7 @@ def test_what_users_have_named_shows_as_text(run):
     assert sum(kinds == ["html_block"] for kinds, _ in parts) == 2  # around the config
     code, _, yaml_text = (part for kinds, part in parts if kinds == ["fence"])
     assert yaml.safe_load(yaml_text)["language"] == HOSTILE
-    assert str(path / "model") in ast.literal_eval(code.split("model=")[1].split(")\n")[0])
+    assert ast.literal_eval(code.split("model=")[1].split(")\n")[0]) == f"{path.name}/model"
 
 
 def test_addresses_become_no_links():
@@ -209,14 +213,69 @@ def test_code_with_fences_in_it_stays_one_block():
     assert shown(code_block(code, "yaml")) == [(["fence"], code + "\n")]
 
 
-def test_card_of_a_classifier_shows_names_as_text(tmp_path: Path):
+def test_card_of_a_classifier_shows_names_as_text():
     config = asdict(GlueArguments(output_dir="out", model_name_or_path="models/<b>a_*b*"))
     config["environment"] = {"versions": {}, "device": "cpu", "python": "3", "git_commit": None}
+    config["environment"]["hub_sources"] = ["models/<b>a_*b*"]
     result = {"metrics": {"matthews_correlation": 0.5}, "best_epoch": 1, "seconds": 1.0, "processes": 1}
-    text = build_classifier_card(tmp_path, config, ROW, Job("cola", "pretrained", 1e-5, 16, 1), result, None)
+    text = build_classifier_card(config, ROW, Job("cola", "pretrained", 1e-5, 16, 1), result, None)
     parts = shown(text.split("\n---\n", 1)[1])
     assert ([], "<b>a_*b*-cola") in parts
     assert ([], "models/<b>a_*b*") in parts
+
+
+def test_only_ids_of_the_hub_are_told_in_full(run):
+    """Of the cards and what is pushed with them: a name in place of each path, of this machine or another."""
+    private = "/home/jane/clinic"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    corpora = [corpus | {"path": f"{private}/notes.jsonl"} for corpus in config["corpora"]]
+    paths = {
+        "corpora": corpora,
+        "eval_corpora": [corpora[0] | {"path": f"{private}/held/*.txt"}],
+        "decontaminate_against": [f"{private}/glue/*.tsv"],
+        "output_dir": f"{private}/runs/x",
+        "tokenizer_name": f"{private}/tokenizer",
+        "token_store_dir": f"{private}/stores",
+        "resume_from_checkpoint": f"{private}/runs/x/checkpoints/step-00000003",
+    }
+    for base, shown_as in ((f"{private}/base", "base"), (f"{private}/runs/y/model", "y/model"), ("my/texts", "texts")):
+        change(run, **paths, model_name_or_path=base)
+        text = build_card(run, run / "model")
+        assert ModelCard(text).data.base_model is None
+        assert f"pretrained from {shown_as} by" in text
+        assert "| local: notes.jsonl |" in text
+        for word in ("jane", "clinic", str(run.parent), "my/texts"):
+            assert word not in text, word
+    change(run, model_name_or_path="FacebookAI/roberta-base", environment={"hub_sources": ["FacebookAI/roberta-base"]})
+    text = build_card(run, run / "model")
+    assert ModelCard(text).data.base_model == "FacebookAI/roberta-base"
+    assert "model_name_or_path: FacebookAI/roberta-base" in text
+
+
+def test_schedule_is_told_as_it_was_over_resumes(run, run_pretrain, flags):
+    assert "changed on the way" not in (run / "model" / "README.md").read_text()
+    flags |= {"resume_from_checkpoint": "latest", "max_steps": 8, "learning_rate": 5e-4, "license": "mit"}
+    run_pretrain(flags)
+    run_pretrain(flags | {"max_steps": 9, "warmup_steps": 3})
+    text = (run / "model" / "README.md").read_text()
+    told = "after 6 updates max steps from 6 to 8; after 6 updates learning rate from 0.001 to 0.0005; "
+    told += "after 8 updates max steps from 8 to 9; after 8 updates warmup steps from 2 to 3"
+    assert f"| changed on the way | {told} |" in text
+    # From before the last change, which has not been then.
+    run_pretrain(flags | {"resume_from_checkpoint": run / "checkpoints" / "step-00000006"})
+    text = (run / "model" / "README.md").read_text()
+    assert "after 6 updates learning rate from 0.001 to 0.0005 |" in text
+
+
+def test_card_that_is_no_run_s_is_not_to_be_updated(run, run_glue, small_model, tmp_path):
+    from testing.glue_data import write_rte
+
+    write_rte(tmp_path / "glue")
+    (run / "metrics.jsonl").unlink()
+    for model in (small_model, run / "model"):
+        flags = {"output_dir": tmp_path / "out", "model_name_or_path": model, "glue_dir": tmp_path / "glue"}
+        with pytest.raises(UserError, match=r"`update_model_card` is true, and .* is not the `model` folder of a run"):
+            run_glue(flags | {"tasks": "[rte]", "max_seq_length": 32, "update_model_card": "true"})
 
 
 def test_energy_is_an_estimate_from_the_boards_limit(run):
@@ -234,7 +293,11 @@ def test_glue_results_reach_the_cards(run, run_glue, tmp_path, capsys):
     flags = {"output_dir": tmp_path / "out", "model_name_or_path": run / "model", "glue_dir": tmp_path / "glue"}
     flags |= {"tasks": "[rte]", "seeds": "[1,2]", "num_train_epochs": 1, "max_seq_length": 32, "save_models": "true"}
     change(run, push_to_hub=True, hub_model_id="ann/small")
+    before = (run / "model" / "README.md").read_text()
     run_glue(flags)
+    assert (run / "model" / "README.md").read_text() == before
+    assert f"--update_model_card true adds this table to {run / 'model' / 'README.md'}" in capsys.readouterr().out
+    run_glue(flags | {"update_model_card": "true"})
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     text = (run / "model" / "README.md").read_text()
     assert f"| {100 * summary['tasks'][0]['median']:.1f} |" in re.sub(" +", " ", text)

@@ -10,16 +10,23 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load, load_file
 
+from recipe.base.files import to_yaml
 from recipe.publish.hub import Publisher, list_waiting
+from recipe.publish.names import public_config
 from testing.helpers import PATIENCE_SECONDS, PYTHONPATH, ROOT, command_line, learning, wait_for
 from testing.hub_server import Fault, HubServer, Repo, serve
 
 REPO = "ann/run"
 
 
-IMPORT = "import sys; from recipe.arguments import parse_config; from recipe.publish.hub import *\n"
+IMPORT = """from recipe.arguments import *
+from recipe.base.errors import *
+from recipe.publish.hub import *
+from recipe.publish.rights import *
+"""
 
 
 @pytest.fixture
@@ -64,7 +71,7 @@ def client(hub: HubServer, tmp_path: Path) -> Client:
 
 @pytest.fixture
 def push_flags(flags: dict[str, object]) -> dict[str, object]:
-    return flags | {"push_to_hub": "true", "save_steps": 2, "hub_strategy": "checkpoint"}
+    return flags | {"push_to_hub": "true", "save_steps": 2, "hub_strategy": "checkpoint", "license": "mit"}
 
 
 def on_hub(hub: HubServer, revision: str) -> dict[str, bytes]:
@@ -226,6 +233,7 @@ def test_training_state_of_an_earlier_checkpoint_does_not_stay_beside_a_model(hu
 def test_oldest_of_what_waits_makes_room_but_for_what_is_being_pushed(tmp_path, capsys):
     args = SimpleNamespace(push_to_hub=True, output_dir=tmp_path, hub_strategy="every_save", save_total_limit=2)
     publisher = Publisher(args, True, lambda folder: None, lambda run, model: "card")
+    (tmp_path / "config.yaml").write_text("corpora: [{name: own, path: /home/jane/clinic/notes.jsonl}]")
     for step in range(1, 7):
         checkpoint = tmp_path / "checkpoints" / f"step-{step:08d}"
         checkpoint.mkdir(parents=True)
@@ -236,7 +244,9 @@ def test_oldest_of_what_waits_makes_room_but_for_what_is_being_pushed(tmp_path, 
     printed = capsys.readouterr().out
     assert all(f"step-{step:08d} could not be pushed in time" in printed for step in (2, 3, 4))
     staged = list_waiting(tmp_path)[-1]
-    assert {file.name for file in staged.iterdir()} == {"README.md", "model.safetensors"}
+    assert {file.name for file in staged.iterdir()} == {"README.md", "config.yaml", "model.safetensors"}
+    assert "path: notes.jsonl" in (staged / "config.yaml").read_text()
+    assert "jane" not in (staged / "config.yaml").read_text()
     assert (staged / "model.safetensors").samefile(checkpoint / "model.safetensors")  # takes no disk
 
 
@@ -300,13 +310,42 @@ def test_right_to_push_is_checked(hub, others, push_flags, tmp_path, token, repo
 def test_repository_of_another_experiment_is_left_alone(hub, client, push_flags, finished_run):
     hub.repos["lab/ours"] = Repo(private=False)
     hub.repos["lab/ours"].commit("main", {"config.yaml": (finished_run / "config.yaml").read_bytes()}, "a model")
-    again = push_flags | {"hub_model_id": "lab/ours", "resume_from_checkpoint": "latest"}
+    again = push_flags | {"hub_model_id": "lab/ours", "resume_from_checkpoint": "latest", "hub_private_repo": "false"}
     result = client.run("-c", CHECK, *command_line(again))
     assert result.returncode == 0, result.stderr
     assert "('lab/ours', [])" in result.stdout
     result = client.run("-c", CHECK, *command_line(again | {"seed": 2}))
     assert result.returncode == 2
     assert "`hub_model_id` lab/ours holds another experiment, with other values of seed" in result.stderr
+
+
+def test_config_that_was_pushed_with_names_is_of_the_same_experiment(hub, client, push_flags, finished_run):
+    config = yaml.safe_load((finished_run / "config.yaml").read_text())
+    hub.repos[REPO] = Repo(private=True)
+    hub.repos[REPO].commit("main", {"config.yaml": to_yaml(public_config(config, [])).encode()}, "a model")
+    result = client.run("-c", CHECK, *command_line(push_flags | {"resume_from_checkpoint": "latest"}))
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "is_private"), [({}, True), ({"hub_private_repo": "false"}, False), ({"hub_private_repo": "true"}, True)]
+)
+def test_repository_of_local_text_is_private_unless_that_is_not_wanted(hub, client, push_flags, given, is_private):
+    result = client.run("-c", CHECK, *command_line(push_flags | given))
+    assert result.returncode == 0, result.stderr
+    assert hub.repos[REPO].private == is_private
+    told = "the repository is private, since it is of local text (sample): see `hub_private_repo`"
+    assert (told in result.stdout) == (not given)
+    hub.repos[REPO].private = False
+    result = client.run("-c", CHECK, *command_line(push_flags | given))
+    assert result.returncode == (2 if is_private else 0)
+    assert ("`hub_model_id` ann/run is public, and `hub_private_repo` is true" in result.stderr) == is_private
+
+
+def test_licence_is_asked_for_before_a_push(client, push_flags):
+    result = client.run("-c", CHECK, *command_line(push_flags | {"license": "null"}))
+    assert result.returncode == 2
+    assert "`license` is missing; `push_to_hub` is true: name the licence of the weights" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,30 @@ def test_old_checkpoints_go_and_the_newest_is_found(tmp_path: Path):
     assert find_checkpoint(tmp_path, "latest") == (tmp_path / "step-00000100", [])
 
 
+def test_checkpoint_of_another_trainer_and_folder_of_a_run_are_called_what_they_are(tmp_path: Path):
+    """A rotated or torn checkpoint of ours, which has some of its files, is damaged instead."""
+    foreign = tmp_path / "checkpoint-500"
+    make_model(1).save_pretrained(foreign)
+    (foreign / "trainer_state.json").write_text("{}")
+    torch.save({}, foreign / "scheduler.pt")
+    expected = (
+        "checkpoint-500 is not a checkpoint of this recipe; to train on from its weights, .* `model_name_or_path`"
+    )
+    with pytest.raises(UserError, match=expected):
+        find_checkpoint(tmp_path, str(foreign))
+    (foreign / "status.json").write_text('{"state": "complete"}')
+    (foreign / "config.json").unlink()
+    expected = (
+        "not a checkpoint of this recipe, in the run .*, which is complete and has no checkpoint yet; give `latest`"
+    )
+    with pytest.raises(UserError, match=expected):
+        find_checkpoint(tmp_path, str(foreign))
+    ours = save(tmp_path, 7)
+    (ours / "manifest.json").unlink()
+    with pytest.raises(UserError, match="is damaged"):
+        find_checkpoint(tmp_path, str(ours))
+
+
 def test_what_cannot_be_removed_is_a_warning(tmp_path: Path, capsys):
     save(tmp_path / "elsewhere", 1)
     (tmp_path / "run").mkdir()

@@ -1,5 +1,7 @@
 import json
+import os
 import platform
+import signal
 import subprocess
 import sys
 from datetime import datetime, timedelta
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import recipe.run.directory
-from recipe.base.errors import UserError
+from recipe.base.errors import UserError, report_user_errors
 from recipe.run.directory import RunDirectory, checkpoint_path, list_checkpoints, read_step
 from recipe.run.lock import JOB_VARIABLES
 from testing.helpers import ROOT
@@ -39,14 +41,16 @@ def test_status_without_a_step_is_named(tmp_path: Path, text: str):
 
 def test_metrics_are_cut_back_and_a_torn_line_forgotten(tmp_path: Path):
     run = RunDirectory(tmp_path, is_main=True, pids=[1])
-    for step in (1, 2, 2, 3):
+    for step in (0, 1, 2, 2, 3):
         run.append_metrics({"step": step})
     with run.metrics_file.open("a") as file:
         file.write('{"step": 4, "lo')
-    assert [line["step"] for line in run.read_metrics()] == [1, 2, 2, 3]
+    assert [line["step"] for line in run.read_metrics()] == [0, 1, 2, 2, 3]
     run.cut_metrics(2)
     run.append_metrics({"step": 3})
-    assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [1, 2, 2, 3]
+    assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [0, 1, 2, 2, 3]
+    run.cut_metrics(0)  # a run that begins evaluates again
+    assert run.read_metrics() == []
 
 
 def test_metrics_wait_while_they_cannot_be_written(tmp_path: Path, capsys):
@@ -141,6 +145,18 @@ def test_status_is_written_again_while_updates_are_made(tmp_path: Path, monkeypa
     assert (read_status(tmp_path)["state"], read_status(tmp_path)["step"]) == ("failed", 3)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGXCPU])
+def test_stop_before_or_after_training_is_a_preemption(tmp_path: Path, number: signal.Signals):
+    """And status.json is no longer `running`, which would be a run that was killed."""
+    run = RunDirectory(tmp_path, is_main=True, pids=[])
+    run.write_status("running", 7)
+    with pytest.raises(SystemExit) as ended, report_user_errors(), run.noting_failure():
+        os.kill(os.getpid(), number)
+    status = read_status(tmp_path)
+    assert (status["state"], status["step"], status["reason"]) == ("preempted", 7, number.name)
+    assert ended.value.code == 128 + number
+
+
 def test_failure_before_a_run_has_begun_leaves_no_status(tmp_path: Path):
     run = RunDirectory(tmp_path / "run", is_main=True, pids=[])
     with pytest.raises(UserError), run.noting_failure():
@@ -228,3 +244,9 @@ def test_only_numbered_folders_are_checkpoints_in_the_order_of_their_numbers(tmp
     found = [path.name for path in list_checkpoints(tmp_path)]
     assert found == ["step-00000040", "step-99999995", "step-100000000"]
     assert checkpoint_path(tmp_path, 100_000_000) == tmp_path / "step-100000000"
+
+
+def test_config_that_cannot_be_written_is_named(tmp_path: Path):
+    (tmp_path / "config.yaml" / "folder").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"config\.yaml cannot be written: .*put that right or name another"):
+        RunDirectory(tmp_path, is_main=True, pids=[]).write_config({}, {})

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,14 +60,14 @@ def test_damaged_files_are_named(tmp_path: Path, change: dict | None, file: str)
 
 
 def labels(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_figure_of_a_run_shows_all_there_is(tmp_path: Path, figures):
     plot_runs([Curves("a run", METRICS, 6.0)], tmp_path / "loss.png")
     loss, rate, norm, speed = figures[0].axes
     lines = {line.get_label(): line for line in loss.get_lines()}
-    assert list(lines["training, mean over 1 log lines"].get_ydata()) == [9.0, 6.5]
+    assert list(lines["training"].get_ydata()) == [9.0, 6.5]
     assert "held out: 7.500, perplexity 1,808" in lines
     assert "expected at the end: 6.000" in lines
     assert "unigram model: 7.000" in lines
@@ -96,11 +97,53 @@ def test_smoothed_line_is_the_mean_over_the_lines_before():
     assert list(smooth(values[:10])) == list(values[:10])
 
 
+def falling(scale: float, grad_norms: tuple[float, float] = (1.0, 2.0)) -> list[dict]:
+    """A run of 1,000 updates whose loss falls from 2 + `scale` to 2, and has been resumed after 500."""
+    start = {"step": 0, "tokens": 0, "eval_loss": 2 + scale, "unigram_loss": 2.5}
+    metrics = [{"step": n, "tokens": 100 * n, "loss": 2 + scale * math.exp(-n / 3)} for n in range(1, 1001)]
+    metrics[0]["grad_norm"], metrics[1]["grad_norm"] = grad_norms
+    metrics[504]["resumed_from"] = 500
+    return [start, *metrics, start | {"step": 1000, "tokens": 100_000, "eval_loss": 2.125}]
+
+
 def test_beginning_does_not_flatten_the_rest(tmp_path: Path, figures):
-    steps = range(1, 1001)
-    metrics = [{"step": n, "tokens": 100 * n, "loss": 2 + 8 * math.exp(-n / 3)} for n in steps]
-    plot_runs([Curves("a run", metrics)], tmp_path / "loss.png")
+    plot_runs([Curves("a run", falling(8.0))], tmp_path / "loss.png")
     assert figures[0].axes[0].get_ylim()[1] < 4
+    assert "held out: 2.125 (10.000 at the start), perplexity 8.4" in labels(figures[0])
+
+
+def test_resume_is_marked_where_it_was(tmp_path: Path, figures):
+    plot_runs([Curves("a run", falling(8.0))], tmp_path / "loss.png")
+    for axes in figures[0].axes:
+        marks = [list(line.get_xdata()) for line in axes.get_lines() if line.get_color() == "0.6"]
+        assert [50_000, 50_000] in marks
+    assert "resumed" in labels(figures[0])
+
+
+@pytest.mark.parametrize("scale", [0.1, 8.0, 1e4])
+def test_perplexity_and_tokens_have_few_round_ticks(tmp_path: Path, figures, scale: float):
+    metrics = falling(scale)
+    for line in metrics[1:]:
+        line["loss"] = line.get("loss", 0) + scale / 3  # so that nothing is cropped away
+    plot_runs([Curves("a run", metrics)], tmp_path / "loss.png")
+    figures[0].canvas.draw()
+    loss = figures[0].axes[0]
+    [perplexity] = loss.child_axes
+    ticks = [text.get_text() for text in perplexity.get_yticklabels()]
+    assert 3 <= len(ticks) <= 12
+    if 1 < scale < 100:
+        assert all(re.fullmatch(r"[125][0,]*", tick) for tick in ticks)
+    assert "40K" in [text.get_text() for text in loss.get_xticklabels()]
+
+
+@pytest.mark.parametrize("norms", [(1.1, 1.9), (0.3, 0.9), (0.5, 40.0), (1e-3, 1e4)])
+def test_gradient_axis_has_ticks_to_read_it_by(tmp_path: Path, figures, norms: tuple[float, float]):
+    plot_runs([Curves("a run", falling(8.0, norms))], tmp_path / "loss.png")
+    figures[0].canvas.draw()
+    axes = figures[0].axes[2]
+    low, high = axes.get_ylim()
+    shown = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    assert 3 <= len(shown) <= 10
 
 
 def test_diverged_run_is_drawn(tmp_path: Path):

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 import recipe.run.stopping
-from recipe.run.stopping import StopRequest
-from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, wait_for
+from recipe.run.stopping import StopRequest, handling_stop_signals
+from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, wait_for, wait_for_training
 from tests.test_pretrain import start
 
 LAUNCHERS = {
@@ -25,12 +25,27 @@ LAUNCHERS = {
 def test_second_interrupt_ends_at_once():
     before = signal.getsignal(signal.SIGINT)  # a process started in the background ignores it
     request = StopRequest()
-    with request.listening():
+    with handling_stop_signals(request.handle):
         os.kill(os.getpid(), signal.SIGINT)
         assert request.reason == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_first_signal_is_the_reason_and_one_process_says_so(capfd):
+    for speaks in (True, False):
+        request = StopRequest(speaks=speaks)
+        with handling_stop_signals(request.handle):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)  # of a launcher that ends
+            if (worker := os.fork()) == 0:
+                request.reason = None
+                os.kill(os.getpid(), signal.SIGUSR2)
+                os._exit(0)
+            os.waitpid(worker, 0)
+        assert request.reason == "SIGINT"
+    assert capfd.readouterr().err == "SIGINT: stopping after this update, saving …\n"
 
 
 def test_hangup_is_a_request_unless_nohup_has_it_ignored():
@@ -85,7 +100,7 @@ def test_no_process_outlives_its_launcher(flags, tmp_path: Path, launcher: str, 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+    wait_for_training(tmp_path / "run")
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 3  # workers too
     process.send_signal(number)
@@ -100,7 +115,7 @@ def test_no_process_outlives_its_launcher(flags, tmp_path: Path, launcher: str, 
 @pytest.mark.long
 def test_workers_end_with_a_process_that_was_killed(flags, tmp_path: Path):
     process = start(flags | {"max_steps": 100_000, "logging_steps": 1, "dataloader_num_workers": 2})
-    wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+    wait_for_training(tmp_path / "run")
     family = psutil.Process(process.pid).children(recursive=True)
     assert len(family) >= 2
     process.kill()

@@ -12,7 +12,7 @@ from accelerate.tracking import GeneralTracker, register_tracker_class
 from recipe.base.errors import UserError
 from recipe.run import trackers
 from recipe.run.directory import RunDirectory
-from recipe.run.trackers import check_trackers, tracking
+from recipe.run.trackers import check_trackers, name_values, tracking
 from testing.helpers import read_lines
 
 
@@ -52,12 +52,22 @@ def test_trackers_are_told_what_metrics_jsonl_says(notebook, run_pretrain, flags
     run_pretrain(flags | {"report_to": "notebook"})
     records = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [step for step, _ in notebook.told] == [record["step"] for record in records]
-    (_, values), record = notebook.told[0], records[0]
-    assert values["train/loss"] == record["loss"]
-    assert values["corpora/sample/tokens"] == record["corpora"]["sample"]["tokens"]
-    assert not {"train/data_digest", "train/step"} & set(values)  # no number; the axis
-    (_, values), record = notebook.told[-1], records[-1]
-    assert values["eval/loss"] == record["eval_loss"]
+    assert notebook.told[0][1] == {f"eval/{name}": records[0][f"eval_{name}"] for name in ("loss", "perplexity")}
+    charted = ("loss", "learning_rate", "grad_norm", "tokens_per_second")
+    assert notebook.told[1][1] == {f"train/{name}": records[1][name] for name in charted}
+
+
+def test_what_goes_wrong_has_a_chart_and_other_counters_have_none():
+    record = {
+        "step": 3,
+        "loss": None,
+        "accuracy": 1,
+        "pair_accuracy": 0.5,
+        "overflows": 2,
+        "loss_spikes": 0,
+        "mfu": 0.4,
+    }
+    assert name_values(record) == {"train/pair_accuracy": 0.5, "train/overflows": 2}
 
 
 def test_tracker_that_dies_is_one_warning(notebook, run_pretrain, flags, tmp_path: Path, capsys, monkeypatch):

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from recipe.run.watchdog import Report, stragglers
-from testing.helpers import PATIENCE_SECONDS, PYTHONPATH, ROOT, command_line, wait_for
+from testing.helpers import PATIENCE_SECONDS, PYTHONPATH, ROOT, command_line, wait_for, wait_for_training
 
 # A watchdog that warns after two seconds.
 IMPATIENT = """
@@ -41,7 +41,7 @@ def test_rank_that_stands_still_is_named_and_the_run_goes_on_with_it(flags, tmp_
     with log.open("w") as out:
         launcher = subprocess.Popen([*command, *command_line(flags)], cwd=ROOT, env=environment, stderr=out)
     try:
-        wait_for((tmp_path / "run" / "metrics.jsonl").exists)
+        wait_for_training(tmp_path / "run")
         ranks = [
             child
             for child in psutil.Process(launcher.pid).children(recursive=True)

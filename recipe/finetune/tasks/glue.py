@@ -17,6 +17,7 @@ from pathlib import Path
 from recipe.base.errors import UserError, did_you_mean
 
 SENTENCE_COLUMNS = ("sentence1", "sentence2")
+GLUE_ID = "nyu-mll/glue"  # on the hub
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Task:
     batch_size: int = 32  # fairseq's choice
     scale: float = 1.0  # regression targets are divided by it
     takes_mnli: bool = False  # whether the paper starts it from the MNLI model
-    hub_id: str = "nyu-mll/glue"
+    hub_id: str = GLUE_ID
 
     @property
     def is_regression(self) -> bool:
@@ -170,6 +171,12 @@ TASKS = {
 def is_official(name: str, splits: Mapping[str, Sized]) -> bool:
     """Tell whether results on these splits may stand beside published ones."""
     return all(len(splits[split]) == TASKS[name].splits[split].rows for split in ("train", "validation"))
+
+
+def submitted_rows() -> dict[str, int]:
+    """Return the names of the eleven files that gluebenchmark.com takes, and the rows of each."""
+    splits = [split for task in TASKS.values() if task.hub_id == GLUE_ID for split in task.splits.values()]
+    return {split.submission: split.rows for split in splits if split.submission}
 
 
 def check_tasks(field: str, names: Sequence[str]) -> None:
