@@ -28,12 +28,14 @@ from transformers import RobertaConfig, RobertaForMaskedLM
 from recipe.arguments import CorpusArguments
 from recipe.base.hashing import file_checksum
 from recipe.data import corpora
+from recipe.data.document_encoder import DocumentEncoder
 from recipe.data.hygiene import Decontaminator
 from recipe.data.integrity import StoredFile, Verification, note_file
 from recipe.data.packed_corpus import PackedCorpus, ShardBlocks
 from recipe.data.packing import BlockFormat
 from recipe.data.token_store import TokenStore
-from recipe.data.tokenizer import DocumentEncoder, load_tokenizer, save_tokenizer, train_byte_level_bpe
+from recipe.data.tokenizer import load_tokenizer
+from recipe.data.trainers import save_tokenizer, train_byte_level_bpe
 from testing.helpers import make_text, write_jsonl
 
 STORE_GIGABYTES = 0.6 * 160  # of 160 GB of text

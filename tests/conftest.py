@@ -18,7 +18,8 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerFast
 
-from recipe.data.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe, train_unigram, train_wordpiece
+from recipe.data.tokenizer import load_tokenizer
+from recipe.data.trainers import save_tokenizer, train_byte_level_bpe, train_unigram, train_wordpiece
 from recipe.modeling.model import build_config, build_model
 
 

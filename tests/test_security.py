@@ -16,9 +16,10 @@ from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.arguments.checks import check_repo_id
 from recipe.base.errors import UserError
 from recipe.base.model_files import check_model_files
+from recipe.data.document_encoder import DocumentEncoder
 from recipe.data.hygiene import Decontaminator
 from recipe.data.token_store import TokenStore
-from recipe.data.tokenizer import DocumentEncoder, load_tokenizer
+from recipe.data.tokenizer import load_tokenizer
 from recipe.finetune.classifier import load_classifier, load_glue_tokenizer
 from recipe.finetune.tasks.glue import TASKS, check_tasks
 from recipe.modeling.model import LOADING, build_config, build_model

@@ -13,7 +13,8 @@ from recipe.base.errors import UserError
 from recipe.data.cached import CachedData
 from recipe.data.preprocessor import Preprocessor
 from recipe.data.rows import read_update
-from recipe.data.tokenizer import load_tokenizer, save_tokenizer, train_byte_level_bpe
+from recipe.data.tokenizer import load_tokenizer
+from recipe.data.trainers import save_tokenizer, train_byte_level_bpe
 from recipe.run.tiles import Tile
 from recipe.show import (
     PACKINGS,

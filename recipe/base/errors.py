@@ -26,8 +26,8 @@ def report_user_errors() -> Iterator[None]:
     """Turn errors that say what to do into their message on stderr and exit status 2, without a traceback.
 
     They are `UserError`s, and the `FloatingPointError` of a training whose numbers are no longer finite. An interrupt
-    is named, with the status that a shell gives it. All scripts
-    and commands run in this context, by `run_script`, so from here on nothing that is printed can fail.
+    is named, with the status that a shell gives it. All scripts and commands run in this context, by `run_script`, so
+    from here on nothing that is printed can fail.
     """
     keep_output_from_failing()
     try:

@@ -14,8 +14,8 @@ import numpy as np
 from recipe.base.errors import UserError
 from recipe.base.workers import start_worker, starting_workers
 from recipe.data.corpora import Record, group_by_size
+from recipe.data.document_encoder import DocumentEncoder
 from recipe.data.hygiene import Decontaminator, DocumentFilter, text_checksum
-from recipe.data.tokenizer import DocumentEncoder
 
 RUN_CHARACTERS = 500_000  # that a worker encodes and sends together
 RECORD_CHARACTERS = 500  # that each record of a run counts in addition to its own

@@ -16,11 +16,11 @@ from recipe.arguments.pretraining import PAIR_PACKINGS, first_position
 from recipe.base.errors import UserError
 from recipe.base.hashing import Purpose, hash64, pass_key
 from recipe.data.corpora import check_corpus, group_by_size, open_source
+from recipe.data.document_encoder import DocumentEncoder
 from recipe.data.hygiene import Decontaminator, DocumentFilter, nothing_left
 from recipe.data.masking import DynamicMaskingCollator
 from recipe.data.packing import CONTINUES, Block, BlockFormat
 from recipe.data.streaming import CorpusReader
-from recipe.data.tokenizer import DocumentEncoder
 
 # What is looked at before a corpus is tokenised: of its head, for pairs and for a plan, and of one document in it.
 PAIR_CHARACTERS, HEAD_CHARACTERS, DOCUMENT_CHARACTERS = 2_000_000, 300_000, 100_000

@@ -27,10 +27,10 @@ from recipe.arguments.pretraining import ONE_PART_PACKINGS
 from recipe.base.errors import UserError
 from recipe.base.hashing import Purpose, hash64
 from recipe.data.corpora import Part, Record, Source, group_by_size
+from recipe.data.document_encoder import DocumentEncoder
 from recipe.data.hygiene import DocumentFilter
 from recipe.data.packing import Block, BlockFormat, cut_out, exchange
 from recipe.data.sampling import LaneOrder
-from recipe.data.tokenizer import DocumentEncoder
 
 REFILL_CHARACTERS = 200_000  # read at once: some 90 blocks of 512
 MAX_EMPTY_PASSES = 20  # in a row, after which a lane gives up on a corpus

@@ -44,10 +44,10 @@ from recipe.base.hashing import digest
 from recipe.base.progress import describe_progress, print_line, progress_bar
 from recipe.base.workers import build_together
 from recipe.data.corpora import Source, corpus_bytes, group_by_size, open_source, source_fingerprint
+from recipe.data.document_encoder import DocumentEncoder
 from recipe.data.encoders import Encoded, EncodedDocument, Encoders, RunEncoder, runs_of
 from recipe.data.hygiene import Decontaminator, check_unreadable, nothing_left
 from recipe.data.integrity import StoredFile, note_file, raising_damaged_store, read_json, write_json
-from recipe.data.tokenizer import DocumentEncoder
 
 STORE_FORMAT = 3  # part of the folder's name: raise it when the contents come out differently
 UNIT_TOKENS = 4_000_000  # that a unit has at least, if its shard has; one block of it is short

@@ -17,7 +17,7 @@ from recipe.arguments.corpus_files import describe_left_out, find_files
 from recipe.base.errors import UserError, describe_error
 from recipe.base.progress import progress_bar
 from recipe.data.corpora import check_corpus, corpus_bytes, sample_texts
-from recipe.data.tokenizer import (
+from recipe.data.trainers import (
     check_saved_tokenizer,
     count_words,
     find_lost_words,

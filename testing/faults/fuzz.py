@@ -75,7 +75,9 @@ from recipe.run.directory import RunDirectory
 from recipe.data.integrity import Verification
 from recipe.data.packed_corpus import PackedCorpus
 from recipe.data.token_store import TokenStore
-from recipe.data.tokenizer import DocumentEncoder, load_tokenizer, save_tokenizer, train_byte_level_bpe
+from recipe.data.document_encoder import DocumentEncoder
+from recipe.data.tokenizer import load_tokenizer
+from recipe.data.trainers import save_tokenizer, train_byte_level_bpe
 
 CPU_SECONDS = 30  # that a case may take
 WAIT_SECONDS = 10 * CPU_SECONDS  # and with what it waits for, however busy the machine

@@ -40,7 +40,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from recipe.data.tokenizer import save_tokenizer, train_byte_level_bpe
+from recipe.data.trainers import save_tokenizer, train_byte_level_bpe
 from recipe.run.checkpoint import find_checkpoint
 from recipe.run.directory import checkpoint_path, read_config, read_records
 from testing.hub_server import HubServer, serve

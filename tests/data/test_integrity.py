@@ -15,13 +15,13 @@ from recipe.base.errors import UserError
 from recipe.data import integrity
 from recipe.data.batches import Rank, Resume
 from recipe.data.cached import CachedData
+from recipe.data.document_encoder import DocumentEncoder
 from recipe.data.hygiene import Decontaminator
 from recipe.data.integrity import StoredFile, Verification, note_file, read_json, write_json
 from recipe.data.packed_corpus import PackedCorpus
 from recipe.data.packing import BlockFormat
 from recipe.data.preprocessor import Preprocessor
 from recipe.data.token_store import TokenStore
-from recipe.data.tokenizer import DocumentEncoder
 from testing.helpers import never, wait_for, write_jsonl
 
 FULL = BlockFormat("full_sentences", 32, 0, 2, pair_special_tokens=4, seed=1)

@@ -19,13 +19,14 @@ from recipe.arguments.corpus_files import local_files
 from recipe.base.errors import UserError
 from recipe.data import token_store
 from recipe.data.corpora import LocalSource
+from recipe.data.document_encoder import DocumentEncoder
 from recipe.data.encoders import RunEncoder
 from recipe.data.hygiene import Decontaminator, find_copies
 from recipe.data.integrity import read_json
 from recipe.data.packed_corpus import PackedCorpus
 from recipe.data.packing import BlockFormat
 from recipe.data.token_store import TokenStore, check_space
-from recipe.data.tokenizer import DocumentEncoder, load_tokenizer
+from recipe.data.tokenizer import load_tokenizer
 from testing.helpers import PATIENCE_SECONDS, wait_for, write_jsonl
 
 FULL = BlockFormat("full_sentences", 32, 0, 2, pair_special_tokens=4, seed=1)

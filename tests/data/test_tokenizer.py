@@ -22,15 +22,11 @@ from transformers import (
 )
 
 from recipe.base.errors import UserError
-from recipe.data.tokenizer import (
-    PIECE_CHARACTERS,
-    DocumentEncoder,
+from recipe.data.document_encoder import PIECE_CHARACTERS, DocumentEncoder, find_ends, split_text
+from recipe.data.tokenizer import load_tokenizer, role_ids
+from recipe.data.trainers import (
     check_saved_tokenizer,
-    find_ends,
-    load_tokenizer,
-    role_ids,
     save_tokenizer,
-    split_text,
     train_byte_level_bpe,
     train_unigram,
     train_wordpiece,
@@ -249,7 +245,7 @@ def test_long_documents_are_encoded_in_pieces_with_the_same_rows(tokenizer, text
 def test_documents_are_the_same_in_batches_of_any_size(tokenizer, texts, monkeypatch):
     encoder = DocumentEncoder(tokenizer, "sentencex", "en", max_document_characters=100)
     whole = rows_of(encoder, texts)
-    monkeypatch.setattr("recipe.data.tokenizer.ENCODED_CHARACTERS", 150)
+    monkeypatch.setattr("recipe.data.document_encoder.ENCODED_CHARACTERS", 150)
     assert rows_of(encoder, texts) == whole
 
 

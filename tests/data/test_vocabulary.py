@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from recipe.arguments import CorpusArguments, PretrainArguments, TokenizerArguments, parse_config
 from recipe.base.errors import UserError
 from recipe.data import vocabulary
-from recipe.data.tokenizer import count_words, find_lost_words
+from recipe.data.trainers import count_words, find_lost_words
 from recipe.data.vocabulary import VocabularyText, describe_vocabulary, save_checked, train_vocabulary
 from testing.helpers import ROOT, write_jsonl
 from train_tokenizer import next_command
