@@ -48,6 +48,7 @@ def load_tokenizer(name_or_path: str, option: str = "tokenizer_name") -> PreTrai
     for name in ("cls_token", "sep_token", "pad_token", "mask_token"):
         if getattr(tokenizer, name) is None:
             raise UserError(f"{field}, and it has no `{name}`, which the blocks need; add it or take another tokenizer")
+    check_roles(field, tokenizer)
     tokenizer.backend_tokenizer.no_truncation()  # some tokenizers come with truncation or padding switched on
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
@@ -86,6 +87,32 @@ def check_ids(field: str, vocab: dict[str, int]) -> None:
                 "from the size of the vocabulary on, which has gaps here; write each added token, with its id, into "
                 "`model.vocab` of tokenizer.json too"
             )
+
+
+def check_roles(field: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse a tokenizer with which a model would be used on other rows than those that it is trained on.
+
+    Raises:
+        UserError: padding or the mask is also another token with a role, so that models take that for padding; or what
+            the tokenizer itself puts around a text is not its `cls_token` and `sep_token`, as in a block.
+    """
+    ids = {name: getattr(tokenizer, f"{name}_id") for name in ("pad_token", "mask_token", "cls_token", "sep_token")}
+    for name in ("pad_token", "mask_token"):
+        if twins := [other for other in ids if other != name and ids[other] == ids[name]]:
+            raise UserError(
+                f"{field}, whose `{name}` {getattr(tokenizer, name)} is its `{twins[0]}` too; give it another"
+            )
+    row = tokenizer("a", verbose=False)["input_ids"]
+    around = tokenizer.num_special_tokens_to_add(), tokenizer.num_special_tokens_to_add(pair=True)
+    if [*row[:1], *row[-1:]] != [ids["cls_token"], ids["sep_token"]] or around not in ((2, 3), (2, 4)):
+        written, wanted = (
+            " ".join(tokenizer.convert_ids_to_tokens(row)),
+            f"{tokenizer.cls_token} … {tokenizer.sep_token}",
+        )
+        raise UserError(
+            f"{field}, which makes {written!r} of 'a' and not {wanted}, as blocks are: give it a post-processor "
+            "(`TemplateProcessing` of the library tokenizers, for one text and for two), and save it again"
+        )
 
 
 def role_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -12,7 +12,7 @@ import pytest
 import sentencex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AlbertTokenizer,
     AutoTokenizer,
@@ -349,6 +349,10 @@ def test_words_of_the_text_that_are_tokens_with_a_role_stay_text(tmp_path: Path,
     backend = Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     roles = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    ids = [("<s>", VOCAB["<s>"]), ("</s>", VOCAB["</s>"])]
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=ids
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="<mask>", **roles)
     tokenizer.add_tokens([AddedToken("<url>", special=True)])
     tokenizer.save_pretrained(tmp_path)
@@ -359,6 +363,43 @@ def test_words_of_the_text_that_are_tokens_with_a_role_stay_text(tmp_path: Path,
     assert encoder.count_unknown(ids)
     assert ids[0] == VOCAB["he"]
     assert ids[-2:].tolist() == [loaded.convert_tokens_to_ids("<url>"), 3]
+
+
+def save_with_roles(folder: Path, template: tuple[str, str] | None, **roles: str) -> str:
+    """Save a tokenizer with these roles, and a template for one text and for two; return the folder's path."""
+    backend = Tokenizer(models.WordLevel(VOCAB, unk_token="<unk>"))
+    if template:
+        single, pair = template
+        ids = [(token, VOCAB[token]) for token in ("<s>", "</s>", "<pad>")]
+        backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
+    roles = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"} | roles
+    PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="<mask>", **roles).save_pretrained(folder)
+    return str(folder)
+
+
+TEMPLATE = "<s> $A </s>", "<s> $A </s> $B </s>"
+
+
+@pytest.mark.parametrize(
+    "template", [None, ("<s> $A", "<s> $A $B"), ("</s> $A <s>", TEMPLATE[1]), (TEMPLATE[0], "$A $B")]
+)
+def test_rows_of_the_tokenizer_itself_are_those_of_training(tmp_path: Path, template):
+    with pytest.raises(UserError, match=r"of 'a' and not <s> … </s>, as blocks are: give it a post-processor"):
+        load_tokenizer(save_with_roles(tmp_path, template))
+
+
+@pytest.mark.parametrize(
+    ("role", "token", "twin"),
+    [
+        ("pad_token", "</s>", "`pad_token` </s> is its `sep_token` too"),
+        ("pad_token", "<mask>", "`pad_token` <mask> is its `mask_token` too"),
+        ("cls_token", "<pad>", "`pad_token` <pad> is its `cls_token` too"),
+    ],
+)
+def test_padding_and_mask_are_tokens_of_their_own(tmp_path: Path, role: str, token: str, twin: str):
+    with pytest.raises(UserError, match=twin):
+        load_tokenizer(save_with_roles(tmp_path, TEMPLATE, **{role: token}))
+    load_tokenizer(save_with_roles(tmp_path / "right", TEMPLATE))
 
 
 ADDED = [
