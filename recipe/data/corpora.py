@@ -12,6 +12,7 @@ import io
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -22,7 +23,7 @@ from datasets import IterableDataset, load_dataset
 from huggingface_hub import HfApi
 
 from recipe.arguments import CorpusArguments
-from recipe.arguments.corpus_files import TABLES, by_kind, local_files
+from recipe.arguments.corpus_files import LINES, TABLES, by_kind, local_files
 from recipe.base.errors import UserError, describe_error
 from recipe.base.hashing import digest, hash64
 from recipe.base.workers import STOP_WAITING
@@ -33,6 +34,7 @@ from recipe.data.readers import (
     choose_reader,
     damaged_file,
     is_too_large,
+    open_table,
     packing_of,
     too_large,
 )
@@ -45,6 +47,7 @@ COMPRESSION_RATIO = {".gz": 2.6, ".zst": 2.8}
 SHARD_BYTES, MAX_SHARDS = 1_000_000, 4096
 # Of the files, read to see whether they are the same: so many pieces in all, and of each.
 SAMPLED_PIECES, PIECES_PER_FILE, PIECE_BYTES = 2048, 16, 4096
+SHARE_FILES, SHARE_BYTES = 8, 300_000  # of which, and of whose heads, the share of text in JSON lines is measured
 SAMPLE_BATCH_BYTES = 1_000_000  # of texts that a sample yields together
 RETRY_SECONDS = (1, 5, 30, 120, 300)  # waits before a source that failed is opened again
 
@@ -288,19 +291,49 @@ def corpus_bytes(corpus: CorpusArguments) -> float:
     A hub data set that does not publish its size raises a `UserError`.
     """
     if (files := local_files(corpus)) is not None:
-        return sum(file_bytes(str(file), corpus.text_column) for file in files)
+        lines = [str(file) for file in files if is_of_lines(str(file))]
+        share = text_share(lines, corpus)
+        rest = [str(file) for file in files if not is_of_lines(str(file))]
+        return share * sum(map(unpacked_bytes, lines)) + sum(file_bytes(file, corpus.text_column) for file in rest)
     splits = open_hub_corpus(corpus)[0].info.splits or {}
     if corpus.split not in splits or not splits[corpus.split].num_bytes:
         raise UserError(f"corpus {corpus.name!r}: {corpus.path} does not publish its size; give all corpora a `weight`")
     return splits[corpus.split].num_bytes
 
 
+def is_of_lines(file: str) -> bool:
+    """Say whether a file holds JSON lines."""
+    return Path(file.removesuffix(packing_of(file))).suffix in LINES
+
+
+def unpacked_bytes(file: str) -> float:
+    """Estimate how many bytes a file has without its compression."""
+    return Path(file).stat().st_size * COMPRESSION_RATIO.get(packing_of(file), 1)
+
+
+def text_share(files: list[str], corpus: CorpusArguments) -> float:
+    """Measure which share of JSON lines is text at the heads of some files; the rest is other columns and escapes."""
+    lines_bytes = text_bytes = 0
+    for number in sorted({round(place) for place in np.linspace(0, len(files) - 1, min(len(files), SHARE_FILES))}):
+        read, _, parse = choose_reader(files[number], corpus)
+        head = 0
+        with suppress(EOFError, pa.ArrowException, OSError, ValueError):  # reading it says what is wrong
+            for raw in read(files[number], 0):
+                text_bytes += len(parse(raw, files[number]).encode())
+                head += len(raw)
+                lines_bytes += len(raw)
+                if head > SHARE_BYTES:
+                    break
+    return text_bytes / lines_bytes if text_bytes else 1.0
+
+
 def file_bytes(file: str, column: str) -> float:
-    """Estimate how many bytes of text a local file holds."""
-    size = Path(file).stat().st_size
-    if not file.endswith(".parquet"):
-        return size * COMPRESSION_RATIO.get(packing_of(file), 1)
+    """Estimate how many bytes of text a file that is no JSON holds."""
+    if not file.endswith(TABLES):
+        return unpacked_bytes(file)
     try:
+        if file.endswith(".arrow"):
+            return float(sum(batch.column(column).nbytes for batch in open_table(file)[1].read_all().to_batches()))
         metadata = pq.ParquetFile(file).metadata
         leaves = [number for number in range(metadata.num_columns) if metadata.schema.column(number).path == column]
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]

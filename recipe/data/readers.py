@@ -158,7 +158,8 @@ def read_table(file: str, skip: int, column: str) -> Iterator[bytes]:
         groups = [(len(table), functools.partial(table.to_batches, BATCH_ROWS)) for table in tables]
     for size, read in groups:
         if skip < size:
-            values = (value or b"" for batch in read() for value in as_bytes(batch.column(0)).to_pylist())
+            # By its name, since Parquet also reads the field of a struct whose path is the column's name.
+            values = (value or b"" for batch in read() for value in as_bytes(batch.column(column)).to_pylist())
             yield from itertools.islice(values, skip, None)
         skip = max(0, skip - size)
 
@@ -166,7 +167,8 @@ def read_table(file: str, skip: int, column: str) -> Iterator[bytes]:
 def as_bytes(texts: pa.Array) -> pa.Array:
     """View texts as bytes, since not every writer checks its UTF-8; raise an Arrow error where the file is damaged."""
     if pa.types.is_dictionary(texts.type):  # whose indices are checked here
-        return pa.DictionaryArray.from_arrays(texts.indices, as_bytes(texts.dictionary)).dictionary_decode()
+        words = as_bytes(texts.dictionary).cast(pa.large_binary())  # views cannot be decoded
+        return pa.DictionaryArray.from_arrays(texts.indices, words).dictionary_decode()
     values = texts.view(BYTES_TYPES[texts.type])
     values.validate(full=True)
     return values

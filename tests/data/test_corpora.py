@@ -480,6 +480,20 @@ def test_gzip_counts_for_what_it_holds():
     assert corpus_bytes(corpus(SAMPLE)) == pytest.approx(size, rel=0.2)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.arrow"])
+def test_text_alone_counts(tmp_path: Path, name: str):
+    """Neither other columns nor escapes: by these sizes corpora without weights are mixed in streams."""
+    texts = [f"{n} " + "中" * 300 for n in range(1000)]
+    rows = [{"html": "<p>" * 1000 + str(n), "text": text} for n, text in enumerate(texts)]
+    if name == "a.arrow":
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_file(str(tmp_path / name), table.schema) as writer:
+            writer.write(table)
+    else:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert corpus_bytes(corpus(tmp_path)) == pytest.approx(sum(len(text.encode()) for text in texts), rel=0.1)
+
+
 def test_parquet_counts_for_its_text_column_alone(tmp_path: Path):
     texts = [f"{n} " + "x" * 997 for n in range(100)]
     pq.write_table(pa.table({"text": texts, "more": texts}), tmp_path / "a.parquet", use_dictionary=False)
