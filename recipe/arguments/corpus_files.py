@@ -21,7 +21,8 @@ LINES, TEXTS, TABLES = (".jsonl", ".json"), (".txt",), (".parquet", ".arrow")
 CODECS = {".gz": "gzip", ".zst": "zstd"}  # pyarrow's names
 SUFFIXES = tuple(kind + packed for kind in LINES + TEXTS for packed in ("", *CODECS)) + TABLES
 TEXTLESS_FILES = {"dataset_info.json", "state.json", "dataset_dict.json"}  # written by `save_to_disk` beside its tables
-UNKNOWN, SECOND_NAME = "of unknown kind", "under a second name"  # two of the reasons
+# Some of the reasons.
+UNKNOWN, SECOND_NAME, UNPACKED = "of unknown kind", "under a second name", "beside it without compression"
 CACHED_TABLE = re.compile(r"cache-[0-9a-f]{16}.*\.arrow")  # that `Dataset.map` and the like write beside the data
 MAX_PRINTED_NAMES = 3  # of what is left out for one reason
 
@@ -74,7 +75,9 @@ def find_files(corpus: CorpusArguments) -> tuple[list[Path] | None, LeftOut]:
 
 def choose_snapshot(folder: Path, place: str) -> Path:
     """Return a folder, or the snapshot in it if it is a data set in the cache of the hub, which may hold several."""
-    if not ((folder / "refs").is_dir() and (folder / "snapshots").is_dir()):
+    if folder.name == "snapshots" and (folder.parent / "blobs").is_dir():
+        folder = folder.parent
+    if not (folder / "snapshots").is_dir() or not any((folder / name).is_dir() for name in ("refs", "blobs")):
         return folder
     first, *others = sorted(path for path in (folder / "snapshots").iterdir() if path.is_dir()) or [folder]
     if others:
@@ -195,7 +198,7 @@ def sort_out(paths: Iterable[Path], left_out: LeftOut) -> list[Path]:
 
 
 def leave_out_second_names(files: list[Path], left_out: LeftOut) -> list[Path]:
-    """Return each real file once, by a name without links if it has one, sorted."""
+    """Return each real file once, by a name without links if it has one, and not compressed if it is that too."""
     names: dict[tuple[int, int], list[Path]] = defaultdict(list)  # of each file
     for path in files:
         about = path.stat()
@@ -204,7 +207,11 @@ def leave_out_second_names(files: list[Path], left_out: LeftOut) -> list[Path]:
         if len(same) > 1:
             same.sort(key=lambda path: sum(part.is_symlink() for part in (path, *path.parents)))
             left_out[SECOND_NAME] += same[1:]
-    return sorted((same[0] for same in names.values()), key=str)
+    found = sorted((same[0] for same in names.values()), key=str)
+    known = set(map(str, found))  # `gzip -k` leaves both
+    is_packed = {path: path.suffix in CODECS and str(path).removesuffix(path.suffix) in known for path in found}
+    left_out[UNPACKED] += [path for path in found if is_packed[path]]
+    return [path for path in found if not is_packed[path]]
 
 
 def by_kind(files: Iterable[Path]) -> dict[str, list[Path]]:

@@ -31,13 +31,28 @@ NAMES = dict(
 )
 
 
+# Codes of ISO 639-2 and 639-3 of languages that have one of two letters, by which sentencex knows their rules.
+THREE_LETTERS = dict(
+    pair.split("=")
+    for pair in words("""
+    amh=am ara=ar arm=hy ben=bn bul=bg bur=my cat=ca ces=cs chi=zh cze=cs dan=da deu=de dut=nl ell=el eng=en fas=fa
+    fin=fi fra=fr fre=fr ger=de gre=el guj=gu heb=he hin=hi hrv=hr hun=hu hye=hy ind=id ita=it jpn=ja kan=kn kaz=kk
+    kor=ko lat=la lit=lt mal=ml mar=mr mya=my nld=nl nor=no pan=pa per=fa pol=pl por=pt ron=ro rum=ro rus=ru slk=sk
+    slo=sk slv=sl spa=es srp=sr swe=sv tam=ta tel=te tha=th tur=tr ukr=uk urd=ur vie=vi zho=zh""")
+)
+
+
 def check_language(language: str) -> None:
-    """Raise a `UserError`, with the nearest code, unless a language is given by its code of ISO 639-1 or 639-3."""
-    if language in CODES or re.fullmatch("[a-z]{3}", language):
+    """Raise a `UserError`, with the nearest code, unless a language is given by its code of ISO 639-1.
+
+    The code of ISO 639-3 is that of a language which has none of two letters.
+    """
+    if language in CODES or (re.fullmatch("[a-z]{3}", language) and language not in THREE_LETTERS):
         return
     name = language.lower()
     code = re.split("[-_]", name)[0]  # of `de-AT`
     hint = f"; did you mean `{code}`?" if code in CODES else did_you_mean(name, NAMES)
+    hint = f"; did you mean `{THREE_LETTERS[language]}`?" if language in THREE_LETTERS else hint
     hint = re.sub("`(.*)`", lambda near: f"`{NAMES.get(near[1], near[1])}`", hint)
     hint = hint or f"; sentencex has rules for {', '.join(WITH_RULES)}, and finds sentences in others too"
     raise UserError(f"`language` is {language!r:.50}, which is no code of ISO 639-1 such as en, de or zh{hint}")

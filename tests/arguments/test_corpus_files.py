@@ -1,5 +1,6 @@
 """Which files a path names."""
 
+import gzip
 import os
 from pathlib import Path
 
@@ -45,6 +46,15 @@ def test_each_real_file_is_read_once(here: Path, links: dict[str, str], left_out
     assert find("texts") == (BOTH, left_out)
     for pattern in ("texts/**", "texts/**/*.*", "texts/**/**/*.*", "texts/*/*.*"):
         assert find(pattern)[0] == BOTH
+
+
+def test_file_that_was_compressed_and_kept_is_read_once(here: Path):
+    (here / "v1" / "a.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    (here / "v2" / "c.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    assert find("texts") == (
+        [BOTH[0], *BOTH[1:], "texts/v2/c.jsonl.gz"],
+        "1 beside it without compression (a.jsonl.gz)",
+    )
 
 
 def test_hard_links_are_one_file_and_linked_folders_elsewhere_are_read(here: Path, tmp_path: Path):
@@ -161,8 +171,9 @@ def test_one_snapshot_in_the_cache_of_the_hub_is_read(here: Path):
         (cache / "snapshots" / commit / "train.jsonl").symlink_to("../../blobs/1")
         if commit == "0a1b":
             assert find(cache) == ([str(cache / "snapshots" / "0a1b" / "train.jsonl")], "")
-    with pytest.raises(UserError, match=r"holds 2 snapshots of one data set: 0a1b, 2c3d; give the path of one"):
-        find(cache)
+    for path in (cache, cache / "snapshots"):
+        with pytest.raises(UserError, match=r"holds 2 snapshots of one data set: 0a1b, 2c3d; give the path of one"):
+            find(path)
 
 
 def test_saved_data_set_is_the_files_that_it_names(here: Path):

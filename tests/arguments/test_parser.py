@@ -71,6 +71,7 @@ RULES = f"; sentencex has rules for {', '.join(WITH_RULES)}, and finds sentences
         ("chines", "; did you mean `zh`?"),
         ("de_AT", "; did you mean `de`?"),
         ("EN", "; did you mean `en`?"),
+        ("deu", "; did you mean `de`?"),
         ("xx", RULES),
         ("", RULES),
     ],
