@@ -83,10 +83,11 @@ def main() -> None:
 
             summary = summarise(records, jobs, data, args.compare_with)
             hours = (time.perf_counter() - started) / 3600
-            lines = write_report(run.path, summary, hours, args.model_name_or_path)
-            print("\n".join([*lines, *write_cards(run.path)]))
+            print("\n".join(write_report(run.path, summary, hours, args.model_name_or_path)))
             check_failures(records, jobs, grid.results.file)
+            lines = write_cards(run.path)
             run.write_status("complete", len(jobs))
+            print("\n".join(lines))
     except KeyboardInterrupt:
         accelerator.print(f"{run.step or 0:,} of {len(jobs):,} jobs have a result; the same command runs the others")
         raise

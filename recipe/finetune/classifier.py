@@ -144,7 +144,8 @@ def load_classifier(
             f"`model_name_or_path` {name_or_path} lacks weights of the encoder, or has them in another shape than its "
             f"config says: {', '.join(lacking[:3])}"
         )
-    if unused := sorted(name for name in loading["unexpected_keys"] if re.search(r"\.layers?\.\d+\.", name)):
+    stacks = {match[0] for name in model.state_dict() if (match := re.match(r".*?\.layers?\.(?=\d)", name))}
+    if unused := sorted(name for name in loading["unexpected_keys"] if name.startswith(tuple(stacks))):
         raise UserError(
             f"`model_name_or_path` {name_or_path} has weights that its config has no layers for: "
             f"{', '.join(unused[:3])}"

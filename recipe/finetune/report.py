@@ -133,7 +133,7 @@ def format_table(summary: dict[str, Any], hours: float) -> str:
     spent = f"{hours:.2f} hours since this start, {summary['device_hours']:.2f} device-hours in all."
     notes = format_notes(summary)
     if failed := sum(row["failed"] for row in summary["tasks"]):
-        notes.append(f"{failed} jobs failed; results.jsonl says why, and the same command tries them again.")
+        notes.append(f"Failed jobs: {failed}; results.jsonl says why, and the same command tries them again.")
     return "\n".join([format_rows(summary), "", *notes, spent]) + "\n"
 
 

@@ -163,7 +163,7 @@ def test_failed_job_is_recorded_and_tried_again(run_glue, flags, tmp_path: Path,
     assert records[Job("rte", "pretrained", 1e14, 8, 1)]["state"] == "failed"
     assert "the training loss of epoch 1 is nan" in records[Job("rte", "pretrained", 1e14, 8, 1)]["reason"]
     assert records[Job("rte", "pretrained", 3e-3, 8, 1)]["state"] == "done"
-    assert "1 jobs failed; results.jsonl says why" in (out / "table.md").read_text()
+    assert "Failed jobs: 1; results.jsonl says why" in (out / "table.md").read_text()
 
     attempts = []
     finetune = Finetuner.run
