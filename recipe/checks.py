@@ -20,7 +20,7 @@ from recipe.arguments.corpus_files import by_kind, describe_left_out, find_files
 from recipe.arguments.languages import describe_rules
 from recipe.base.errors import UserError
 from recipe.base.files import check_free_space, check_output_dir
-from recipe.base.formatting import format_bytes, format_count
+from recipe.base.formatting import count_of, format_bytes, format_count
 from recipe.base.model_files import count_ids
 from recipe.data.cached import check_tokens, count_held_out, find_store
 from recipe.data.corpora import check_corpus, corpus_bytes
@@ -223,7 +223,8 @@ def check_corpora(check: CheckedRun) -> None:
             if args.dry_run:
                 check.sizes[number], remark = size_up(args, corpus, check.preprocessor, store)
                 kinds = ", ".join(f"{len(same):,} {kind}" for kind, same in by_kind(files or []).items())
-                remarks.append(f"{corpus.path}, {f'{len(files):,} files ({kinds}), ' if files else ''}{remark}")
+                about = f"{count_of(len(files), 'file')} ({kinds}), " if files else ""
+                remarks.append(f"{corpus.path}, {about}{remark}")
             if rest := describe_left_out(left_out):
                 remarks.append(f"left out: {rest}")
                 check.lines.append(f"corpus {corpus.name}: left out of {corpus.path}: {rest}")
@@ -273,7 +274,8 @@ def size_up(
         times = size / head.bytes
         store_bytes = times * head.tokens * (preprocessor.encoder.dtype.itemsize + STORE_OVERHEAD_BYTES)
         found = CorpusSize(times * head.tokens, times * head.blocks, store_bytes, size, times * head.seconds)
-    return found, f"about {format_bytes(size)} of text, {format_count(found.tokens)} tokens"
+    copies = ", with their copies (`deduplicate` finds these once all is read)" if args.deduplicate else ""
+    return found, f"about {format_bytes(size)} of text, {format_count(found.tokens)} tokens{copies}"
 
 
 def check_writable(args: PretrainArguments, preprocessor: Preprocessor, stores: list[TokenStore]) -> None:

@@ -115,8 +115,9 @@ class StreamedData(TrainingData):
             num_whole += is_whole
         if corpus < len(self.names) and num_whole == num_shards:
             raise UserError(
-                f"`eval_blocks` ({self.args.eval_blocks}) takes all of corpus {reader.source.corpus.name!r}; lower it, "
-                "or give `eval_corpora`"
+                f"`eval_blocks` ({self.args.eval_blocks}) takes all of corpus {reader.source.corpus.name!r}, of which "
+                "whole documents are held out; lower it, give `eval_corpora`, or more documents: a .txt is one, or by "
+                "`sample_by: line` or `paragraph` several"
             )
         return held
 

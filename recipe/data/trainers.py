@@ -115,18 +115,19 @@ def train_unigram(
 def counting_characters(texts: Iterable[list[str]], tokenizer: Tokenizer, vocab_size: int) -> Iterator[list[str]]:
     """Yield batches of texts, and after the last raise a `UserError` if Unigram lacks entries for their characters.
 
-    The trainer needs one for each. It would find out when all its work is done.
+    The trainer needs one for each, and one more: with these alone it never finds that it has enough. It would find out
+    when all its work is done.
     """
     characters: set[str] = set()
     for batch in texts:
         characters.update(*batch)
         yield batch
     words = count_words(tokenizer, [" ".join(sorted(characters))])
-    needed = len(set().union(*words)) + len(ALBERT_TOKENS)
+    needed = len(set().union(*words)) + len(ALBERT_TOKENS) + 1
     if needed > vocab_size:
         raise UserError(
             f"`vocab_size` is {vocab_size:,}, and unigram has an entry for each character of the text, which are "
-            f"{needed:,} with the special tokens; give that many and more for words, or leave out text with rare ones"
+            f"{needed:,} with the special tokens and a word; give that many or more, or leave out text with rare ones"
         )
 
 

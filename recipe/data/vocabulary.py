@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from recipe.arguments import CorpusArguments, TokenizerArguments
 from recipe.arguments.corpus_files import describe_left_out, find_files
 from recipe.base.errors import UserError, describe_error
+from recipe.base.formatting import format_bytes
 from recipe.base.progress import progress_bar
 from recipe.data.corpora import check_corpus, corpus_bytes, sample_texts
 from recipe.data.trainers import (
@@ -47,7 +48,7 @@ class VocabularyText:
 
     def describe(self) -> list[str]:
         """Name the corpora, their sizes where these decide how much of each is read, and what of them is not read."""
-        sizes = {name: f", about {size / 1e6:,.0f} MB" for name, size in self.sizes.items()}
+        sizes = {name: f", about {format_bytes(size)}" for name, size in self.sizes.items()}
         left_out = {corpus.name: describe_left_out(find_files(corpus)[1]) for corpus in self.corpora}
         rest = {name: f"; left out: {text}" for name, text in left_out.items() if text}
         return [f"corpus {c.name}: {c.path}{sizes.get(c.name, '')}{rest.get(c.name, '')}" for c in self.corpora]
@@ -119,7 +120,7 @@ def describe_vocabulary(args: TokenizerArguments, tokenizer: Tokenizer, text: Vo
     """Return what there is to say of a vocabulary: its size, how much text a token has, and what is doubtful in it."""
     num_entries, lines = tokenizer.get_vocab_size(), []
     if num_entries < args.vocab_size:
-        lines.append(f"warning: the text had pairs for only {num_entries:,} of {args.vocab_size:,} entries")
+        lines.append(f"warning: the text was enough for only {num_entries:,} of {args.vocab_size:,} entries")
     if num_entries > args.vocab_size:
         lines.append(
             f"warning: `vocab_size` is {args.vocab_size:,}, and the characters of the text alone need "

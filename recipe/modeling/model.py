@@ -53,7 +53,7 @@ def build_config(
         raise UserError(f"`model_name_or_path` {model_name_or_path} {problem}{remedy}")
     if tokenizer is not None:
         check_tokenizer(config, tokenizer)
-    check_sizes(config, max_seq_length)
+    check_sizes(config, model_name_or_path, max_seq_length)
     try:
         with torch.device("meta"):
             build_model(config, None, predicts_pairs=True)
@@ -115,7 +115,7 @@ def check_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast
             raise UserError(f"{problem}; {remedy}")
 
 
-def check_sizes(config: PreTrainedConfig, max_seq_length: int) -> None:
+def check_sizes(config: PreTrainedConfig, source: str | None, max_seq_length: int) -> None:
     """Refuse sizes of which no model can be made, and a sequence length for which it lacks positions."""
     if isinstance(config, AlbertConfig):
         groups, layers = config.num_hidden_groups, config.num_hidden_layers
@@ -128,6 +128,9 @@ def check_sizes(config: PreTrainedConfig, max_seq_length: int) -> None:
     if width % heads:
         raise UserError(f"`model_config`: `hidden_size` ({width}) is not a multiple of `num_attention_heads` ({heads})")
     if longest_sequence(config) < max_seq_length:
+        if source:
+            remedy = f"the model of `model_name_or_path` reads {longest_sequence(config)} tokens at the most: give that"
+            raise UserError(f"`max_seq_length` is {max_seq_length}; {remedy} or less")
         needed = max_seq_length + positions - longest_sequence(config)
         problem = f"needs `max_position_embeddings` >= {needed}, got {positions}"
         raise UserError(f"`max_seq_length` ({max_seq_length}) {problem}")

@@ -6,6 +6,7 @@ This loads no torch, since the seconds of a process that pushes checkpoints are 
 import json
 import platform
 import re
+import shlex
 import sys
 import threading
 import time
@@ -178,7 +179,7 @@ class RunDirectory:
             *([f"loss plot: {self.loss_plot}"] if self.loss_plot.exists() else []),
             f"checkpoints, metrics and config: {self.path}",
             "next: accelerate launch finetune_glue.py --config recipe/configs/glue/quick.yaml "
-            f"--model_name_or_path {self.model} --output_dir {self.path / 'glue'}",
+            + shlex.join(["--model_name_or_path", str(self.model), "--output_dir", str(self.path / "glue")]),
         ]
 
     def write_config(self, arguments: dict[str, Any], environment: dict[str, Any]) -> None:
