@@ -79,7 +79,7 @@ def test_table_shows_every_row_and_says_what_it_is_not(summary):
     assert cells["average without WNLI"][1] == "70.5"
     assert len({len(line) for line in lines if "|" in line}) == 1  # aligned
     text = "\n".join(lines)
-    assert "4 jobs failed" in text
+    assert "Failed jobs: 4;" in text
     assert "Not the official data, and not to be compared with published results: CoLA." in text
     assert "1.50 hours since this start, 0.23 device-hours in all" in text
 
