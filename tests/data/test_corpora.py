@@ -480,6 +480,17 @@ def test_gzip_counts_for_what_it_holds():
     assert corpus_bytes(corpus(SAMPLE)) == pytest.approx(size, rel=0.2)
 
 
+def test_categories_may_be_views(tmp_path: Path):
+    words = pa.DictionaryArray.from_arrays(pa.array([1, 0, 1], pa.int16()), pa.array(["no", "yes"], pa.string_view()))
+    assert read(write_table(tmp_path / "a.arrow", words)) == ["yes", "no", "yes"]
+
+
+def test_column_named_like_the_field_of_a_struct_is_read(tmp_path: Path):
+    table = pa.table({"meta": [{"text": "inner"}] * 2, "meta.text": ["one", "two"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", text_column="meta.text") == ["one", "two"]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.arrow"])
 def test_text_alone_counts(tmp_path: Path, name: str):
     """Neither other columns nor escapes: by these sizes corpora without weights are mixed in streams."""

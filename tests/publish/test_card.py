@@ -301,6 +301,10 @@ def test_glue_results_reach_the_cards(run, run_glue, tmp_path, capsys):
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     text = (run / "model" / "README.md").read_text()
     assert f"| {100 * summary['tasks'][0]['median']:.1f} |" in re.sub(" +", " ", text)
+    failing = {"output_dir": tmp_path / "again", "seeds": "[1]", "learning_rates": "[1e14]", "num_train_epochs": 3}
+    with pytest.raises(UserError, match="1 of 1 jobs failed"):
+        run_glue(flags | failing | {"update_model_card": "true"})
+    assert (run / "model" / "README.md").read_text() == text
     waiting = run / "hub" / "step-00000006-card"
     assert (waiting / "README.md").read_text() == text
     assert f"push with: python -m recipe.publish.hub {run}" in capsys.readouterr().out
