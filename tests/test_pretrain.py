@@ -275,9 +275,7 @@ def test_worker_that_is_killed_costs_no_update(flags, tmp_path: Path, mode, proc
     assert status["state"] == "failed"
     assert (run / "checkpoints" / f"step-{status['step']:08d}").is_dir()
     assert status["step"] == read_lines(run / "metrics.jsonl")[-1]["step"]
-    assert re.search(
-        rf"DataLoader worker \(pid(\(s\))? {worker.pid}\) (is killed by signal: Killed|exited unexpectedly)", printed
-    )
+    assert f"DataLoader worker (pid {worker.pid}) is killed by signal: Killed." in printed
     assert "lower `dataloader_num_workers`" in printed
 
 
@@ -371,7 +369,6 @@ def test_stream_goes_on_from_two_processes_to_one_and_back(flags, run_pretrain, 
 
 ONE_RANK_FAILS = """
 import os
-import re
 import pretrain
 import recipe.data.corpora
 import recipe.data.streaming

@@ -187,7 +187,9 @@ def noticing_dead_workers() -> Iterator[None]:
     try:
         check()
         yield
-    except RuntimeError as error:
+    except RuntimeError as raised:
+        # Over the error that has the signal's name, torch may put one that says `exited unexpectedly`.
+        error = raised.__cause__ if isinstance(raised.__cause__, RuntimeError) else raised
         if not str(error).startswith("DataLoader worker"):
             raise
         cause = "memory ran out: lower `dataloader_num_workers` or give the job more"

@@ -216,6 +216,15 @@ def test_worker_that_is_killed_while_it_sends_is_noticed_when_data_is_asked_for(
     updates.close()
 
 
+def test_signal_of_a_dead_worker_is_named_whatever_is_put_over_it():
+    named = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. ")
+    with (
+        pytest.raises(UserError, match=r"\(pid 7\) is killed by signal: Bus error.*token store"),
+        noticing_dead_workers(),
+    ):
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly") from named
+
+
 def test_update_of_many_micro_batches_keeps_no_file_open(make_data):
     data = make_data(train_batch_size=512, per_device_train_batch_size=1)
     before = len(os.listdir("/proc/self/fd"))
