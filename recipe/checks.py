@@ -253,6 +253,7 @@ def size_up(
         UserError: the corpus cannot be read, or what is stored of it is damaged.
     """
     positions = args.max_seq_length - 2
+    copies = " with their copies, which `deduplicate` finds once all is read" if args.deduplicate else ""
     if preprocessor and store and store.is_complete:
         tokens = store.counts()["tokens"]
         view = PackedCorpus(store, preprocessor.format)
@@ -260,7 +261,7 @@ def size_up(
         if is_packed:
             view.open()
         blocks = float(len(view)) if is_packed else tokens / positions
-        return CorpusSize(tokens, blocks), f"{tokens:,} tokens, in a token store"
+        return CorpusSize(tokens, blocks), f"{tokens:,} tokens{copies}, in a token store"
     try:
         size = corpus_bytes(corpus)
     except UserError:
@@ -274,7 +275,6 @@ def size_up(
         times = size / head.bytes
         store_bytes = times * head.tokens * (preprocessor.encoder.dtype.itemsize + STORE_OVERHEAD_BYTES)
         found = CorpusSize(times * head.tokens, times * head.blocks, store_bytes, size, times * head.seconds)
-    copies = ", with their copies (`deduplicate` finds these once all is read)" if args.deduplicate else ""
     return found, f"about {format_bytes(size)} of text, {format_count(found.tokens)} tokens{copies}"
 
 

@@ -213,6 +213,12 @@ def test_model_without_encoder_weights_is_refused(small_model: Path, tmp_path: P
         load_classifier(str(tmp_path / "half"), TASKS["rte"])
 
 
+def test_part_of_a_model_that_a_classifier_does_not_have_is_no_layer_too_many(tmp_path: Path):
+    sizes = {"d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 16, "block_sizes": [1, 1], "vocab_size": 50}
+    transformers.FunnelModel(transformers.FunnelConfig(**sizes, num_decoder_layers=1)).save_pretrained(tmp_path)
+    assert load_classifier(str(tmp_path), TASKS["rte"]).config.model_type == "funnel"
+
+
 def test_model_with_more_layers_than_its_config_is_refused(small_model: Path, tmp_path: Path):
     folder = shutil.copytree(small_model, tmp_path / "deep")
     config = json.loads((folder / "config.json").read_text("utf-8"))

@@ -1,6 +1,7 @@
 import json
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,12 @@ from recipe.base.errors import UserError, report_user_errors
 from recipe.run.directory import RunDirectory, checkpoint_path, list_checkpoints, read_step
 from recipe.run.lock import JOB_VARIABLES
 from testing.helpers import ROOT
+
+
+def test_next_command_can_be_pasted_whatever_the_path(tmp_path: Path):
+    line = RunDirectory(tmp_path / "my runs" / "a", True, []).describe()[-1]
+    flags = shlex.split(line.removeprefix("next: "))
+    assert flags[flags.index("--model_name_or_path") + 1] == str(tmp_path / "my runs" / "a" / "model")
 
 
 def test_folder_and_early_stops_load_no_torch():
