@@ -48,8 +48,8 @@ def main() -> None:
     accelerator = start_accelerator()
     run = open_run(args.output_dir, accelerator)
     started = time.perf_counter()
-    check_card(args)
     tokenizer = load_glue_tokenizer(args.model_name_or_path, args.max_seq_length, args.tokenizer_name)
+    check_card(args)
     widest = max((TASKS[name] for name in names), key=lambda task: len(task.columns))
     checksum = {"model_checksum": check_classifier(args.model_name_or_path, widest, tokenizer, args.max_seq_length)}
     if run.config_file.exists():

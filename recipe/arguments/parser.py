@@ -124,6 +124,9 @@ def describe_values(owner: type, name: str, value: str) -> str:
     field = next((f for f in fields(owner) if f.name == name), None)
     if field is None:
         return "it takes another kind of value"
+    if field.type == list[CorpusArguments]:
+        path = value if re.fullmatch(r"[^\[{,:\s]+", value) else "..."
+        return f"it takes a list of corpora: write '[{{name: ..., path: {path}}}]'"
     kind = describe_type(field.type)
     null = "null or " if NoneType in typing.get_args(field.type) else ""
     return f"it takes {null}{', '.join([kind, *map(str, rules(field.type))])}{did_you_mean(value, kind.split(' | '))}"

@@ -390,3 +390,8 @@ def test_help_has_every_option_in_a_group_and_no_names_of_python(cls, capsys):
     for word in ("Annotated", "Optional", "Literal", "None", "Union", "CorpusArguments"):
         assert word not in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_path_given_as_corpora_is_told_how_it_is_written(config_file):
+    with pytest.raises(UserError, match=r"takes a list of corpora: write '\[\{name: \.\.\., path: my_texts/\}\]'"):
+        parse("--config", config_file(), "--corpora", "my_texts/")
