@@ -247,7 +247,7 @@ def build_session(
     run.write_status("running", state.step)  # all that is refused has been
     objective = OBJECTIVES[args.objective](check.model, args.masked_share, args.gradient_checkpointing)
     if args.torch_compile:
-        warnings += compile_in_place(objective, accelerator.device, in_one=not accelerator.is_fsdp2)
+        warnings += compile_in_place(objective, accelerator.device)
     betas = args.adam_beta1, args.adam_beta2
     adamw = build_optimizer(objective, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
     prepared, optimizer = prepare(accelerator, objective, adamw)
