@@ -17,7 +17,7 @@ from recipe.base.hashing import hash64
 from recipe.base.progress import print_line, progress_bar
 from recipe.base.workers import InterruptedWaitError
 from recipe.data.batches import Batch, Counts, Resume, TrainingData, UpdateData, noticing_dead_workers
-from recipe.modeling.memory import largest_micro_batch
+from recipe.modeling.memory import full_rows, largest_micro_batch
 from recipe.modeling.model import count_parameters
 from recipe.monitoring import SpikeGuard, TrainingLog, Update, to_device
 from recipe.run.checkpoint import BYTES_PER_PARAMETER
@@ -134,7 +134,7 @@ def update_weights(session: Session, local: UpdateData, counts: Counts, request:
     except torch.OutOfMemoryError as error:
         print_line(f"out of memory: {error}")
     # The error is gone here, which held on to the activations.
-    raise UserError(describe_out_of_memory(session, batches[0]))
+    raise UserError(describe_out_of_memory(session))
 
 
 def next_update(
@@ -222,7 +222,7 @@ def train_step(
     return Update(totals, norm, skipped, stopping > 0)
 
 
-def describe_out_of_memory(session: Session, batch: Batch) -> str:
+def describe_out_of_memory(session: Session) -> str:
     """Say what to do about a micro-batch for which the device has no room."""
     accelerator, args, objective = session.accelerator, session.args, session.objective
     rows, local_rows = args.per_device_train_batch_size, args.train_batch_size // accelerator.num_processes
@@ -232,8 +232,12 @@ def describe_out_of_memory(session: Session, batch: Batch) -> str:
     has_moments = bool(session.optimizer.state)
     moments = 0 if has_moments else 2 * sum(p.numel() * p.element_size() for p in objective.parameters())
     sizes = [size for size in range(1, rows) if not local_rows % size]
+
+    def make_batch(size: int) -> Batch:
+        return session.unwrapped.arrange(full_rows(size, args.max_seq_length, args.masked_share))
+
     with accelerator.no_sync(objective):
-        largest = largest_micro_batch(objective, batch, sizes, accelerator.device, moments)
+        largest = largest_micro_batch(objective, make_batch, sizes, accelerator.device, moments)
     remedy = "not even one fits: train a smaller model"
     if largest:
         remedy = f"the largest that fits is --per_device_train_batch_size {largest}, which leaves the update as it is"

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from transformers import BertConfig, BertForPreTraining, RobertaConfig, RobertaForMaskedLM
 
 from recipe.data.masking import DynamicMaskingCollator
-from recipe.modeling.memory import largest_micro_batch
+from recipe.modeling.memory import full_rows, largest_micro_batch
 from recipe.modeling.model import ROBERTA_DEFAULTS
 from recipe.modeling.objectives import MaskedLMObjective, NextSentenceObjective
 from recipe.modeling.optimizer import build_optimizer
@@ -294,8 +294,11 @@ class FitsThreeRows(torch.nn.Module):
 
 
 def test_largest_micro_batch_is_found_by_trying(tokenizer):
-    [batch] = make_batches(tokenizer, 8)
-    model = make_model(tokenizer)
-    assert largest_micro_batch(FitsThreeRows(model), batch, [1, 2, 4], torch.device("cpu"), 1000) == 2
-    assert largest_micro_batch(FitsThreeRows(model), batch, [4], torch.device("cpu"), 1000) is None
+    model, device = make_model(tokenizer), torch.device("cpu")
+
+    def make_batch(rows: int) -> dict[str, torch.Tensor]:
+        return full_rows(rows, LENGTH, 0.15)
+
+    assert largest_micro_batch(FitsThreeRows(model), make_batch, [1, 2, 4], device, 1000) == 2
+    assert largest_micro_batch(FitsThreeRows(model), make_batch, [4], device, 1000) is None
     assert all(parameter.grad is None for parameter in model.parameters())

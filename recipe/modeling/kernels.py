@@ -225,8 +225,8 @@ def keep_inputs(ctx, inputs, output):
 
 def differentiate(ctx, grad, *_):
     """Compute the gradients of the forward operator's arguments."""
-    hidden, _, weight, *_ = ctx.saved_tensors
-    grad_hidden, grad_residual, sums = backward_operator(grad, *ctx.saved_tensors, ctx.p)
+    hidden, _, weight, *_ = saved = ctx.saved_tensors
+    grad_hidden, grad_residual, sums = backward_operator(grad, *saved, ctx.p)
     if not ctx.p:
         grad_hidden = grad_residual.to(hidden.dtype)
     return grad_hidden, grad_residual, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None, None, None, None

@@ -4,7 +4,7 @@ Each is a module that turns a batch into sums of losses and the counts to divide
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from recipe.modeling.attention import Sequences, attend
-from recipe.modeling.kernels import dropout_add_norm
+from recipe.modeling.attention import Sequences, attend, find_kernel
+from recipe.modeling.kernels import dropout_add_norm, why_no_kernels
 from recipe.modeling.unpadding import Batch, Unpadding
 
 Part = Any  # a module of transformers, whose own modules have names that differ from architecture to architecture
@@ -69,9 +69,17 @@ class BertAdapter:
         """Return the parts of a layer."""
         attention, attended, output = layer.attention.self, layer.attention.output, layer.output
         return LayerParts(
-            *(attention.query, attention.key, attention.value, attention.dropout),
-            *(attended.dense, attended.dropout, attended.LayerNorm),
-            *(layer.intermediate, output.dense, output.dropout, output.LayerNorm),
+            query=attention.query,
+            key=attention.key,
+            value=attention.value,
+            attention_dropout=attention.dropout,
+            attention_output=attended.dense,
+            attention_output_dropout=attended.dropout,
+            attention_norm=attended.LayerNorm,
+            feed_forward=layer.intermediate,
+            output=output.dense,
+            output_dropout=output.dropout,
+            output_norm=output.LayerNorm,
         )
 
     def lm_head(self, hidden: Tensor) -> Tensor:
@@ -118,9 +126,17 @@ class AlbertAdapter(BertAdapter):
         """Return the parts of a layer, which has no dropout at its end."""
         attention = layer.attention
         return LayerParts(
-            *(attention.query, attention.key, attention.value, attention.attention_dropout),
-            *(attention.dense, attention.output_dropout, attention.LayerNorm),
-            *(lambda hidden: layer.activation(layer.ffn(hidden)), layer.ffn_output, None, layer.full_layer_layer_norm),
+            query=attention.query,
+            key=attention.key,
+            value=attention.value,
+            attention_dropout=attention.attention_dropout,
+            attention_output=attention.dense,
+            attention_output_dropout=attention.output_dropout,
+            attention_norm=attention.LayerNorm,
+            feed_forward=lambda hidden: layer.activation(layer.ffn(hidden)),
+            output=layer.ffn_output,
+            output_dropout=None,
+            output_norm=layer.full_layer_layer_norm,
         )
 
     def lm_head(self, hidden: Tensor) -> Tensor:
@@ -132,6 +148,7 @@ class AlbertAdapter(BertAdapter):
         return self.model.sop_classifier(self.base.pooler_activation(self.base.pooler(first)))
 
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of accelerate, under which matrix products are rounded
 MOST_VARIANTS = 64  # of a compiled function: sizes of micro-batches, in training and evaluation
 ADAPTERS = {"roberta": RobertaAdapter, "bert": BertAdapter, "albert": AlbertAdapter}
 
@@ -236,8 +253,9 @@ class MaskedLMObjective(nn.Module):
             found = self.places_in_rows(labels, **places)
         hidden = self.embed(input_ids, position_ids, token_type_ids)
         layers = self.adapter.layers()
-        # Of the two dropouts of each layer; the fused kernel draws by them, and so again where a layer is recomputed.
-        seeds = torch.randint(2**31, (len(layers), 2), device=hidden.device) if self.residual_dtype else [None] * len(layers)
+        seeds: Sequence[Tensor | None] = [None] * len(layers)
+        if self.residual_dtype:  # of the two dropouts of each layer; a layer that is recomputed drops the same
+            seeds = torch.randint(2**31, (len(layers), 2), device=hidden.device).unbind()
         for number, layer in enumerate(layers[:-1]):
             if self.gradient_checkpointing and self.training:
                 hidden = checkpoint(layer.run, hidden, found.where, seeds[number], use_reentrant=False)
@@ -377,6 +395,36 @@ OBJECTIVES = {
     "next_sentence": NextSentenceObjective,
     "sentence_order": SentenceOrderObjective,
 }
+
+
+def use_kernels(
+    objective: MaskedLMObjective, device: torch.device, precision: str, rows: int, length: int, bf16_residual: bool
+) -> list[str]:
+    """Have an objective use what there is of fast kernels for a device, found by trying; the rest runs as it is.
+
+    Args:
+        objective: not compiled yet.
+        device, precision: of training; the precision is named as accelerate does.
+        rows, length: of a micro-batch.
+        bf16_residual: whether layers hand on bf16 under bf16 autocast; float32 otherwise.
+
+    Returns:
+        A warning of what a GPU lacks.
+    """
+    config, warnings = objective.model.config, []
+    size = 1, config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    like = torch.empty(size, dtype=PRECISIONS.get(precision, torch.float32), device=device)
+    kernel, problems = find_kernel(like, rows, length)
+    if kernel:
+        objective.unpadding = Unpadding(kernel, length, objective.masked_share, objective.reads_first)
+    elif problems:
+        warnings.append(f"warning: no kernel attends within sequences here ({problems}); padding is computed too")
+    reason = why_no_kernels(device)
+    if reason is None:
+        objective.residual_dtype = torch.bfloat16 if bf16_residual and precision == "bf16" else torch.float32
+    elif device.type == "cuda":
+        warnings.append(f"warning: dropout, residual and layer norm run apart, since {reason}")
+    return warnings
 
 
 def why_nothing_compiles(device: torch.device) -> str | None:

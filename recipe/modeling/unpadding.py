@@ -1,4 +1,8 @@
-"""Batches without padding: the tokens of all rows one behind the other, as sequences of various lengths."""
+"""Batches without padding: the tokens of all rows one behind the other, as sequences of various lengths.
+
+Numbers of tokens, slots and sequences are rounded up to a few sizes, each of which is compiled once. What is missing is
+filled by sequences of padding: under one percent of the tokens of a large micro-batch.
+"""
 
 import math
 from dataclasses import dataclass
@@ -20,15 +24,12 @@ class Unpadding:
         kernel: that attends within sequences, see `attention.py`.
         max_length: positions of a row, at the most.
         masked_share: of them, at the most, are masked.
-        is_static: whether numbers of tokens, slots and sequences are rounded up to a few sizes, each of which is
-            compiled once. What is missing is filled by sequences of padding.
         reads_first: whether the first position of a row is read beside the masked ones.
     """
 
     kernel: str
     max_length: int
     masked_share: float
-    is_static: bool
     reads_first: bool = False
 
     def __call__(self, batch: Batch) -> Batch:
@@ -59,8 +60,7 @@ class Unpadding:
         if self.reads_first:
             made["pair_label"] = arrays["pair_label"]
             made["first_slots"] = np.searchsorted(slots, np.flatnonzero(columns == 0))
-        if self.is_static:
-            self.fill_up(made, *shape)
+        self.fill_up(made, *shape)
         made |= {name: made[name].astype(np.int32) for name in ("key_bounds", "query_bounds")}
         return {name: torch.from_numpy(array) for name, array in made.items()}
 
@@ -87,7 +87,8 @@ class Unpadding:
             made[name] = np.concatenate([made[name], bounds[1:], np.repeat(bounds[-1], missing)])
 
     def slots_of(self, tokens: int, rows: int) -> int:
-        """Return how many slots so many tokens have at the most: a row of `n` masks less than `masked_share * n + 1`."""
+        """Return how many slots so many tokens have at the most."""
+        # A row of `n` tokens masks less than `masked_share * n + 1` of them.
         return round_up(self.masked_share * tokens + rows * (1 + self.reads_first))
 
 

@@ -38,14 +38,13 @@ def collate(tokenizer, lengths: list[int], packing: str, model_type: str = "robe
     return batch
 
 
-def unpadding_of(objective: MaskedLMObjective, is_static: bool) -> Unpadding:
-    return Unpadding("loop", LENGTH, objective.masked_share, is_static, objective.reads_first)
+def unpad(objective: MaskedLMObjective) -> None:
+    objective.unpadding = Unpadding("loop", LENGTH, objective.masked_share, objective.reads_first)
 
 
-@pytest.mark.parametrize("is_static", [False, True])
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("model_type", TYPES)
-def test_loss_and_gradients_are_those_of_padded_rows(tokenizer, model_type, packing, is_static):
+def test_loss_and_gradients_are_those_of_padded_rows(tokenizer, model_type, packing):
     predicts_pairs = packing in PAIR_PACKINGS
     model = make_model(tokenizer, model_type, predicts_pairs)
     name = PAIR_OBJECTIVES[model_type] if predicts_pairs else "masked_lm"
@@ -54,7 +53,7 @@ def test_loss_and_gradients_are_those_of_padded_rows(tokenizer, model_type, pack
     sums, counts = objective(**objective.arrange(batch))
     (sums / counts).sum().backward()
     expected = gradients(objective)
-    objective.unpadding = unpadding_of(objective, is_static)
+    unpad(objective)
     found, found_counts = objective(**objective.arrange(batch))
     (found / found_counts).sum().backward()
     assert found_counts.equal(counts)
@@ -66,13 +65,12 @@ def test_loss_and_gradients_are_those_of_padded_rows(tokenizer, model_type, pack
 @given(
     lengths=st.lists(st.integers(3, LENGTH), min_size=1, max_size=12),
     packing=st.sampled_from(PACKINGS),
-    is_static=st.booleans(),
     share=st.sampled_from([0.05, 0.15, 0.4]),
 )
-def test_every_token_is_there_once_and_in_its_sequence(tokenizer, lengths, packing, is_static, share):
+def test_every_token_is_there_once_and_in_its_sequence(tokenizer, lengths, packing, share):
     batch = collate(tokenizer, lengths, packing, share=share)
     reads_first = packing in PAIR_PACKINGS
-    made = Unpadding("loop", LENGTH, 0.4, is_static, reads_first)(batch)
+    made = Unpadding("loop", LENGTH, 0.4, reads_first)(batch)
     numbers = batch.get("document_ids", batch.get("attention_mask", torch.ones_like(batch["input_ids"])))
     is_real = numbers > 0
     real, slots = int(is_real.sum()), made["slots"]
@@ -103,7 +101,7 @@ def test_every_token_is_there_once_and_in_its_sequence(tokenizer, lengths, packi
 def test_sizes_are_few_and_hardly_padded(tokenizer):
     """Of micro-batches as they come, at the size of a real one."""
     generator = np.random.default_rng(0)
-    unpadding, sizes, real = Unpadding("loop", 512, 0.15, is_static=True), [], 0
+    unpadding, sizes, real = Unpadding("loop", 512, 0.15), [], 0
     for _ in range(30):
         lengths = 512 - np.minimum(generator.exponential(25, 64).astype(int), 500)
         mask = torch.from_numpy((np.arange(512) < lengths[:, None]).astype(np.int64))
@@ -121,7 +119,7 @@ def test_recomputed_activations_drop_the_same(tokenizer, model_type):
     batch, found = collate(tokenizer, [64, 20, 64], "full_sentences", model_type), []
     for recompute in (False, True):
         objective = MaskedLMObjective(model, 0.15, recompute)
-        objective.unpadding = unpadding_of(objective, is_static=True)
+        unpad(objective)
         torch.manual_seed(1)
         objective(**objective.arrange(batch))[0].backward()
         found.append(gradients(model))
@@ -132,7 +130,7 @@ def test_a_compiled_layer_serves_all_and_each_size_once(tokenizer):
     """As many graphs for a deep model as for a flat one, and none anew for a micro-batch of a known size."""
     config = build_config(SMALL_MODEL | {"num_hidden_layers": 5}, None, tokenizer, LENGTH)
     objective = MaskedLMObjective(build_model(config, None).eval(), 0.15)
-    objective.unpadding = unpadding_of(objective, is_static=True)
+    unpad(objective)
     batches = [objective.arrange(collate(tokenizer, lengths, "full_sentences")) for lengths in ([64, 20], [19, 64])]
     expected = [objective(**batch)[0].item() for batch in batches]
     torch._dynamo.reset()
@@ -142,4 +140,6 @@ def test_a_compiled_layer_serves_all_and_each_size_once(tokenizer):
         sums, _ = objective(**batch)
         sums.backward()
         assert sums.item() == pytest.approx(loss, rel=1e-5)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4  # embeddings, a layer, the last one, the head
+        assert (
+            torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
+        )  # embeddings, a layer, the last one, the head
