@@ -211,6 +211,10 @@ class MaskedLMObjective(nn.Module):
         """Tie the output to the input embeddings again, after an engine replaced the parameters."""
         self.model.tie_weights()
 
+    def arrange(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Turn a collated batch, on the CPU, into what `forward` takes."""
+        return batch
+
     def serve_fsdp(self) -> None:
         """Have FSDP, where it has wrapped the layers, gather their weights for `run` as for a forward."""
         for layer in {id(layer): layer for layer in self.adapter.layers()}.values():
