@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from recipe.modeling.attention import Sequences, attend, find_kernel
 from recipe.modeling.kernels import dropout_add_norm, why_no_kernels
@@ -211,10 +211,6 @@ class MaskedLMObjective(nn.Module):
         """Tie the output to the input embeddings again, after an engine replaced the parameters."""
         self.model.tie_weights()
 
-    def arrange(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Turn a collated batch, on the CPU, into what `forward` takes."""
-        return batch
-
     def serve_fsdp(self) -> None:
         """Have FSDP, where it has wrapped the layers, gather their weights for `run` as for a forward."""
         for layer in {id(layer): layer for layer in self.adapter.layers()}.values():
@@ -401,33 +397,43 @@ OBJECTIVES = {
 }
 
 
-def use_kernels(
-    objective: MaskedLMObjective, device: torch.device, precision: str, rows: int, length: int, bf16_residual: bool
-) -> list[str]:
-    """Have an objective use what there is of fast kernels for a device, found by trying; the rest runs as it is.
+def try_kernels(
+    config: PreTrainedConfig, device: torch.device, precision: str, rows: int, length: int
+) -> tuple[str | None, bool, list[str]]:
+    """Find out by trying which fast kernels serve a device.
 
     Args:
-        objective: not compiled yet.
+        config: of the model.
         device, precision: of training; the precision is named as accelerate does.
         rows, length: of a micro-batch.
-        bf16_residual: whether layers hand on bf16 under bf16 autocast; float32 otherwise.
 
     Returns:
-        A warning of what a GPU lacks.
+        The kernel that attends within sequences, if one does; whether dropout, residual and layer norm run as one
+        kernel; and a warning for each that a GPU lacks.
     """
-    config, warnings = objective.model.config, []
     size = 1, config.num_attention_heads, config.hidden_size // config.num_attention_heads
     like = torch.empty(size, dtype=PRECISIONS.get(precision, torch.float32), device=device)
     kernel, problems = find_kernel(like, rows, length)
+    reason, warnings = why_no_kernels(device), []
+    if not kernel and problems:
+        warnings.append(f"warning: no kernel attends within sequences here ({problems}); padding is computed too")
+    if reason and device.type == "cuda":
+        warnings.append(f"warning: dropout, residual and layer norm run apart, since {reason}")
+    return kernel, reason is None, warnings
+
+
+def use_kernels(
+    objective: MaskedLMObjective, device: torch.device, precision: str, rows: int, length: int, bf16_residual: bool
+) -> list[str]:
+    """Have an objective that is not compiled yet use what `try_kernels` finds; return its warnings.
+
+    Layers hand on bf16 if `bf16_residual`, the precision and the kernel allow it, and float32 otherwise.
+    """
+    kernel, is_fused, warnings = try_kernels(objective.model.config, device, precision, rows, length)
     if kernel:
         objective.unpadding = Unpadding(kernel, length, objective.masked_share, objective.reads_first)
-    elif problems:
-        warnings.append(f"warning: no kernel attends within sequences here ({problems}); padding is computed too")
-    reason = why_no_kernels(device)
-    if reason is None:
+    if is_fused:
         objective.residual_dtype = torch.bfloat16 if bf16_residual and precision == "bf16" else torch.float32
-    elif device.type == "cuda":
-        warnings.append(f"warning: dropout, residual and layer norm run apart, since {reason}")
     return warnings
 
 
