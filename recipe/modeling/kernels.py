@@ -29,14 +29,16 @@ except Exception as error:  # on a CPU or macOS it is not installed; where it is
     tl = SimpleNamespace(constexpr=int)  # for the annotations
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on the CPU, for tests
-MAX_WIDTH = 16384
+MAX_WIDTH = 8192  # beyond it a row leaves the registers
 MIN_CAPABILITY = (8, 0)  # the first with bfloat16
 
-# The shape of the work, for sm_90; chosen once and not by trying at the start, which takes time and would make the
-# order of summation a matter of chance. A thread holds 16 numbers of each tensor, two loads of 16 bytes of bfloat16.
-TILE_ELEMENTS = 2048  # of the rows that a program works on at a time: more of them wait for memory together
-NUM_WARPS = 4
-PROGRAMS_PER_PROCESSOR = 4  # in the backward pass, each with sums of its own for the gradients of weight and bias
+# The shape of the work is chosen once, by what ptxas makes of it for sm_90, and not by trying at the start: that takes
+# time, and would make the order of summation a matter of chance. A row of up to 1024 belongs to one warp, whose sums
+# need no barrier, and whose idle quarter at width 768 the compiler leaves out. With a gradient's sums it then takes all
+# 255 registers of a thread, so eight warps are on a processor at a time. That is enough since the next row is on its
+# way (`num_stages`) while one is computed, which takes half as many cycles as its bytes.
+WARP_ELEMENTS = 1024
+WARPS_PER_PROCESSOR = 8
 
 
 def jit(function):
@@ -45,8 +47,8 @@ def jit(function):
 
 
 @jit
-def scale_of(seed, rows, columns, DROPPED: tl.constexpr):
-    """Compute what dropout multiplies by, 0 or 1 / (1 - p): (rows, columns) float32.
+def scale_of(seed, row, columns, inside, DROPPED: tl.constexpr):
+    """Compute what dropout multiplies the elements of a row by, 0 or 1 / (1 - p): float32, of the shape of columns.
 
     A hash of the seed and the row by splitmix64 gives each row 64 bits; 32 of these start a sequence of Weyl, whose
     element of the column is mixed by two rounds of Wellons' lowbias32, and 32 come in between. Philox, as torch has it,
@@ -56,87 +58,81 @@ def scale_of(seed, rows, columns, DROPPED: tl.constexpr):
     key = tl.load(seed).to(tl.uint64)
     key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9
     key = (key ^ (key >> 27)) * 0x94D049BB133111EB
-    key = (key ^ (key >> 31)) + (rows.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
+    key = (key ^ (key >> 31)) + (row.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
     key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9
     key = (key ^ (key >> 27)) * 0x94D049BB133111EB
     key = key ^ (key >> 31)
-    bits = key.to(tl.uint32)[:, None] + columns.to(tl.uint32)[None, :] * 0x9E3779B9
+    bits = key.to(tl.uint32) + columns.to(tl.uint32) * 0x9E3779B9
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D
-    bits = (bits ^ (bits >> 15) ^ (key >> 32).to(tl.uint32)[:, None]) * 0x846CA68B
-    return tl.where(bits >= DROPPED, 4294967296.0 / (4294967296 - DROPPED), 0.0)
+    bits = (bits ^ (bits >> 15) ^ (key >> 32).to(tl.uint32)) * 0x846CA68B
+    return tl.where(inside & (bits >= DROPPED), 4294967296.0 / (4294967296 - DROPPED), 0.0)
 
 
 @jit
 def forward_kernel(
-    hidden, residual, weight, bias, seed, normed, means, rstds, num_rows,
-    DROPPED: tl.constexpr, EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    hidden, residual, weight, bias, seed, normed, means, rstds,
+    DROPPED: tl.constexpr, EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Normalise ROWS rows."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # int64: a large batch has over 2^31 numbers
+    """Normalise a row."""
+    row = tl.program_id(0).to(tl.int64)  # a large batch has over 2^31 numbers
     columns = tl.arange(0, BLOCK)
-    is_column = columns < WIDTH
-    inside = (rows < num_rows)[:, None] & is_column[None, :]
-    places = rows[:, None] * WIDTH + columns[None, :]
+    inside = columns < WIDTH
+    places = row * WIDTH + columns
     total = tl.load(hidden + places, inside, 0.0).to(tl.float32)
     if DROPPED > 0:
-        total *= scale_of(seed, rows, columns, DROPPED)
+        total *= scale_of(seed, row, columns, inside, DROPPED)
     total += tl.load(residual + places, inside, 0.0).to(tl.float32)
-    mean = tl.sum(total, 1) / WIDTH
-    total = tl.where(inside, total - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(total * total, 1) / WIDTH + EPS)
-    gain = tl.load(weight + columns, is_column, 0.0).to(tl.float32)
-    shift = tl.load(bias + columns, is_column, 0.0).to(tl.float32)
-    tl.store(normed + places, total * rstd[:, None] * gain[None, :] + shift[None, :], inside)
-    tl.store(means + rows, mean, rows < num_rows)
-    tl.store(rstds + rows, rstd, rows < num_rows)
+    mean = tl.sum(total, 0) / WIDTH
+    total = tl.where(inside, total - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(total * total, 0) / WIDTH + EPS)
+    gain = tl.load(weight + columns, inside, 0.0).to(tl.float32)
+    shift = tl.load(bias + columns, inside, 0.0).to(tl.float32)
+    tl.store(normed + places, total * rstd * gain + shift, inside)
+    tl.store(means + row, mean)
+    tl.store(rstds + row, rstd)
 
 
 @jit
 def backward_kernel(
     grad, hidden, residual, weight, seed, means, rstds, grad_hidden, grad_residual, sums, num_rows,
-    DROPPED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    DROPPED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of every so many rows, and these rows' sums for the gradients of weight and bias."""
     columns = tl.arange(0, BLOCK)
-    is_column = columns < WIDTH
-    gain = tl.load(weight + columns, is_column, 0.0).to(tl.float32)
+    inside = columns < WIDTH
+    gain = tl.load(weight + columns, inside, 0.0).to(tl.float32)
     weight_sum = tl.zeros((BLOCK,), tl.float32)
     bias_sum = tl.zeros((BLOCK,), tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
-        rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
-        inside = (rows < num_rows)[:, None] & is_column[None, :]
-        places = rows[:, None] * WIDTH + columns[None, :]
-        rstd = tl.load(rstds + rows, rows < num_rows, 0.0)[:, None]
-        mean = tl.load(means + rows, rows < num_rows, 0.0)[:, None]
+    for number in tl.range(tl.program_id(0), num_rows, tl.num_programs(0), num_stages=2):
+        row = tl.cast(number, tl.int64)
+        places = row * WIDTH + columns
+        rstd = tl.load(rstds + row)
+        mean = tl.load(means + row)
         upper = tl.load(grad + places, inside, 0.0).to(tl.float32)
         total = tl.load(hidden + places, inside, 0.0).to(tl.float32)
         if DROPPED > 0:
-            scale = scale_of(seed, rows, columns, DROPPED)
+            scale = scale_of(seed, row, columns, inside, DROPPED)
             total *= scale
         total += tl.load(residual + places, inside, 0.0).to(tl.float32)
-        total = (total - mean) * rstd
-        weight_sum += tl.sum(upper * total, 0)
-        bias_sum += tl.sum(upper, 0)
-        upper *= gain[None, :]
-        along = tl.sum(upper * total, 1)[:, None] / WIDTH
-        lower = (upper - tl.sum(upper, 1)[:, None] / WIDTH - total * along) * rstd
+        total = tl.where(inside, total * rstd - mean * rstd, 0.0)
+        weight_sum += upper * total
+        bias_sum += upper
+        upper *= gain
+        offset = tl.sum(upper, 0) / WIDTH * rstd
+        slope = tl.sum(upper * total, 0) / WIDTH * rstd
+        lower = upper * rstd - offset - total * slope
         tl.store(grad_residual + places, lower, inside)
         if DROPPED > 0:
             tl.store(grad_hidden + places, lower * scale, inside)
     place = sums + tl.program_id(0) * (2 * WIDTH) + columns
-    tl.store(place, weight_sum, is_column)
-    tl.store(place + WIDTH, bias_sum, is_column)
+    tl.store(place, weight_sum, inside)
+    tl.store(place + WIDTH, bias_sum, inside)
 
 
 def shape_of_work(width: int) -> dict[str, int]:
-    """Choose the block for a width, the rows of a tile and the warps that work on it."""
+    """Choose the block that a row fills, and the warps that work on it."""
     block = triton.next_power_of_2(width)
-    return {
-        "WIDTH": width,
-        "BLOCK": block,
-        "ROWS": max(1, TILE_ELEMENTS // block),
-        "num_warps": max(NUM_WARPS, block // 1024),
-    }
+    return {"WIDTH": width, "BLOCK": block, "num_warps": max(1, block // WARP_ELEMENTS)}
 
 
 def dropped_of(p: float) -> int:
@@ -169,11 +165,10 @@ def forward_operator(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the normalised rows, and their means and reciprocal standard deviations."""
     results = new_results(hidden, residual, weight, bias, seed, p, eps, dtype)
-    rows, work = results[1].shape[0], shape_of_work(weight.shape[0])
-    if rows:
-        torch.library.wrap_triton(forward_kernel)[(triton.cdiv(rows, work["ROWS"]),)](
-            hidden.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous(), seed, *results, rows,
-            DROPPED=dropped_of(p), EPS=eps, **work,
+    if rows := results[1].shape[0]:
+        torch.library.wrap_triton(forward_kernel)[(rows,)](
+            hidden.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous(), seed, *results,
+            DROPPED=dropped_of(p), EPS=eps, **shape_of_work(weight.shape[0]),
         )  # fmt: skip
     return results
 
@@ -198,21 +193,16 @@ def backward_operator(
     """Return the gradients of hidden (nothing without dropout), of residual, and of weight and bias: (2, width)."""
     grad_hidden, grad_residual, sums = new_gradients(grad, hidden, residual, weight, seed, means, rstds, p)
     rows, work = means.shape[0], shape_of_work(weight.shape[0])
-    programs = min(triton.cdiv(rows, work["ROWS"]), num_programs(hidden.device))
-    sums = sums.new_empty(programs, *sums.shape)
+    is_card = hidden.device.type == "cuda"
+    processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if is_card else 1
+    programs = min(rows, max(1, WARPS_PER_PROCESSOR // work["num_warps"]) * processors)
+    sums = sums.new_empty(programs, *sums.shape)  # each program has its own, and no atomic addition orders them anew
     if rows:
         torch.library.wrap_triton(backward_kernel)[(programs,)](
             grad.contiguous(), hidden.contiguous(), residual.contiguous(), weight.contiguous(), seed, means, rstds,
             grad_hidden, grad_residual, sums, rows, DROPPED=dropped_of(p), **work,
         )  # fmt: skip
     return grad_hidden, grad_residual, sums.sum(0)
-
-
-def num_programs(device: torch.device) -> int:
-    """Return how many programs share the rows in the backward pass: as many as run at a time."""
-    is_card = device.type == "cuda"
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if is_card else 2
-    return processors * PROGRAMS_PER_PROCESSOR
 
 
 def keep_inputs(ctx, inputs, output):
