@@ -17,7 +17,6 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from recipe.base.errors import describe_error
 
@@ -70,7 +69,7 @@ def scale_of(seed, row, columns, inside, DROPPED: tl.constexpr):
 
 @jit
 def forward_kernel(
-    hidden, residual, weight, bias, seed, normed, means, rstds,
+    hidden, residual, weight, bias, seed, normed, statistics,
     DROPPED: tl.constexpr, EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Normalise a row."""
@@ -88,13 +87,13 @@ def forward_kernel(
     gain = tl.load(weight + columns, inside, 0.0).to(tl.float32)
     shift = tl.load(bias + columns, inside, 0.0).to(tl.float32)
     tl.store(normed + places, total * rstd * gain + shift, inside)
-    tl.store(means + row, mean)
-    tl.store(rstds + row, rstd)
+    tl.store(statistics + row, mean)
+    tl.store(statistics + tl.num_programs(0) + row, rstd)
 
 
 @jit
 def backward_kernel(
-    grad, hidden, residual, weight, seed, means, rstds, grad_hidden, grad_residual, sums, num_rows,
+    grad, hidden, residual, weight, seed, statistics, grad_hidden, grad_residual, sums, num_rows,
     DROPPED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of every so many rows, and these rows' sums for the gradients of weight and bias."""
@@ -106,8 +105,8 @@ def backward_kernel(
     for number in tl.range(tl.program_id(0), num_rows, tl.num_programs(0), num_stages=2):
         row = tl.cast(number, tl.int64)
         places = row * WIDTH + columns
-        rstd = tl.load(rstds + row)
-        mean = tl.load(means + row)
+        mean = tl.load(statistics + row)
+        rstd = tl.load(statistics + num_rows + row)
         upper = tl.load(grad + places, inside, 0.0).to(tl.float32)
         total = tl.load(hidden + places, inside, 0.0).to(tl.float32)
         if DROPPED > 0:
@@ -135,21 +134,9 @@ def shape_of_work(width: int) -> dict[str, int]:
     return {"WIDTH": width, "BLOCK": block, "num_warps": max(1, block // WARP_ELEMENTS)}
 
 
-def dropped_of(p: float) -> int:
-    """Return the share of dropped elements times 2^32."""
-    return round(p * 2**32)
-
-
 # As an operator of Triton, torch.compile sees the kernels in it and launches them itself. In the interpreter, or where
 # there is no Triton, there are none to see.
 operator = torch.library.triton_op if triton and not INTERPRETED else torch.library.custom_op
-
-
-def new_results(hidden, residual, weight, bias, seed, p, eps, dtype):
-    """Allocate what the forward operator returns."""
-    rows = residual.numel() // residual.shape[-1]
-    statistics = [residual.new_empty(rows, dtype=torch.float32) for _ in range(2)]
-    return residual.new_empty(residual.shape, dtype=dtype), *statistics
 
 
 @operator("recipe::dropout_add_norm", mutates_args=())
@@ -159,24 +146,19 @@ def forward_operator(
     weight: torch.Tensor,
     bias: torch.Tensor,
     seed: torch.Tensor | None,
-    p: float,
+    dropped: int,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the normalised rows, and their means and reciprocal standard deviations."""
-    results = new_results(hidden, residual, weight, bias, seed, p, eps, dtype)
-    if rows := results[1].shape[0]:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the normalised rows, and all means, then all reciprocal standard deviations: (2, rows) float32."""
+    normed, statistics = new_results(residual, dtype)
+    if rows := statistics.shape[1]:
+        hidden, residual, weight, bias = (tensor.contiguous() for tensor in (hidden, residual, weight, bias))
         torch.library.wrap_triton(forward_kernel)[(rows,)](
-            hidden.contiguous(), residual.contiguous(), weight.contiguous(), bias.contiguous(), seed, *results,
-            DROPPED=dropped_of(p), EPS=eps, **shape_of_work(weight.shape[0]),
+            hidden, residual, weight, bias, seed, normed, statistics,
+            DROPPED=dropped, EPS=eps, **shape_of_work(weight.shape[0]),
         )  # fmt: skip
-    return results
-
-
-def new_gradients(grad, hidden, residual, weight, seed, means, rstds, p):
-    """Allocate what the backward operator returns."""
-    sums = hidden.new_empty(2, weight.shape[0], dtype=torch.float32)
-    return hidden.new_empty(hidden.shape if p else 0), residual.new_empty(residual.shape), sums
+    return normed, statistics
 
 
 @operator("recipe::dropout_add_norm_backward", mutates_args=())
@@ -186,45 +168,59 @@ def backward_operator(
     residual: torch.Tensor,
     weight: torch.Tensor,
     seed: torch.Tensor | None,
-    means: torch.Tensor,
-    rstds: torch.Tensor,
-    p: float,
+    statistics: torch.Tensor,
+    dropped: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of hidden (nothing without dropout), of residual, and of weight and bias: (2, width)."""
-    grad_hidden, grad_residual, sums = new_gradients(grad, hidden, residual, weight, seed, means, rstds, p)
-    rows, work = means.shape[0], shape_of_work(weight.shape[0])
+    grad_hidden, grad_residual, totals = new_gradients(hidden, residual, dropped)
+    rows, work = statistics.shape[1], shape_of_work(weight.shape[0])
     is_card = hidden.device.type == "cuda"
     processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if is_card else 1
     programs = min(rows, max(1, WARPS_PER_PROCESSOR // work["num_warps"]) * processors)
-    sums = sums.new_empty(programs, *sums.shape)  # each program has its own, and no atomic addition orders them anew
+    sums = totals.new_empty(programs, *totals.shape)  # of each program: atomic additions would order them anew
     if rows:
+        grad, hidden, residual, weight = (tensor.contiguous() for tensor in (grad, hidden, residual, weight))
         torch.library.wrap_triton(backward_kernel)[(programs,)](
-            grad.contiguous(), hidden.contiguous(), residual.contiguous(), weight.contiguous(), seed, means, rstds,
-            grad_hidden, grad_residual, sums, rows, DROPPED=dropped_of(p), **work,
+            grad, hidden, residual, weight, seed, statistics, grad_hidden, grad_residual, sums, rows,
+            DROPPED=dropped, **work,
         )  # fmt: skip
     return grad_hidden, grad_residual, sums.sum(0)
 
 
-def keep_inputs(ctx, inputs, output):
+def new_results(residual: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Allocate what the forward operator returns."""
+    statistics = residual.new_empty(2, residual.shape[:-1].numel(), dtype=torch.float32)
+    return residual.new_empty(residual.shape, dtype=dtype), statistics
+
+
+def new_gradients(
+    hidden: torch.Tensor, residual: torch.Tensor, dropped: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Allocate what the backward operator returns."""
+    totals = hidden.new_empty(2, hidden.shape[-1], dtype=torch.float32)
+    return hidden.new_empty(hidden.shape if dropped else 0), residual.new_empty(residual.shape), totals
+
+
+def keep_inputs(ctx, inputs, output) -> None:
     """Keep what the backward pass needs."""
-    hidden, residual, weight, bias, seed, ctx.p, _, _ = inputs
+    hidden, residual, weight, bias, seed, ctx.dropped, _, _ = inputs
     ctx.bias_dtype = bias.dtype
-    ctx.save_for_backward(hidden, residual, weight, seed, *output[1:])
+    ctx.save_for_backward(hidden, residual, weight, seed, output[1])
     ctx.set_materialize_grads(False)
 
 
-def differentiate(ctx, grad, *_):
+def differentiate(ctx, grad, _):
     """Compute the gradients of the forward operator's arguments."""
     hidden, _, weight, *_ = ctx.saved_tensors
-    grad_hidden, grad_residual, sums = backward_operator(grad, *ctx.saved_tensors, ctx.p)
-    if not ctx.p:
+    grad_hidden, grad_residual, sums = backward_operator(grad, *ctx.saved_tensors, ctx.dropped)
+    if not ctx.dropped:
         grad_hidden = grad_residual.to(hidden.dtype)
     return grad_hidden, grad_residual, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None, None, None, None
 
 
-forward_operator.register_fake(new_results)
+forward_operator.register_fake(lambda hidden, residual, *others: new_results(residual, others[-1]))
 forward_operator.register_autograd(differentiate, setup_context=keep_inputs)
-backward_operator.register_fake(new_gradients)
+backward_operator.register_fake(lambda grad, hidden, residual, *others: new_gradients(hidden, residual, others[-1]))
 
 
 def dropout_add_norm(
@@ -240,43 +236,49 @@ def dropout_add_norm(
     Args:
         hidden: (…, width), float32, bfloat16 or float16.
         residual: of the same shape, of any of these types.
-        norm: a layer norm over the width, at most `MAX_WIDTH`, with weight and bias.
-        p: the share of `hidden` that becomes zero, in [0, 1); 0 in evaluation.
+        norm: a layer norm over the width, with weight and bias.
+        p: the share of `hidden` that becomes zero; 0 in evaluation.
         seed: () int64 on the device, which decides what becomes zero; None where p is 0.
         dtype: the type of the result.
+
+    Raises:
+        ValueError: the shapes differ, the width is over `MAX_WIDTH`, or p is not in [0, 1).
     """
-    return forward_operator(hidden, residual, norm.weight, norm.bias, seed, p, norm.eps, dtype)[0]
+    dropped = round(p * 2**32)
+    if hidden.shape != residual.shape or hidden.shape[-1] > MAX_WIDTH or not 0 <= dropped < 2**32:
+        raise ValueError(f"no kernel for {tuple(hidden.shape)} added to {tuple(residual.shape)} with dropout {p}")
+    return forward_operator(hidden, residual, norm.weight, norm.bias, seed, dropped, norm.eps, dtype)[0]
 
 
 @cache
-def why_no_kernels(device: torch.device) -> str | None:
-    """Find out by trying why the kernels do not serve a device; None if they do. Never raises."""
+def why_no_kernels(device: torch.device, width: int = 96) -> str | None:
+    """Find out by trying why the kernels do not serve a device, at a width; None if they do. Never raises."""
     if triton is None:
         return f"Triton cannot be imported ({triton_error})"
     if device.type != "cuda" and not INTERPRETED:
         return f"there are none for the device {device.type}"
+    if width > MAX_WIDTH:
+        return f"the width {width:,} is over {MAX_WIDTH:,}"
     try:
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
             return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-        is_right = compare_with_torch(device)
+        is_right = compare_with_torch(device, width)
     except Exception as error:  # no compiler, no driver, versions that do not fit: each raises an error of its own kind
         return describe_error(error)
     return None if is_right else "they give other numbers than torch"
 
 
-def compare_with_torch(device: torch.device, width: int = 96, rows: int = 64) -> bool:
-    """Try the kernels, forward and backward; the gradients say what was dropped."""
-    numbers = torch.arange(3 * rows * width, device=device).reshape(3, rows, width).sin()
-    hidden, residual, grad = numbers.unbind()
-    hidden.requires_grad_(), residual.requires_grad_()
-    norm = nn.LayerNorm(width, device=device)
-    seed = torch.zeros((), dtype=torch.int64, device=device)
-    with torch.enable_grad():
+def compare_with_torch(device: torch.device, width: int) -> bool:
+    """Try the kernels, forward and backward, on 64 rows; the gradients say what was dropped."""
+    numbers = torch.arange(3 * 64 * width, device=device).reshape(3, 64, width).sin()
+    hidden, residual, grad = (tensor.clone().requires_grad_() for tensor in numbers)
+    norm, seed = nn.LayerNorm(width, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    inputs = [hidden, residual, norm.weight, norm.bias]
+    with torch.enable_grad(), torch.cuda.device_of(numbers):
         ours = dropout_add_norm(hidden, residual, norm, 0.5, seed, torch.float32)
-        inputs = [hidden, residual, norm.weight, norm.bias]
         our_grads = torch.autograd.grad(ours, inputs, grad)
         scale = 2.0 * (our_grads[0] != 0)
-        theirs = F.layer_norm(residual + hidden * scale, (width,), norm.weight, norm.bias, norm.eps)
+        theirs = norm(residual + hidden * scale)
         their_grads = torch.autograd.grad(theirs, inputs, grad)
     pairs = zip([ours, *our_grads], [theirs, *their_grads], strict=True)
     is_close = all(torch.allclose(one, other, 1e-4, 1e-4) for one, other in pairs)
