@@ -211,8 +211,8 @@ def keep_inputs(ctx, inputs, output) -> None:
 
 def differentiate(ctx, grad, _):
     """Compute the gradients of the forward operator's arguments."""
-    hidden, _, weight, *_ = ctx.saved_tensors
-    grad_hidden, grad_residual, sums = backward_operator(grad, *ctx.saved_tensors, ctx.dropped)
+    hidden, _, weight, *_ = saved = ctx.saved_tensors  # once: gradient checkpointing makes them for it
+    grad_hidden, grad_residual, sums = backward_operator(grad, *saved, ctx.dropped)
     if not ctx.dropped:
         grad_hidden = grad_residual.to(hidden.dtype)
     return grad_hidden, grad_residual, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None, None, None, None
