@@ -12,11 +12,15 @@ numbers a row. So what is normalised is never rounded, and both passes compute i
 Everything is computed in float32, whatever the types of the inputs and of the result.
 """
 
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.library import custom_op, triton_op, wrap_triton
 
 from recipe.base.errors import describe_error
 
@@ -39,10 +43,7 @@ MIN_CAPABILITY = (8, 0)  # the first with bfloat16
 WARP_ELEMENTS = 1024
 WARPS_PER_PROCESSOR = 8
 
-
-def jit(function):
-    """Make a Triton kernel of a function, where Triton is there."""
-    return triton.jit(function) if triton else function
+jit = triton.jit if triton else lambda function: function
 
 
 @jit
@@ -134,71 +135,67 @@ def shape_of_work(width: int) -> dict[str, int]:
     return {"WIDTH": width, "BLOCK": block, "num_warps": max(1, block // WARP_ELEMENTS)}
 
 
-# As an operator of Triton, torch.compile sees the kernels in it and launches them itself. In the interpreter, or where
-# there is no Triton, there are none to see.
-operator = torch.library.triton_op if triton and not INTERPRETED else torch.library.custom_op
+def operator(function: Callable) -> Any:
+    """Make an operator of torch of a function, which only allocates where its tensors are fake.
+
+    Of one of Triton's, torch.compile sees the kernels and launches them itself. There are none to see in the
+    interpreter, nor where there is no Triton.
+    """
+    define = triton_op if triton and not INTERPRETED else custom_op
+    defined: Any = define(f"recipe::{function.__name__}", function, mutates_args=())
+    defined.register_fake(function)
+    return defined
 
 
-@operator("recipe::dropout_add_norm", mutates_args=())
-def forward_operator(
-    hidden: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    seed: torch.Tensor | None,
+@operator
+def dropout_add_norm_forward(
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
     dropped: int,
     eps: float,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Return the normalised rows, and all means, then all reciprocal standard deviations: (2, rows) float32."""
-    normed, statistics = new_results(residual, dtype)
-    if rows := statistics.shape[1]:
+    normed = residual.new_empty(residual.shape, dtype=dtype)
+    statistics = residual.new_empty(2, residual.shape[:-1].numel(), dtype=torch.float32)
+    if normed.numel() and not isinstance(normed, FakeTensor):
         hidden, residual, weight, bias = (tensor.contiguous() for tensor in (hidden, residual, weight, bias))
-        torch.library.wrap_triton(forward_kernel)[(rows,)](
+        wrap_triton(forward_kernel)[(statistics.shape[1],)](
             hidden, residual, weight, bias, seed, normed, statistics,
             DROPPED=dropped, EPS=eps, **shape_of_work(weight.shape[0]),
         )  # fmt: skip
     return normed, statistics
 
 
-@operator("recipe::dropout_add_norm_backward", mutates_args=())
-def backward_operator(
-    grad: torch.Tensor,
-    hidden: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    seed: torch.Tensor | None,
-    statistics: torch.Tensor,
+@operator
+def dropout_add_norm_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    seed: Tensor | None,
+    statistics: Tensor,
     dropped: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of hidden (nothing without dropout), of residual, and of weight and bias: (2, width)."""
-    grad_hidden, grad_residual, totals = new_gradients(hidden, residual, dropped)
     rows, work = statistics.shape[1], shape_of_work(weight.shape[0])
     is_card = hidden.device.type == "cuda"
     processors = torch.cuda.get_device_properties(hidden.device).multi_processor_count if is_card else 1
     programs = min(rows, max(1, WARPS_PER_PROCESSOR // work["num_warps"]) * processors)
-    sums = totals.new_empty(programs, *totals.shape)  # of each program: atomic additions would order them anew
-    if rows:
+    grad_hidden = hidden.new_empty(hidden.shape if dropped else 0)
+    grad_residual = residual.new_empty(residual.shape)
+    # Each program has sums of its own: atomic additions would come in another order in each run.
+    sums = hidden.new_empty(programs, 2, weight.shape[0], dtype=torch.float32)
+    if rows and not isinstance(sums, FakeTensor):
         grad, hidden, residual, weight = (tensor.contiguous() for tensor in (grad, hidden, residual, weight))
-        torch.library.wrap_triton(backward_kernel)[(programs,)](
+        wrap_triton(backward_kernel)[(programs,)](
             grad, hidden, residual, weight, seed, statistics, grad_hidden, grad_residual, sums, rows,
             DROPPED=dropped, **work,
         )  # fmt: skip
     return grad_hidden, grad_residual, sums.sum(0)
-
-
-def new_results(residual: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Allocate what the forward operator returns."""
-    statistics = residual.new_empty(2, residual.shape[:-1].numel(), dtype=torch.float32)
-    return residual.new_empty(residual.shape, dtype=dtype), statistics
-
-
-def new_gradients(
-    hidden: torch.Tensor, residual: torch.Tensor, dropped: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Allocate what the backward operator returns."""
-    totals = hidden.new_empty(2, hidden.shape[-1], dtype=torch.float32)
-    return hidden.new_empty(hidden.shape if dropped else 0), residual.new_empty(residual.shape), totals
 
 
 def keep_inputs(ctx, inputs, output) -> None:
@@ -212,25 +209,18 @@ def keep_inputs(ctx, inputs, output) -> None:
 def differentiate(ctx, grad, _):
     """Compute the gradients of the forward operator's arguments."""
     hidden, _, weight, *_ = saved = ctx.saved_tensors  # once: gradient checkpointing makes them for it
-    grad_hidden, grad_residual, sums = backward_operator(grad, *saved, ctx.dropped)
+    grad_hidden, grad_residual, sums = dropout_add_norm_backward(grad, *saved, ctx.dropped)
     if not ctx.dropped:
         grad_hidden = grad_residual.to(hidden.dtype)
     return grad_hidden, grad_residual, sums[0].to(weight.dtype), sums[1].to(ctx.bias_dtype), None, None, None, None
 
 
-forward_operator.register_fake(lambda hidden, residual, *others: new_results(residual, others[-1]))
-forward_operator.register_autograd(differentiate, setup_context=keep_inputs)
-backward_operator.register_fake(lambda grad, hidden, residual, *others: new_gradients(hidden, residual, others[-1]))
+dropout_add_norm_forward.register_autograd(differentiate, setup_context=keep_inputs)
 
 
 def dropout_add_norm(
-    hidden: torch.Tensor,
-    residual: torch.Tensor,
-    norm: nn.LayerNorm,
-    p: float,
-    seed: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+    hidden: Tensor, residual: Tensor, norm: nn.LayerNorm, p: float, seed: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """Compute `norm(residual + dropout(hidden, p))`: (…, width) of the given type.
 
     Args:
@@ -247,7 +237,7 @@ def dropout_add_norm(
     dropped = round(p * 2**32)
     if hidden.shape != residual.shape or hidden.shape[-1] > MAX_WIDTH or not 0 <= dropped < 2**32:
         raise ValueError(f"no kernel for {tuple(hidden.shape)} added to {tuple(residual.shape)} with dropout {p}")
-    return forward_operator(hidden, residual, norm.weight, norm.bias, seed, dropped, norm.eps, dtype)[0]
+    return dropout_add_norm_forward(hidden, residual, norm.weight, norm.bias, seed, dropped, norm.eps, dtype)[0]
 
 
 @cache

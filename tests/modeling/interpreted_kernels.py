@@ -19,9 +19,7 @@ CPU = torch.device("cpu")
 @triton.jit
 def scale_kernel(seed, scales, DROPPED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    tl.store(
-        scales + row * WIDTH + columns, scale_of(seed, row, columns, columns < WIDTH, DROPPED), columns < WIDTH
-    )
+    tl.store(scales + row * WIDTH + columns, scale_of(seed, row, columns, columns < WIDTH, DROPPED), columns < WIDTH)
 
 
 def scales_of(seed: torch.Tensor, rows: int, width: int, p: float) -> torch.Tensor:
@@ -182,10 +180,10 @@ def test_torch_finds_the_operators_well_formed(p):
     norm, dropped = make_norm(32), round(p * 2**32)
     seed = seed_of(1) if p else None
     arguments = (hidden, residual, norm.weight, norm.bias, seed, dropped, 1e-5, FLOAT32)
-    torch.library.opcheck(kernels.forward_operator, arguments)
-    statistics = kernels.forward_operator(*arguments)[1]
+    torch.library.opcheck(kernels.dropout_add_norm_forward, arguments)
+    statistics = kernels.dropout_add_norm_forward(*arguments)[1]
     tensors = [tensor.detach() for tensor in (hidden, hidden, residual, norm.weight)]
-    torch.library.opcheck(kernels.backward_operator, (*tensors, seed, statistics.detach(), dropped))
+    torch.library.opcheck(kernels.dropout_add_norm_backward, (*tensors, seed, statistics.detach(), dropped))
 
 
 class Ending(nn.Module):
