@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ from recipe.modeling.model import ROBERTA_DEFAULTS
 from recipe.modeling.objectives import MaskedLMObjective, NextSentenceObjective
 from recipe.modeling.optimizer import build_optimizer
 from recipe.monitoring import Outcome, Update
-from recipe.training import seed_dropout, train_step
+from recipe.run.stopping import StopRequest
+from recipe.training import next_update, seed_dropout, train_step
 from testing.helpers import PYTHONPATH, ROOT, SMALL_MODEL, reset_accelerate
 from tests.data.test_masking import make_examples
 
@@ -283,6 +285,18 @@ def test_no_host_waits_for_an_update(accelerator, tokenizer):
         assert len(raw.state) == len(list(objective.parameters()))  # a step was taken
         with pytest.raises(DataDependentOutputException):
             update.wait(has_scaler=False)
+
+
+def test_stop_request_is_heard_before_the_next_update():
+    request, run = StopRequest(), SimpleNamespace(check_held=lambda: None)
+    session = SimpleNamespace(accelerator=None, args=SimpleNamespace(corpora=[None]), run=run)
+    watchdog = SimpleNamespace(at=lambda place: None)
+    share = UpdateData([], Counts(1))
+    updates = iter([share, share])
+    assert next_update(session, updates, request, watchdog)[0] is share
+    request.reason = "SIGTERM"
+    local, counts, failure = next_update(session, updates, request, watchdog)
+    assert (local, counts["stopping"], failure) == (None, 1, None)
 
 
 def test_dropout_is_a_function_of_seed_update_and_rank():
