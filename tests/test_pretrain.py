@@ -85,9 +85,11 @@ def test_run_leaves_what_it_promises(flags, run_pretrain, tmp_path: Path, capsys
     assert [line["step"] for line in metrics if "loss" in line] == [2, 4, 6]
     assert [line["step"] for line in metrics if "eval_loss" in line] == [0, 3, 6]
     assert all(line["tokens_per_second"] > 0 for line in metrics if "loss" in line)
+    assert ["seconds_to_first_update" in line for line in metrics if "loss" in line] == [True, False, False]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000003", "step-00000006"]
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
+    assert len(re.findall(r"first update \d+\.\d s after the start of the process; it took \d+\.\d s\n", printed)) == 1
     assert "held-out loss" in printed
     assert str(run / "model") in printed
 

@@ -1,12 +1,16 @@
 import copy
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import BertConfig, BertForPreTraining, RobertaConfig, RobertaForMaskedLM
 
 from recipe.data.batches import Counts, UpdateData
@@ -16,7 +20,8 @@ from recipe.modeling.model import ROBERTA_DEFAULTS
 from recipe.modeling.objectives import MaskedLMObjective, NextSentenceObjective
 from recipe.modeling.optimizer import build_optimizer
 from recipe.monitoring import Outcome, Update
-from recipe.training import seed_dropout, train_step
+from recipe.run.stopping import StopRequest
+from recipe.training import next_update, seed_dropout, train_step
 from testing.helpers import PYTHONPATH, ROOT, SMALL_MODEL, reset_accelerate
 from tests.data.test_masking import make_examples
 
@@ -244,6 +249,54 @@ def test_infinite_loss_with_finite_gradients_never_reaches_the_optimizer(fp16_ac
         update, _ = take_step(fp16_accelerator, prepared, optimizer, batches, 0.0)
         assert update.skipped == "nonfinite"
     assert all(torch.equal(before[name], value) for name, value in prepared.state_dict().items())
+
+
+def test_update_that_is_left_out_leaves_no_trace(accelerator, tokenizer):
+    """Weights, moments and their count of steps are as if it had not been made, and so is the update after it."""
+
+    def train(spoiled: list[bool]) -> list[torch.Tensor]:
+        objective = MaskedLMObjective(make_model(tokenizer), 0.15)
+        raw = build_optimizer(objective, 1e-3, (0.9, 0.98), 1e-6, 0.01)
+        prepared, optimizer = accelerator.prepare(objective, raw)
+        for is_spoiled in spoiled:
+            hook = objective.register_forward_hook(
+                lambda module, given, made, factor=math.nan if is_spoiled else 1.0: (made[0] * factor, made[1])
+            )
+            update, _ = take_step(accelerator, prepared, optimizer, make_batches(tokenizer, 4), 0.5)
+            assert update.skipped == ("nonfinite" if is_spoiled else None)
+            hook.remove()
+        moments = [tensor for state in raw.state.values() for tensor in state.values()]
+        return [*objective.parameters(), *moments]
+
+    for one, two in zip(train([False, False]), train([True, False, True, False, True]), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_no_host_waits_for_an_update(accelerator, tokenizer):
+    """With tensors that have no contents, whatever asks for some raises: `item`, `tolist`, `bool`, `numpy`."""
+    batches = make_batches(tokenizer, 4)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        objective = MaskedLMObjective(make_model(tokenizer), 0.15)
+        raw = build_optimizer(objective, 1e-3, (0.9, 0.98), 1e-6, 0.01)
+        given = [{name: mode.from_tensor(tensor) for name, tensor in batch.items()} for batch in batches]
+        result = train_step(accelerator, objective, AcceleratedOptimizer(raw, device_placement=False), given, [40], 0.5)
+        update = Update(UpdateData([], Counts(1)), Counts(1), 0.0, 0.0, result)
+        assert result.shape == (2,)
+        assert len(raw.state) == len(list(objective.parameters()))  # a step was taken
+        with pytest.raises(DataDependentOutputException):
+            update.wait(has_scaler=False)
+
+
+def test_stop_request_is_heard_before_the_next_update():
+    request, run = StopRequest(), SimpleNamespace(check_held=lambda: None)
+    session = SimpleNamespace(accelerator=None, args=SimpleNamespace(corpora=[None]), run=run)
+    watchdog = SimpleNamespace(at=lambda place: None)
+    share = UpdateData([], Counts(1))
+    updates = iter([share, share])
+    assert next_update(session, updates, request, watchdog)[0] is share
+    request.reason = "SIGTERM"
+    local, counts, failure = next_update(session, updates, request, watchdog)
+    assert (local, counts["stopping"], failure) == (None, 1, None)
 
 
 def test_dropout_is_a_function_of_seed_update_and_rank():

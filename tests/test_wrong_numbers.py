@@ -14,41 +14,50 @@ from recipe.base.errors import UserError
 from recipe.run.metrics import TrainState
 from testing.helpers import PYTHONPATH, ROOT, SMALL_MODEL, command_line, learning, read_lines
 from tests.test_pretrain import STREAMED, assert_same_run
+from tests.test_scaling import run_fsdp  # noqa: F401  a fixture
 
-ONE_RANK_SPOILS = """
-import pretrain
+THIRD_UPDATE = """
+import torch
 import recipe.training
 
-train_step = recipe.training.train_step
-updates = 0
+train_step, updates = recipe.training.train_step, 0
 
-def spoil(accelerator, objective, *rest):
+def spoil(accelerator, objective, optimizer, micro_batches, divisors, max_grad_norm):
     global updates
     updates += 1
+    given = accelerator, objective, optimizer, micro_batches, divisors, max_grad_norm
+    if updates != 3:
+        return train_step(*given)
+    if accelerator.num_processes == 1:  # the reference, in which this update is not made
+        return torch.full((len(divisors) + 1,), float("nan"))
     hook = None
-    if updates == 3 and accelerator.process_index == accelerator.num_processes - 1:
+    if accelerator.process_index:
         hook = objective.register_forward_hook(lambda module, given, made: (made[0] * float("nan"), made[1]))
-    update = train_step(accelerator, objective, *rest)
+    result = train_step(*given)
     if hook:
         hook.remove()
-    return update
+    return result
 
 recipe.training.train_step = spoil
-pretrain.main()
 """
 
 
 @pytest.mark.long
-def test_all_ranks_skip_an_update_that_one_has_no_number_for(flags, tmp_path: Path):
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_update_without_a_number_on_one_rank_is_left_out_on_all(flags, run_fsdp, tmp_path, engine):  # noqa: F811
+    """And all that comes after it is as if it had not been made."""
     script = tmp_path / "spoils.py"
-    script.write_text(ONE_RANK_SPOILS)
+    script.write_text(THIRD_UPDATE + "import pretrain\npretrain.main()\n")
     sizes = SMALL_MODEL | {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
     flags |= {"model_config": json.dumps(sizes), "logging_steps": 1, "per_device_train_batch_size": 2}
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     for processes in (1, 2):
+        output = {"output_dir": tmp_path / str(processes)}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        words = command_line(flags | {"output_dir": tmp_path / str(processes)})
-        subprocess.run([*command, script, *words], cwd=ROOT, env=environment, check=True)
+        if processes == 2 and engine == "fsdp":
+            run_fsdp(flags | output, before=THIRD_UPDATE)
+        else:
+            subprocess.run([*command, script, *command_line(flags | output)], cwd=ROOT, env=environment, check=True)
     one, two = (learning(tmp_path / name / "metrics.jsonl") for name in "12")
     assert [line["loss"] is None for line in two if "loss" in line] == [False, False, True, False, False, False]
     assert two[-1]["step"] == 6

@@ -1,10 +1,16 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 
 from recipe.base.errors import UserError
-from recipe.run.launch import on_main, start_accelerator
+from recipe.run.launch import INDUCTOR_CACHE, keep_compiled, on_main, start_accelerator
+from testing.helpers import PYTHONPATH, ROOT
 
 
 @pytest.mark.parametrize(
@@ -66,3 +72,42 @@ def test_processes_that_would_train_each_alone_are_refused(monkeypatch, accelera
     monkeypatch.setattr("recipe.run.launch.Accelerator", lambda **kwargs: accelerator)
     with pytest.raises(UserError, match=rf"`num_processes` of the launcher is {number}, and accelerate trains on 1 "):
         start_accelerator()
+
+
+# Two processes whose devices talk by something else, as those with GPUs do by nccl.
+COUNTS = """
+import numpy as np
+from torch import distributed
+from recipe.run.launch import host_group, sum_over_hosts
+
+distributed.init_process_group("gloo")
+rank, distributed.get_backend = distributed.get_rank(), lambda: "nccl"
+total = sum_over_hosts(np.array([rank, 1, 2**53 + rank]))
+assert total.tolist() == [1, 2, 2**54 + 1]
+assert host_group() is not None and host_group() is host_group()
+distributed.destroy_process_group()
+"""
+
+
+def test_hosts_add_up_integers_by_a_group_of_their_own(tmp_path: Path):
+    script = tmp_path / "counts.py"
+    script.write_text(COUNTS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+
+
+def test_what_is_compiled_is_kept_beside_the_caches_of_hugging_face(monkeypatch, tmp_path: Path):
+    monkeypatch.setattr("recipe.run.launch.HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv(INDUCTOR_CACHE, "chosen")
+    keep_compiled()
+    assert os.environ[INDUCTOR_CACHE] == "chosen"
+    assert not (tmp_path / "home").exists()
+    monkeypatch.delenv(INDUCTOR_CACHE)
+    keep_compiled()
+    assert Path(os.environ[INDUCTOR_CACHE]) == tmp_path / "home" / "torchinductor"
+    (tmp_path / "file").touch()
+    monkeypatch.delenv(INDUCTOR_CACHE)
+    monkeypatch.setattr("recipe.run.launch.HF_HOME", str(tmp_path / "file"))  # no folder can be made in it
+    keep_compiled()
+    assert INDUCTOR_CACHE not in os.environ
