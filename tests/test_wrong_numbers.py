@@ -18,6 +18,7 @@ from tests.test_pretrain import STREAMED, assert_same_run
 ONE_RANK_SPOILS = """
 import pretrain
 import recipe.training
+from recipe.base.errors import run_script
 
 train_step = recipe.training.train_step
 updates = 0
@@ -34,7 +35,7 @@ def spoil(accelerator, objective, *rest):
     return update
 
 recipe.training.train_step = spoil
-pretrain.main()
+run_script(pretrain.main)
 """
 
 
