@@ -43,6 +43,7 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from recipe.arguments import CorpusArguments, PretrainArguments
+from recipe.base.errors import run_script
 from recipe.data.batches import Rank, Resume
 from recipe.data.cached import CachedData
 from recipe.data.corpora import Part, open_source
@@ -463,4 +464,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from recipe.arguments import CorpusArguments, PretrainArguments
+from recipe.base.errors import run_script
 from recipe.data.batches import Rank, Resume
 from recipe.data.modes import open_data
 from recipe.data.preprocessor import Preprocessor
@@ -134,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,7 @@ from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from transformers import RobertaConfig, RobertaForMaskedLM
 
+from recipe.base.errors import run_script
 from recipe.modeling.model import ROBERTA_DEFAULTS, count_parameters
 from recipe.modeling.objectives import MaskedLMObjective
 from recipe.modeling.optimizer import build_optimizer
@@ -97,6 +98,13 @@ def measure(engine: str, accumulation: int) -> dict[str, Any]:
     }
 
 
+def print_measured() -> None:
+    """Measure in one of the processes that `main` has launched, of which the first prints."""
+    measured = measure(*json.loads(os.environ["MEASURE"]))
+    if os.environ["RANK"] == "0":
+        print(json.dumps(measured))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
@@ -132,9 +140,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "MEASURE" in os.environ:
-        measured = measure(*json.loads(os.environ["MEASURE"]))
-        if os.environ["RANK"] == "0":
-            print(json.dumps(measured))
-    else:
-        main()
+    run_script(print_measured if "MEASURE" in os.environ else main)

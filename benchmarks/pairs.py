@@ -27,6 +27,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from recipe.arguments import CorpusArguments, PretrainArguments
+from recipe.base.errors import run_script
 from recipe.data.batches import Rank, Resume
 from recipe.data.cached import CachedData
 from recipe.data.preprocessor import Preprocessor
@@ -183,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

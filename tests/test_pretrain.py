@@ -285,6 +285,7 @@ WAITS_FOR_ITS_SOURCE = """
 import pretrain
 import recipe.data.corpora
 import recipe.data.streaming
+from recipe.base.errors import run_script
 
 recipe.data.corpora.RETRY_SECONDS = (600,)
 recipe.data.streaming.REFILL_CHARACTERS = 2000
@@ -300,7 +301,7 @@ def failing(self, shard, first, part):
         yield index, text
 
 recipe.data.corpora.LocalSource.records = failing
-pretrain.main()
+run_script(pretrain.main)
 """
 
 
@@ -374,7 +375,7 @@ import os
 import pretrain
 import recipe.data.corpora
 import recipe.data.streaming
-from recipe.base.errors import report_user_errors
+from recipe.base.errors import run_script
 
 recipe.data.corpora.RETRY_SECONDS = ()
 recipe.data.streaming.REFILL_CHARACTERS = 2000
@@ -390,8 +391,7 @@ def failing(self, shard, first, part):
         yield index, text
 
 recipe.data.corpora.LocalSource.records = failing
-with report_user_errors():
-    pretrain.main()
+run_script(pretrain.main)
 """
 
 

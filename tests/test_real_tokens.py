@@ -90,7 +90,7 @@ def test_processes_learn_what_one_padded_one_does(
     flags = exact_flags | {"packing": packing}
     run_pretrain(flags)
     script = tmp_path / "loop.py"
-    script.write_text(LOOP + "import pretrain\npretrain.main()\n")
+    script.write_text(LOOP + "import pretrain\nfrom recipe.base.errors import run_script\nrun_script(pretrain.main)\n")
     command = [*LAUNCH, "--main_process_port=0", script, *command_line(flags | {"output_dir": tmp_path / "ddp"})]
     subprocess.run(command, cwd=ROOT, env=os.environ | ON_CPU | {"PYTHONPATH": PYTHONPATH}, check=True)
     assert_same_losses(tmp_path / "run", tmp_path / "ddp")

@@ -109,12 +109,13 @@ def test_torchrun_brings_a_run_back_after_a_process_died(exact_flags, run_pretra
 
 # Accelerate 1.15 does not engage FSDP on a CPU by itself; all else is its own code and torch's, on gloo.
 FSDP_ON_CPU = """
-import sys
+import os
 import pretrain
 import recipe.run.launch
 import recipe.session
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
+from recipe.base.errors import run_script
 from torch.distributed.fsdp import FSDPModule
 
 def sharded(*args, **kwargs):
@@ -130,13 +131,13 @@ def sharded(*args, **kwargs):
 def counted(*args):
     objective, optimizer = prepare(*args)
     names = [name for name, module in objective.named_modules() if isinstance(module, FSDPModule)]
-    print("wrapped:", len(names), file=sys.stderr)
+    os.write(2, f"wrapped: {len(names)}\\n".encode())  # at once, as processes have one stderr in common
     return objective, optimizer
 
 prepare = recipe.session.prepare
 recipe.run.launch.Accelerator = sharded
 recipe.session.prepare = counted
-pretrain.main()
+run_script(pretrain.main)
 """
 
 
@@ -248,7 +249,7 @@ recipe.training.train_step = spiking
 def test_all_processes_roll_back_together_whatever_the_engine(exact_flags, run_fsdp, tmp_path: Path):
     flags = exact_flags | {"max_steps": 30, "save_steps": 10, "roll_back_loss_spikes": True}
     script = tmp_path / "spikes.py"
-    script.write_text(SPIKE + "import pretrain\npretrain.main()\n")
+    script.write_text(SPIKE + "import pretrain\nfrom recipe.base.errors import run_script\nrun_script(pretrain.main)\n")
     command = [*LAUNCH, "--main_process_port=0", script, *command_line(flags)]
     subprocess.run(command, cwd=ROOT, env=os.environ | ON_CPU | {"PYTHONPATH": PYTHONPATH}, check=True)
     run_fsdp(flags | {"output_dir": tmp_path / "fsdp"}, before=SPIKE)

@@ -11,7 +11,7 @@ from testing.helpers import ROOT
 HEAVY = ["accelerate", "datasets", "evaluate", "torch", "transformers"]
 # One process for all questions to a script: what one of them imports is there at the end.
 ASK = f"""
-import contextlib, io, json, runpy, sys
+import contextlib, io, json, os, runpy, sys
 script, *questions = map(json.loads, sys.argv[1:])
 answers = []
 for arguments in questions:
@@ -22,7 +22,8 @@ for arguments in questions:
         except SystemExit as end:
             status = end.code or 0
     answers.append([status, text.getvalue()])
-print(json.dumps([answers, sorted(sys.modules.keys() & set({HEAVY}))]))
+print(json.dumps([answers, sorted(sys.modules.keys() & set({HEAVY}))]), flush=True)
+os._exit(0)  # and not with the status of the last question
 """
 SCRIPTS = {
     "train_tokenizer.py": ("tokenizer/tiny.yaml", "vocab_size", "3", "5 special tokens and 256 bytes need 261"),

@@ -140,19 +140,23 @@ def test_accumulation_set_by_the_launcher_changes_nothing(monkeypatch, tokenizer
 TWO_PROCESSES = """
 import atexit, sys
 import torch
+from recipe.base.errors import run_script
 from recipe.data.tokenizer import load_tokenizer
 from recipe.run.launch import start_accelerator
 from tests.test_training import make_batches, step_in_this_process
 
-# The last to run at the exit. A process that ends in its group is aborted now and then by a thread of gloo's.
+def main():
+    accelerator = start_accelerator()
+    assert accelerator.num_processes == 2
+    tokenizer = load_tokenizer(sys.argv[1])
+    batches = make_batches(tokenizer, int(sys.argv[3]))[accelerator.process_index :: 2]
+    _, gradients, mean = step_in_this_process(accelerator, tokenizer, batches)
+    if accelerator.is_main_process:
+        torch.save({"loss": mean, "gradients": gradients}, sys.argv[2])
+
+# The last to run at the exit.
 atexit.register(lambda: print("grouped " if torch.distributed.is_initialized() else "alone ", end=""))
-accelerator = start_accelerator()
-assert accelerator.num_processes == 2
-tokenizer = load_tokenizer(sys.argv[1])
-batches = make_batches(tokenizer, int(sys.argv[3]))[accelerator.process_index :: 2]
-_, gradients, mean = step_in_this_process(accelerator, tokenizer, batches)
-if accelerator.is_main_process:
-    torch.save({"loss": mean, "gradients": gradients}, sys.argv[2])
+run_script(main)
 """
 
 

@@ -47,7 +47,9 @@ recipe.training.train_step = spoil
 def test_update_without_a_number_on_one_rank_is_left_out_on_all(flags, run_fsdp, tmp_path, engine):  # noqa: F811
     """And all that comes after it is as if it had not been made."""
     script = tmp_path / "spoils.py"
-    script.write_text(THIRD_UPDATE + "import pretrain\npretrain.main()\n")
+    script.write_text(
+        THIRD_UPDATE + "import pretrain\nfrom recipe.base.errors import run_script\nrun_script(pretrain.main)\n"
+    )
     sizes = SMALL_MODEL | {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
     flags |= {"model_config": json.dumps(sizes), "logging_steps": 1, "per_device_train_batch_size": 2}
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}

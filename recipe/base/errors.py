@@ -1,5 +1,6 @@
 """Errors that the user can correct, and how errors of libraries are worded."""
 
+import atexit
 import difflib
 import os
 import signal
@@ -46,13 +47,37 @@ def report_user_errors() -> Iterator[None]:
 def run_script(main: Callable[[], object]) -> None:
     """Run the main function of a script or command in `report_user_errors`, and in UTF-8 whatever the locale.
 
-    What libraries have for their developers to change is not shown, unless Python's option `-W` asks for it.
+    The process ends with the status of this run, whatever threads are left then, by `end_process`. What libraries have
+    for their developers to change is not shown, unless Python's option `-W` asks for it.
     """
     restart_in_utf8()
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)
-    with report_user_errors():
-        main()
+    status = 1  # of an error that Python shows
+    try:
+        with report_user_errors():
+            main()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    finally:
+        atexit.register(end_process, status)
+
+
+def end_process(status: int) -> None:
+    """End the process with a status, after all that Python does at an end but taking the interpreter apart.
+
+    Python would stop each thread that is left where it next asks for the interpreter, which inside of C++, such as
+    torch's, aborts the process. `atexit` calls this function first, and it calls the others.
+    """
+    try:
+        atexit.unregister(end_process)
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
 
 
 def describe_error(error: BaseException, until: type[BaseException] | None = None) -> str:

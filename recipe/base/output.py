@@ -52,6 +52,6 @@ def keep_output_from_failing() -> None:
         if stream is None:  # it is closed
             setattr(sys, name, PatientOutput(open(os.devnull, "wb"), "utf-8", "backslashreplace"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
-            line_buffering = stream.line_buffering
-            output = PatientOutput(stream.buffer, stream.encoding, "backslashreplace", line_buffering=line_buffering)
+            by_line = stream.line_buffering or stream.write_through  # other processes' pieces would mix with its own
+            output = PatientOutput(stream.buffer, stream.encoding, "backslashreplace", line_buffering=by_line)
             setattr(sys, name, output)

@@ -1,6 +1,5 @@
 """Worker processes and threads: how they start, share work through files, wait and end."""
 
-import atexit
 import contextlib
 import errno
 import os
@@ -20,7 +19,6 @@ from recipe.base.errors import UserError
 from recipe.base.formatting import format_duration
 from recipe.base.progress import print_line
 
-LAST_ITEM_SECONDS = 10  # for which the end of the process waits for an item that is being made
 FIRST_WORD_SECONDS, NEXT_WORD_SECONDS = 60, 600  # of a wait for another process, until it is said and said again
 HOLDER = ".holder"  # suffix of the file beside a lock that names the process that has it
 STOP_WAITING = threading.Event()  # set in a process that is to end: it no longer waits for a source
@@ -148,8 +146,7 @@ def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Generato
 
     While there is no item yet, `is_stopping` is asked every half second; if it is true, that raises an
     `InterruptedWaitError`. When no more items are asked for, the thread is left to end by itself, since it may be
-    waiting for a source. The end of the process waits for it a little: Python stops threads wherever they are, which
-    inside torch aborts the process.
+    waiting for a source.
     """
     made: queue.Queue = queue.Queue(maxsize=1)
     closed = threading.Event()
@@ -164,15 +161,7 @@ def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Generato
                 error = raised
             made.put((item, error))
 
-    def close(seconds: float) -> None:
-        closed.set()
-        with contextlib.suppress(queue.Empty):
-            made.get_nowait()  # makes room for the item that the thread may be waiting to put
-        thread.join(seconds)
-
-    thread = threading.Thread(target=make, daemon=True)
-    thread.start()
-    atexit.register(close, LAST_ITEM_SECONDS)
+    threading.Thread(target=make, daemon=True).start()
     try:
         while True:
             try:
@@ -187,4 +176,6 @@ def one_ahead(items: Iterator[Any], is_stopping: Callable[[], bool]) -> Generato
                 raise error
             yield item
     finally:
-        close(0)
+        closed.set()
+        with contextlib.suppress(queue.Empty):
+            made.get_nowait()  # makes room for the item that the thread may be waiting to put

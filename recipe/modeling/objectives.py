@@ -414,7 +414,7 @@ def try_kernels(
     size = 1, config.num_attention_heads, config.hidden_size // config.num_attention_heads
     like = torch.empty(size, dtype=PRECISIONS.get(precision, torch.float32), device=device)
     kernel, problems = find_kernel(like, rows, length)
-    reason, warnings = why_no_kernels(device), []
+    reason, warnings = why_no_kernels(device, config.hidden_size), []
     if not kernel and problems:
         warnings.append(f"warning: no kernel attends within sequences here ({problems}); padding is computed too")
     if reason and device.type == "cuda":

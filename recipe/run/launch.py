@@ -178,17 +178,9 @@ def holding(run: RunDirectory, accelerator: Accelerator) -> Iterator[None]:
 
 
 def leave_process_group() -> None:
-    """End the threads of the process group while there is an interpreter.
-
-    A thread of gloo's that frees a tensor later aborts the process, which torchrun takes for a failed run. After an
-    unforeseen error a group of nccl's is left alone, since destroying it could wait for the other processes.
-    """
-    if not distributed.is_initialized():
-        return
-    if distributed.get_backend() == "gloo" or not hasattr(sys, "last_value"):
+    """Destroy the process group, as nccl wants it, but not after an unforeseen error: it could wait for the others."""
+    if distributed.is_initialized() and not hasattr(sys, "last_value"):
         distributed.destroy_process_group()
-    elif host_group.cache_info().currsize:
-        distributed.destroy_process_group(host_group())
 
 
 def set_up_fsdp(accelerator: Accelerator) -> None:

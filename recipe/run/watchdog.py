@@ -46,8 +46,6 @@ class Watchdog:
         self.answers = 0
         self.found: list[Report] = []  # the last report of each rank
         self.silence: Counter[int] = Counter()  # seconds since a rank's last answer
-        tasks = [self.report, self.watch] if self.rank < 2 else [self.report]
-        self.threads = [threading.Thread(target=task, daemon=True) for task in tasks]
 
     def at(self, place: str) -> None:
         """Record that this process has reached the next place in the course of training."""
@@ -92,14 +90,12 @@ class Watchdog:
         return [report.places for report in self.found]
 
     def __enter__(self) -> "Watchdog":
-        for thread in self.threads:
-            thread.start()
+        for task in [self.report, self.watch] if self.rank < 2 else [self.report]:
+            threading.Thread(target=task, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.over.set()
-        for thread in self.threads:  # a process that ends while one of them waits for the store is aborted
-            thread.join(1)
 
 
 class Report(NamedTuple):

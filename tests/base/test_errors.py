@@ -1,5 +1,6 @@
 import os
 import pickle
+import signal
 import subprocess
 import sys
 
@@ -39,6 +40,63 @@ def test_what_all_ranks_refuse_is_said_by_the_first():
     code = code.replace("as e\n", "as e; e.FIRST_RANK_SECONDS = 0\n")
     alone = subprocess.run([sys.executable, "-c", code], env=os.environ | {"LOCAL_RANK": "1"}, **start)
     assert alone.stderr == "error: x\n"
+
+
+ENDS = """
+import atexit, os, sys, threading
+import torch
+from recipe.base.errors import UserError, run_script
+
+def compute():
+    while True:
+        torch.ones(99, 99) @ torch.ones(99, 99)
+
+def outlive_main():
+    threading.main_thread().join()
+    print("joined")
+
+def throw(error):
+    raise error
+
+ENDS = {
+    "return": lambda: None,
+    "exit": sys.exit,
+    "exit 3": lambda: sys.exit(3),
+    "words": lambda: sys.exit("these words"),
+    "mistake": lambda: throw(UserError("a mistake")),
+    "signal": lambda: throw(KeyboardInterrupt("SIGTERM")),
+    "bug": lambda: throw(KeyError("a bug")),
+}
+atexit.register(print, "called")
+for _ in range(5):
+    if os.fork() == 0:
+        threading.Thread(target=outlive_main).start()
+        for _ in range(4):
+            threading.Thread(target=compute, daemon=True).start()
+        run_script(ENDS[sys.argv[1]])
+        break
+    _, status = os.wait()
+    print("status", os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "printed"),
+    [
+        ("return", 0, ""),
+        ("exit", 0, ""),
+        ("exit 3", 3, ""),
+        ("words", 1, "these words\n"),
+        ("mistake", 2, "error: a mistake\n"),
+        ("signal", 128 + signal.SIGTERM, "stopped by SIGTERM\n"),
+        ("bug", 1, "KeyError: 'a bug'\n"),
+    ],
+)
+def test_status_is_right_whatever_threads_are_left(end: str, status: int, printed: str):
+    """Threads that Python stopped inside torch would abort the process."""
+    command = [sys.executable, "-c", ENDS, end]
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.stdout.count(f"{printed}joined\ncalled\nstatus {status}\n") == 5, result.stdout
 
 
 def chained() -> Exception:

@@ -64,6 +64,17 @@ def test_characters_that_a_locale_lacks_are_escaped(tmp_path: Path):
         assert log.read_bytes().splitlines(keepends=True)[7] == expected
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_line_is_one_write_though_python_does_not_buffer(stream: str):
+    """Several processes have one log, in which pieces of their lines would mix."""
+    code = "import os, sys\nfrom recipe.base.errors import run_script\n"
+    code += f"run_script(lambda: print('a', 7, file=sys.{stream}))\nos._exit(0)"
+    reader, writer = os.pipe2(os.O_DIRECT)  # of which each read gives one write
+    subprocess.run([sys.executable, "-u", "-c", code], cwd=ROOT, check=True, **{stream: writer})
+    os.close(writer)
+    assert os.read(reader, 100) == b"a 7\n"
+
+
 def test_run_whose_output_goes_to_a_full_disk_is_complete(flags, tmp_path: Path):
     with open("/dev/full", "w") as full:
         assert start(flags, stdout=full, stderr=full).wait() == 0

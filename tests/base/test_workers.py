@@ -2,8 +2,6 @@
 
 import errno
 import re
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from recipe.base.errors import UserError
 from recipe.base.workers import InterruptedWaitError, build_together, one_ahead, starting_workers
-from testing.helpers import PATIENCE_SECONDS, ROOT, never
+from testing.helpers import PATIENCE_SECONDS, never
 
 
 def test_what_others_work_on_is_left_to_them_unless_they_die(tmp_path: Path):
@@ -69,34 +67,6 @@ def test_one_ahead_keeps_order_and_errors():
     with pytest.raises(KeyError):
         next(ahead)
     assert list(one_ahead(iter(range(3)), never)) == [0, 1, 2]
-
-
-ENDS_WHILE_AN_ITEM_IS_MADE = """
-import time
-import torch
-from recipe.base.workers import one_ahead
-
-def items():
-    while True:
-        started = time.monotonic()
-        while time.monotonic() - started < 1:
-            torch.ones(300, 300) @ torch.ones(300, 300)
-        yield 1
-
-print(next(one_ahead(items(), lambda: False)))
-time.sleep(0.2)
-"""
-
-
-@pytest.mark.parametrize("closes", [True, False])
-def test_process_that_ends_while_an_item_is_made_is_not_aborted(closes: bool):
-    code = ENDS_WHILE_AN_ITEM_IS_MADE
-    if not closes:  # as when an error ends the process, which keeps the iterator
-        code = code.replace("print(next(one_ahead(items(), lambda: False)))", "a = one_ahead(items(), bool); next(a)")
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS
-    )
-    assert result.returncode == 0, result.stderr
 
 
 def test_waiting_for_data_ends_when_the_process_is_to_stop():

@@ -172,6 +172,7 @@ SHARED = """
 import json, sys
 import torch
 from recipe.arguments import GlueArguments
+from recipe.base.errors import run_script
 from recipe.finetune.classifier import load_classifier, load_glue_tokenizer
 from recipe.finetune.finetuning import Finetuner, encode_splits
 from recipe.finetune.jobs import Job
@@ -179,17 +180,20 @@ from recipe.finetune.tasks.glue import TASKS
 from recipe.finetune.tasks.loading import load_task
 from recipe.run.launch import start_accelerator
 
-folder, model, out = sys.argv[1:]
-accelerator = start_accelerator()
-args = GlueArguments(output_dir=out, model_name_or_path=model, num_train_epochs=2, per_device_eval_batch_size=3)
-tokenizer = load_glue_tokenizer(model, 32)
-splits = encode_splits(load_task("mnli", folder)[0], TASKS["mnli"], tokenizer, 32)
-torch.manual_seed(5)
-classifier = load_classifier(model, TASKS["mnli"])
-job = Job("mnli", "pretrained", 1e-3, 8, 5)
-outcome = Finetuner(accelerator, args, tokenizer, is_shared=True).run(job, splits, classifier, False)
-if accelerator.is_main_process:
-    json.dump(outcome.epochs, open(out, "w"))
+def main():
+    folder, model, out = sys.argv[1:]
+    accelerator = start_accelerator()
+    args = GlueArguments(output_dir=out, model_name_or_path=model, num_train_epochs=2, per_device_eval_batch_size=3)
+    tokenizer = load_glue_tokenizer(model, 32)
+    splits = encode_splits(load_task("mnli", folder)[0], TASKS["mnli"], tokenizer, 32)
+    torch.manual_seed(5)
+    classifier = load_classifier(model, TASKS["mnli"])
+    job = Job("mnli", "pretrained", 1e-3, 8, 5)
+    outcome = Finetuner(accelerator, args, tokenizer, is_shared=True).run(job, splits, classifier, False)
+    if accelerator.is_main_process:
+        json.dump(outcome.epochs, open(out, "w"))
+
+run_script(main)
 """
 
 

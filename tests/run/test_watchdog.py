@@ -15,9 +15,10 @@ from testing.helpers import PATIENCE_SECONDS, PYTHONPATH, ROOT, command_line, wa
 IMPATIENT = """
 import recipe.run.watchdog
 import pretrain
+from recipe.base.errors import run_script
 
 recipe.run.watchdog.STALL_SECONDS, recipe.run.watchdog.POLL_SECONDS = 2, 0.2
-pretrain.main()
+run_script(pretrain.main)
 """
 
 
