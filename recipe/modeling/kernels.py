@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.library import custom_op, triton_op, wrap_triton
 
 from recipe.base.errors import describe_error
 
@@ -39,7 +38,11 @@ INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_IN
 WARP_ELEMENTS = 1024
 WARPS_PER_PROCESSOR = 8
 MAX_WIDTH = 8192  # beyond it a row leaves the registers
+
 jit = triton.jit if triton else lambda function: function
+# Of an operator of Triton's, torch.compile sees the kernels; there are none to see without it and in the interpreter.
+define: Any = torch.library.triton_op if triton and not INTERPRETED else torch.library.custom_op
+wrap_triton = (lambda kernel: kernel) if INTERPRETED else torch.library.wrap_triton
 
 
 @jit
@@ -132,11 +135,7 @@ def shape_of_work(width: int) -> dict[str, int]:
 
 
 def operator(function: Callable) -> Any:
-    """Make an operator of torch, in which torch.compile sees the kernels, unless there are none or interpreted ones.
-
-    The function also serves tensors that are fake: it allocates, and launches nothing.
-    """
-    define = triton_op if triton and not INTERPRETED else custom_op
+    """Make an operator of torch, whose function serves fake tensors too: it allocates, and launches nothing."""
     defined: Any = define(f"recipe::{function.__name__}", function, mutates_args=())
     defined.register_fake(function)
     return defined
