@@ -149,7 +149,8 @@ class AlbertAdapter(BertAdapter):
 
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of accelerate, under which matrix products are rounded
-MOST_VARIANTS = 64  # of a compiled function: sizes of micro-batches, in training and evaluation
+# Of a compiled function, beyond which dynamo would end the run: each size of a micro-batch, in training and evaluation.
+MOST_VARIANTS = 1024
 ADAPTERS = {"roberta": RobertaAdapter, "bert": BertAdapter, "albert": AlbertAdapter}
 
 
@@ -454,7 +455,7 @@ def compile_in_place(objective: MaskedLMObjective, device: torch.device) -> list
     """
     if reason := why_nothing_compiles(device):
         return [f"warning: `torch_compile` is true, and nothing compiles here ({reason}); training runs uncompiled"]
-    torch._dynamo.config.recompile_limit = MOST_VARIANTS
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = MOST_VARIANTS
     for name in ("embed", "run_layer", "measure"):
         setattr(objective, name, torch.compile(getattr(objective, name), fullgraph=True, dynamic=False))
     objective.bind_layers()
