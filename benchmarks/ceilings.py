@@ -128,8 +128,8 @@ def main() -> None:
     config = RobertaConfig(**ROBERTA_DEFAULTS | SHAPES[args.shape] | {"vocab_size": 50_265})
     report = harness.header([]) | {"device": device_name(device), "batch": args.batch, "length": args.length}
     large = matmul_flops(device, args.precision)
-    report["large matrix product, TFLOP/s"] = round(large / 1e12, 3)
-    print(f"{device_name(device)}; large matrix product {large / 1e12:.3f} TFLOP/s")
+    report["large matrix products, TFLOP/s"] = round(large / 1e12, 3)
+    print(f"{device_name(device)}; large matrix products {large / 1e12:.3f} TFLOP/s")
     total, rows = 0.0, []
     for product, times in products_of(config, args.batch, args.length).items():
         spent = time_product(product, dtype, device)
