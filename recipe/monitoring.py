@@ -1,6 +1,7 @@
 """What is watched of training: the log, the held-out loss, and numbers that go wrong."""
 
 import math
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 
 from recipe.base.errors import UserError
 from recipe.base.progress import progress_bar
-from recipe.data.batches import Batch, Counts, MicroBatches, TrainingData
+from recipe.data.batches import Batch, Counts, MicroBatches, TrainingData, UpdateData
 from recipe.modeling.model import model_flops_per_token
 from recipe.run.hardware import matmul_flops, peak_memory
 from recipe.run.metrics import (
@@ -22,31 +23,56 @@ from recipe.run.metrics import (
     format_train_line,
     train_record,
 )
+from recipe.run.stopping import START_SECONDS
 from recipe.session import Session
 
 MAX_ROLLBACKS = 3  # to the same checkpoint
 
 
-@dataclass
-class Update:
+@dataclass(frozen=True)
+class Outcome:
     """What an update did, the same on all ranks.
 
     Attributes:
-        sums: of each of the objective's measures, over the whole update.
+        sums: of each of the objective's measures, over the whole update; of the loss, in nats, first.
         grad_norm: of the whole update's gradient.
         skipped: None, `nonfinite` or `overflow`.
-        stopping: whether some rank was asked to stop.
     """
 
     sums: list[float]
     grad_norm: float
     skipped: str | None
-    stopping: bool
 
-    @property
-    def loss_sum(self) -> float:
-        """Cross-entropy in nats, summed over the masked tokens."""
-        return self.sums[0]
+
+class Update:
+    """An update that the device has been given, and may not have made yet.
+
+    Args:
+        data: what this process has of it.
+        counts: of all processes.
+        learning_rate: by which it is made.
+        started: when this process began with it, by `time.monotonic`.
+        result: (measures + 1,) float32, from `train_step`, on its way to pinned memory from now on.
+    """
+
+    def __init__(
+        self, data: UpdateData, counts: Counts, learning_rate: float, started: float, result: torch.Tensor
+    ) -> None:
+        self.lanes, self.counts, self.learning_rate, self.started = data.lanes, counts, learning_rate, started
+        self.result = result.to("cpu", non_blocking=result.is_cuda)
+        self.arrival = torch.cuda.current_stream(result.device).record_event() if result.is_cuda else None
+        self.ended = time.monotonic()  # on a CPU; the end of an update on a GPU is known when it has been waited for
+
+    def wait(self, has_scaler: bool) -> Outcome:
+        """Wait until the device has made the update, and read what it did; fp16's scaler looks for overflows."""
+        if self.arrival is not None:
+            self.arrival.synchronize()
+            self.ended = time.monotonic()
+        *sums, grad_norm = self.result.tolist()
+        is_finite = all(map(math.isfinite, sums))
+        if is_finite and math.isfinite(grad_norm):
+            return Outcome(sums, grad_norm, None)
+        return Outcome(sums, grad_norm, "overflow" if has_scaler and is_finite else "nonfinite")
 
 
 class TrainingLog:
@@ -56,7 +82,8 @@ class TrainingLog:
         self.session = session
         self.data = data
         self.watch = Stopwatch()
-        self.resumed_from = session.state.step  # 0 in a run that begins, and once a line has said it
+        # What the next line of training says once: how long the start took, and where the run was resumed.
+        self.said_once: dict[str, float] = {"resumed_from": session.state.step} if session.state.step else {}
         self.measures = session.unwrapped.measures
         self.eval_batches = data.eval_batches(session.rank)
         has_baseline = session.args.eval_blocks and session.accelerator.is_main_process
@@ -68,18 +95,28 @@ class TrainingLog:
         accelerator = self.session.accelerator
         return matmul_flops(accelerator.device, accelerator.mixed_precision) * accelerator.num_processes
 
-    def count(self, update: Update, counts: Counts) -> None:
-        """Take in an update."""
+    def log_start(self, first: Update) -> None:
+        """Log how long the first update since the start of the process was in coming, and how long it took itself."""
+        total, own = first.ended - START_SECONDS, first.ended - first.started
+        self.said_once["seconds_to_first_update"] = round(total, 1)
+        compiling = ", compiling included" if self.session.args.torch_compile else ""
+        self.session.run.log(
+            [f"first update {total:.1f} s after the start of the process; it took {own:.1f} s{compiling}"]
+        )
+
+    def count(self, update: Update, outcome: Outcome) -> None:
+        """Take in an update and what it did."""
+        counts = update.counts
         divisors = [counts[counted] for counted in self.measures.values()]
-        measured = dict(zip(self.measures, zip(update.sums, divisors, strict=True), strict=True))
-        self.session.state.count(measured, counts.corpora, counts["digest"], update.skipped)
-        self.watch.count(counts.tokens)
+        measured = dict(zip(self.measures, zip(outcome.sums, divisors, strict=True), strict=True))
+        self.session.state.count(measured, counts.corpora, counts["digest"], outcome.skipped)
+        self.watch.count(counts.tokens, update.ended)
 
     def corpora(self, counts: Counts) -> dict[str, dict[str, float]]:
         """Return the per-corpus totals so far."""
         return self.data.corpora_record(self.session.state.corpora, counts.streams)
 
-    def log_training(self, update: Update, learning_rate: float, counts: Counts) -> None:
+    def log_training(self, update: Update, outcome: Outcome) -> None:
         """Log the means since the last line, and the throughput."""
         session, args, state = self.session, self.session.args, self.session.state
         length = args.seq_length(state.step - 1)
@@ -90,12 +127,11 @@ class TrainingLog:
             self.reachable_flops = max(reached, self.measure_reachable_flops())
             rates["mfu"] = round(reached / self.reachable_flops, 4)
         rates["peak_memory"] = peak_memory(session.accelerator.device)
-        settings = {"learning_rate": learning_rate, "grad_norm": update.grad_norm}
-        record = train_record(state, settings, rates, self.corpora(counts), args.positions(state.step))
-        if self.resumed_from:
-            record["resumed_from"], self.resumed_from = self.resumed_from, 0
-        session.report(record, format_train_line(record, args.max_steps))
-        self.watch = Stopwatch()
+        settings = {"learning_rate": update.learning_rate, "grad_norm": outcome.grad_norm}
+        record = train_record(state, settings, rates, self.corpora(update.counts), args.positions(state.step))
+        session.report(record | self.said_once, format_train_line(record, args.max_steps))
+        self.said_once = {}
+        self.watch = Stopwatch(update.ended)
 
     def log_data(self, counts: Counts) -> None:
         """Log what has been seen of each corpus."""
@@ -133,7 +169,7 @@ class SpikeGuard:
                 "lower --learning_rate, a longer --warmup_steps or, in place of fp16, --mixed_precision bf16"
             )
 
-    def find_rollback(self, update: Update, masked: int) -> Path | None:
+    def find_rollback(self, outcome: Outcome, masked: int) -> Path | None:
         """Take in the loss of an update, and warn of a spike.
 
         Returns:
@@ -142,8 +178,8 @@ class SpikeGuard:
         Raises:
             FloatingPointError: training has gone back to that checkpoint too often.
         """
-        session, args, loss = self.session, self.session.args, update.loss_sum / max(1, masked)
-        spike = None if update.skipped else session.state.record_loss(loss, args.loss_spike_ratio)
+        session, args, loss = self.session, self.session.args, outcome.sums[0] / max(1, masked)
+        spike = None if outcome.skipped else session.state.record_loss(loss, args.loss_spike_ratio)
         if not spike:
             return None
         place = f"update {session.state.step:,}: {loss:.3f}"
@@ -169,6 +205,7 @@ def evaluate(
     """
     failure: Exception | None = None
     objective.eval()
+    arrange = accelerator.unwrap_model(objective).arrange
     totals = torch.zeros((), device=accelerator.device)
     try:
         micro_batches = next(batches.iterate(0, 1, num_workers=0))[0]
@@ -176,7 +213,7 @@ def evaluate(
             "evaluating", len(micro_batches), "micro-batches", accelerator.is_main_process, stays=False
         ) as bar:
             for batch in micro_batches:
-                totals = totals + torch.stack(objective(**to_device(batch, accelerator.device)))
+                totals = totals + torch.stack(objective(**to_device(arrange(batch), accelerator.device)))
                 bar.update()
     except torch.OutOfMemoryError as error:
         size = batches.micro_batch_size

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedConfig
 
 from recipe.arguments import PretrainArguments
@@ -26,9 +24,9 @@ from recipe.base.errors import UserError, did_you_mean
 from recipe.base.formatting import count_of, format_bytes, format_count, format_duration
 from recipe.checks import CorpusSize, check_run
 from recipe.data.batches import given_weights
-from recipe.modeling.memory import PRECISIONS, USABLE_FRACTION, compute_memory
+from recipe.modeling.memory import USABLE_FRACTION, compute_memory
 from recipe.modeling.model import build_model, count_parameters, model_flops_per_token
-from recipe.modeling.objectives import OBJECTIVES, MaskedLMObjective, why_nothing_compiles
+from recipe.modeling.objectives import OBJECTIVES, MaskedLMObjective, try_kernels, why_nothing_compiles
 from recipe.run.directory import RunDirectory
 from recipe.run.hardware import device_name, matmul_flops
 
@@ -135,10 +133,10 @@ def print_plan(args: PretrainArguments, accelerator: Accelerator, run: RunDirect
     if config:
         with tried.trying("memory") as remarks:
             remarks.append(check_memory(args, config, hardware))
-    if args.gpu is None:
+    if args.gpu is None and config:
         with tried.trying("kernels") as remarks:
-            remarks.append(check_kernels(args.torch_compile, accelerator.device, hardware.precision))
-    else:
+            remarks.append(check_kernels(args, config, accelerator.device, hardware.precision))
+    elif args.gpu:
         print(f"unknown  kernels: can be tried on a machine with {args.gpu} only, by --dry_run without --gpu")
     if config and check.fits_world_size:
         for line in describe_plan(args, config, hardware.count):
@@ -178,29 +176,23 @@ def check_memory(args: PretrainArguments, config: PreTrainedConfig, hardware: Ha
     return text
 
 
-def check_kernels(torch_compile: bool, device: torch.device, precision: str) -> str:
+def check_kernels(args: PretrainArguments, config: PreTrainedConfig, device: torch.device, precision: str) -> str:
     """Try what the fast kernels need.
 
     Raises:
-        UserError: nothing compiles here, or attention has no fused kernel.
+        UserError: nothing compiles here.
     """
-    if torch_compile and (reason := why_nothing_compiles(device)):
+    if args.torch_compile and (reason := why_nothing_compiles(device)):
         raise UserError(
             f"`torch_compile` is true, and nothing compiles here ({reason}); install a C++ compiler and, on a GPU, "
             "Triton, or give --torch_compile false"
         )
-    remark = "torch.compile works" if torch_compile else "torch.compile is not asked for"
-    if device.type != "cuda":
-        return remark
-    query = torch.zeros(1, 1, 64, 64, device=device, dtype=PRECISIONS.get(precision, torch.float32))
-    mask = torch.ones(1, 1, 1, 64, device=device, dtype=torch.bool)
-    try:
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):
-            scaled_dot_product_attention(query, query, query, mask, 0.1)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"attention has no fused kernel here ({reason}); use a newer GPU or build of torch") from None
-    return f"{remark}; attention with a mask and dropout is fused"
+    rows, length = args.per_device_train_batch_size, args.max_seq_length
+    kernel, is_fused, warnings = try_kernels(config, device, precision, rows, length)
+    remarks = ["torch.compile works" if args.torch_compile else "torch.compile is not asked for"]
+    remarks += [f"{kernel} attends to real tokens alone"] if kernel else []
+    remarks += ["dropout, residual and layer norm are one kernel"] if is_fused else []
+    return "; ".join([*remarks, *warnings])
 
 
 def describe_plan(args: PretrainArguments, config: PreTrainedConfig, num_processes: int) -> list[str]:

@@ -22,7 +22,7 @@ from recipe.checks import CheckedRun
 from recipe.data.batches import Rank, Resume, TrainingData
 from recipe.data.streaming import Buffer, to_arrays, to_tensors
 from recipe.modeling.model import count_parameters
-from recipe.modeling.objectives import OBJECTIVES, MaskedLMObjective, compile_in_place
+from recipe.modeling.objectives import OBJECTIVES, MaskedLMObjective, compile_in_place, use_kernels
 from recipe.modeling.optimizer import build_optimizer, build_scheduler
 from recipe.publish.card import build_card, write_card
 from recipe.publish.hub import Publisher
@@ -246,8 +246,12 @@ def build_session(
         run.saved_step = state.step
     run.write_status("running", state.step)  # all that is refused has been
     objective = OBJECTIVES[args.objective](check.model, args.masked_share, args.gradient_checkpointing)
+    rows = args.per_device_train_batch_size
+    warnings += use_kernels(
+        objective, accelerator.device, accelerator.mixed_precision, rows, args.max_seq_length, args.bf16_residual
+    )
     if args.torch_compile:
-        warnings += compile_in_place(objective, accelerator.device, in_one=not accelerator.is_fsdp2)
+        warnings += compile_in_place(objective, accelerator.device)
     betas = args.adam_beta1, args.adam_beta2
     adamw = build_optimizer(objective, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
     prepared, optimizer = prepare(accelerator, objective, adamw)

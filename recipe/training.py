@@ -1,13 +1,17 @@
-"""The training loop, straight down: `train` calls `next_update`, `update_weights` and its `train_step`."""
+"""The training loop: a `Trainer` makes update after update, each by `next_update`, `update_weights`, `train_step`."""
 
 import math
 import platform
-from collections.abc import Generator, Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -17,11 +21,13 @@ from recipe.base.hashing import hash64
 from recipe.base.progress import print_line, progress_bar
 from recipe.base.workers import InterruptedWaitError
 from recipe.data.batches import Batch, Counts, Resume, TrainingData, UpdateData, noticing_dead_workers
-from recipe.modeling.memory import largest_micro_batch
+from recipe.modeling.memory import full_rows, largest_micro_batch
 from recipe.modeling.model import count_parameters
+from recipe.modeling.objectives import MaskedLMObjective
 from recipe.monitoring import SpikeGuard, TrainingLog, Update, to_device
 from recipe.run.checkpoint import BYTES_PER_PARAMETER
 from recipe.run.directory import LostFolderError
+from recipe.run.launch import sum_over_hosts
 from recipe.run.metrics import Stopwatch
 from recipe.run.stopping import StopRequest, handling_stop_signals
 from recipe.run.watchdog import Watchdog
@@ -44,107 +50,170 @@ def train(session: Session, data: TrainingData, resume: Resume) -> bool:
         UserError: a corpus cannot be read any more, or the device has no room for an evaluation. As after any error of
             the data or of an evaluation, there is a checkpoint of the last update.
     """
-    args, state, writer = session.args, session.state, session.writer
-    is_main = session.accelerator.is_main_process
-    log, spikes, request = TrainingLog(session, data), SpikeGuard(session), StopRequest(args.max_train_hours, is_main)
-    slow_write = BYTES_PER_PARAMETER * count_parameters(session.unwrapped.model) / SLOW_DISK_BYTES_PER_SECOND
-    lanes: dict[Any, Any] = {}  # in streaming mode, after the last update that was trained on
+    trainer = Trainer(session, data)
+    with trainer.bar, handling_stop_signals(trainer.request.handle), session.writer, trainer.watchdog:
+        if session.args.eval_blocks and not session.state.step:  # what a released model knows, before it is trained on
+            trainer.pause(evaluates=True)
+        trainer.open_data(resume)  # in here, since worker processes inherit what is done with SIGINT
+        return trainer.run()
 
-    def updates_from(resume: Resume) -> Generator[UpdateData]:
-        yield from data.train_updates(session.rank, resume, args.max_steps + state.updates_left_out, request.is_set)
 
-    def stop() -> bool:
-        session.run.write_status("preempted", state.step, request.reason or "another process was asked to stop")
-        return False
+class Trainer:
+    """Makes the updates of a run, and reads what each of them did while the device makes the next one.
 
-    scheduler = session.build_scheduler()
-    bar = progress_bar("training", args.max_steps, "updates", is_main, state.step)
-    with bar, handling_stop_signals(request.handle), writer, Watchdog(session.accelerator) as watchdog:
-        if args.eval_blocks and not state.step:  # what a model knows before it is trained on, such as a released one
-            watchdog.at("evaluating")
-            with log.watch.paused():
-                failure = log.evaluate()
-            if failure:
-                raise failure
-        # In here, since worker processes inherit what is done with SIGINT.
-        updates = updates_from(resume)
-        while state.step < args.max_steps:
-            with log.watch.waiting():
-                local, counts, failure = next_update(session, updates, watchdog)
+    So the device always has work, and the host never waits for it within an update. Before an evaluation or a
+    checkpoint, and where training stops, the last update is read, too. Where an update turns out to be a spike that is
+    rolled back, the next one is thrown away, and its data comes again after the rollback.
+    """
+
+    def __init__(self, session: Session, data: TrainingData) -> None:
+        args, accelerator, done = session.args, session.accelerator, session.state.step
+        self.session, self.data = session, data
+        self.log, self.spikes = TrainingLog(session, data), SpikeGuard(session)
+        self.request = StopRequest(args.max_train_hours, accelerator.is_main_process)
+        self.bar = progress_bar("training", args.max_steps, "updates", accelerator.is_main_process, done)
+        self.watchdog = Watchdog(accelerator)
+        self.slow_write = BYTES_PER_PARAMETER * count_parameters(session.unwrapped.model) / SLOW_DISK_BYTES_PER_SECOND
+        self.prepare = preparation(session.unwrapped, accelerator.device)
+        self.scheduler = session.build_scheduler()
+        self.enqueued: Update | None = None  # the newest update, until it is read
+        self.read: Update | None = None  # the newest update that has been read
+
+    @property
+    def step(self) -> int:
+        """The number of updates that are done or enqueued."""
+        return self.session.state.step + (self.enqueued is not None)
+
+    def open_data(self, resume: Resume) -> None:
+        """Begin to read the data at some place."""
+        last = self.session.args.max_steps + self.session.state.updates_left_out
+        self.updates = self.data.train_updates(self.session.rank, resume, last, self.request.is_set, self.prepare)
+
+    def run(self) -> bool:
+        """Make updates until all are made or the run is to stop; see `train`."""
+        args = self.session.args
+        while self.step < args.max_steps:
+            with self.log.watch.waiting():
+                local, counts, failure = next_update(self.session, self.updates, self.request, self.watchdog)
             if local is None:
                 if counts["lost"] and failure:
                     raise failure
-                if state.step != session.last_saved_step:
-                    session.save(lanes)
-                session.wait_for_checkpoint()
-                if failure:
-                    raise failure
-                return stop()
-            watchdog.at(f"update {state.step + 1:,}")
-            update = update_weights(session, local, counts, request)
-            lanes, learning_rate = local.lanes, float(scheduler.get_last_lr()[0])
-            scheduler.step()
-            log.count(update, counts)
-            bar.update()
-            session.run.heartbeat(state.step)
-            is_last = state.step == args.max_steps
-
-            spikes.check_nonfinite()
-            if checkpoint := spikes.find_rollback(update, counts["masked"]):
-                updates.close()
-                updates = updates_from(session.roll_back(checkpoint))
-                scheduler = session.build_scheduler()
-                log.watch = Stopwatch()
-                bar.update(state.step - bar.n)
+                if self.settle():
+                    return self.stop(failure)
                 continue
-            if state.step % args.logging_steps == 0 or is_last:
-                log.log_training(update, learning_rate, counts)
-            failure = None
-            with log.watch.paused():
-                if args.eval_blocks and (state.step % args.eval_steps == 0 or is_last):
-                    watchdog.at("evaluating")
-                    failure = log.evaluate()
-                if state.step % args.save_steps == 0 or is_last or update.stopping or failure:
-                    watchdog.at("saving")
-                    log.log_data(counts)
-                    session.save(lanes)
-            request.update_done(writer.seconds or slow_write)
-            if is_last or update.stopping or failure:
-                session.wait_for_checkpoint()
-            if failure:
-                raise failure
-            if update.stopping and not is_last:
-                return stop()
-    return True
+            if not self.enqueue(local, counts):
+                continue
+            is_last = self.step == args.max_steps
+            evaluates = bool(args.eval_blocks) and (self.step % args.eval_steps == 0 or is_last)
+            saves = self.step % args.save_steps == 0 or is_last
+            if (evaluates or saves or self.read is None) and self.settle():
+                self.pause(evaluates, saves)
+            self.request.update_done(self.session.writer.seconds or self.slow_write)
+        return True
+
+    def enqueue(self, local: UpdateData, counts: Counts) -> bool:
+        """Have the device make an update, and meanwhile read the one before it; return whether that one is kept."""
+        self.watchdog.at(f"update {self.step + 1:,}")
+        started, learning_rate = time.monotonic(), float(self.scheduler.get_last_lr()[0])
+        result = update_weights(self.session, self.step, local, counts)
+        self.scheduler.step()
+        before, self.enqueued = self.enqueued, Update(local, counts, learning_rate, started, result)
+        return before is None or self.take_in(before)
+
+    def settle(self) -> bool:
+        """Read the newest update, if it has not been read; return whether it is kept."""
+        before, self.enqueued = self.enqueued, None
+        return before is None or self.take_in(before)
+
+    def take_in(self, update: Update) -> bool:
+        """Read an update, count it and log it; return False if training has gone back because of it."""
+        session, args, state = self.session, self.session.args, self.session.state
+        outcome = update.wait(session.accelerator.scaler is not None)
+        if self.read is None:
+            self.log.log_start(update)
+        self.read = update
+        self.log.count(update, outcome)
+        self.bar.update()
+        session.run.heartbeat(state.step)
+        self.spikes.check_nonfinite()
+        if checkpoint := self.spikes.find_rollback(outcome, update.counts["masked"]):
+            self.go_back(checkpoint)
+            return False
+        if state.step % args.logging_steps == 0 or state.step == args.max_steps:
+            self.log.log_training(update, outcome)
+        return True
+
+    def go_back(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint, past the data up to the newest update that was read."""
+        self.enqueued = None
+        self.updates.close()
+        self.open_data(self.session.roll_back(checkpoint))
+        self.scheduler = self.session.build_scheduler()
+        self.log.watch = Stopwatch()
+        self.bar.update(self.session.state.step - self.bar.n)
+
+    def pause(self, evaluates: bool = False, saves: bool = False) -> None:
+        """Evaluate and save; raise what an evaluation has failed with once all is saved."""
+        failure, is_last = None, self.session.state.step == self.session.args.max_steps
+        with self.log.watch.paused():
+            if evaluates:
+                self.watchdog.at("evaluating")
+                failure = self.log.evaluate()
+            if saves or failure:
+                self.save()
+        if is_last or failure:
+            self.session.wait_for_checkpoint()
+        if failure:
+            raise failure
+
+    def save(self) -> None:
+        """Begin to write a checkpoint of the newest update, unless there is one."""
+        if self.read and self.session.state.step != self.session.last_saved_step:
+            self.watchdog.at("saving")
+            self.log.log_data(self.read.counts)
+            self.session.save(self.read.lanes)
+
+    def stop(self, failure: Exception | None) -> bool:
+        """Save what is not saved yet, and end with a failure if there is one, or as preempted."""
+        self.save()
+        self.session.wait_for_checkpoint()
+        if failure:
+            raise failure
+        reason = self.request.reason or "another process was asked to stop"
+        self.session.run.write_status("preempted", self.session.state.step, reason)
+        return False
 
 
-def update_weights(session: Session, local: UpdateData, counts: Counts, request: StopRequest) -> Update:
-    """Make one update with what this process has of it, given the counts of all processes.
+def preparation(objective: MaskedLMObjective, device: torch.device) -> Callable[[UpdateData], UpdateData]:
+    """Return what the thread that makes an update ahead does with its micro-batches, so that training finds them ready.
 
-    Raises:
-        UserError: the device has no room for a micro-batch; the message says which would fit.
+    They are arranged as the objective takes them, and copied to a GPU on a stream of their own, beside the update that
+    is trained on.
     """
-    seed_dropout(session.args.seed, session.state.step, session.accelerator.process_index)
-    divisors = [counts[counted] for counted in session.unwrapped.measures.values()]
-    max_grad_norm, batches = session.args.max_grad_norm, local.micro_batches
-    try:
-        return train_step(
-            session.accelerator, session.objective, session.optimizer, batches, divisors, max_grad_norm, request
-        )
-    except torch.OutOfMemoryError as error:
-        print_line(f"out of memory: {error}")
-    # The error is gone here, which held on to the activations.
-    raise UserError(describe_out_of_memory(session, batches[0]))
+    if device.type != "cuda":
+        return lambda update: replace(update, micro_batches=list(map(objective.arrange, update.micro_batches)))
+    training, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+
+    def copy(update: UpdateData) -> UpdateData:
+        with torch.cuda.stream(copying):  # and so the device of this thread
+            batches = [to_device(objective.arrange(batch), device) for batch in update.micro_batches]
+        for batch in batches:
+            for tensor in batch.values():
+                tensor.record_stream(training)  # or its memory would be used again as soon as the update is enqueued
+        copying.record_event().synchronize()
+        return replace(update, micro_batches=batches)
+
+    return copy
 
 
 def next_update(
-    session: Session, updates: Iterator[UpdateData], watchdog: Watchdog
+    session: Session, updates: Iterator[UpdateData], request: StopRequest, watchdog: Watchdog
 ) -> tuple[UpdateData | None, Counts, Exception | None]:
     """Wait for what this process has of the next update, and sum its counts over all processes.
 
     Returns:
-        this process's part, None on all ranks if any of them has no more data, so that none is left waiting; the counts
-        of the whole update; and an error, unless there is data or a rank was asked to stop.
+        this process's part, None on all ranks if any of them has no more data or was asked to stop, so that none is
+        left waiting; the counts of the whole update; and an error, unless there is data or a rank was asked to stop.
     """
     accelerator, num_corpora = session.accelerator, len(session.args.corpora)
     local, failure = None, None
@@ -153,15 +222,14 @@ def next_update(
         session.run.check_held()
         with noticing_dead_workers():
             local = next(updates)
-        counts = local.counts
+        counts = Counts.without_data(num_corpora, "stopping") if request.is_set() else local.counts
     except InterruptedWaitError:
         counts = Counts.without_data(num_corpora, "stopping")
     except Exception as error:  # whatever it is, the other ranks have to know
         reason = "lost" if isinstance(error, LostFolderError) else "failed"
         failure, counts = error, Counts.without_data(num_corpora, reason)
     watchdog.at("the count of an update's data")
-    totals = accelerator.reduce(torch.from_numpy(counts.array).to(accelerator.device), "sum")
-    counts = Counts(num_corpora, totals.cpu().numpy())
+    counts = Counts(num_corpora, sum_over_hosts(counts.array))
     if counts["failed"] or counts["lost"]:
         own = f"rank {accelerator.process_index} on {platform.node()}: {failure}" if failure else ""
         found = next(filter(None, gather_object([own])))
@@ -172,57 +240,76 @@ def next_update(
     return local, counts, failure
 
 
+def update_weights(session: Session, step: int, local: UpdateData, counts: Counts) -> torch.Tensor:
+    """Enqueue the update after `step` others with what this process has of it, given the counts of all processes.
+
+    Returns:
+        what `train_step` does.
+
+    Raises:
+        UserError: the device has no room for a micro-batch; the message says which would fit.
+    """
+    accelerator, objective, optimizer = session.accelerator, session.objective, session.optimizer
+    seed_dropout(session.args.seed, step, accelerator.process_index)
+    divisors = [counts[counted] for counted in session.unwrapped.measures.values()]
+    try:
+        return train_step(accelerator, objective, optimizer, local.micro_batches, divisors, session.args.max_grad_norm)
+    except torch.OutOfMemoryError as error:
+        print_line(f"out of memory: {error}")
+    # The error is gone here, which held on to the activations.
+    raise UserError(describe_out_of_memory(session))
+
+
 def train_step(
     accelerator: Accelerator,
     objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AcceleratedOptimizer,
     micro_batches: list[Batch],
     divisors: list[int],
     max_grad_norm: float,
-    request: StopRequest,
-) -> Update:
-    """Make one update by the mean loss over the masked tokens of all its micro-batches on all ranks.
+) -> torch.Tensor:
+    """Enqueue one update by the mean loss over the masked tokens of all its micro-batches on all ranks.
 
     A pair objective adds the mean loss over the pairs. The micro-batches' losses are sums, divided in the loss by the
     counts of the whole update; gradients are never rescaled afterwards. Whatever an engine averages over (accumulation,
-    processes) is multiplied in beforehand. There is one wait for the device, at the end.
+    processes) is multiplied in beforehand.
+
+    Nothing waits for the device, which leaves out by itself an update whose sums or gradient are not finite.
 
     Args:
-        micro_batches: of this rank, from the collator.
+        micro_batches: of this rank, as the objective takes them, on the device.
         divisors: of each of the objective's measures, what there is of it in the micro-batches of all ranks.
         max_grad_norm: 0 for no clipping.
+
+    Returns:
+        (measures + 1,) float32 on the device: the sum of each measure over all ranks, and the norm of the gradient.
     """
     averaged = accelerator.num_processes * accelerator.gradient_accumulation_steps
-    scale = averaged / torch.tensor(divisors, device=accelerator.device).clamp(min=1)
+    # A number at a time, since the copy of a list would wait for the device.
+    scale = torch.hstack([torch.full((1,), averaged / max(1, n), device=accelerator.device) for n in divisors])
     sums = torch.zeros_like(scale)
     for number, batch in enumerate(micro_batches):
         is_last = number == len(micro_batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(objective):
-            micro_sums, _ = objective(**to_device(batch, accelerator.device))
+            micro_sums, _ = objective(**batch)
             accelerator.backward((micro_sums * scale).sum())
             sums = sums + micro_sums.detach()
 
     grad_norm = accelerator.clip_grad_norm_(objective.parameters(), max_grad_norm or math.inf)
     if isinstance(grad_norm, DTensor):  # of sharded gradients
         grad_norm = grad_norm.full_tensor()
-    stopping = torch.tensor(float(request.is_set()), device=accelerator.device)
-    totals = accelerator.reduce(torch.hstack([sums, stopping]), "sum")
-    *totals, stopping, norm = torch.hstack([totals, grad_norm]).tolist()
-    skipped, scaler = None, accelerator.scaler
-    is_finite = all(map(math.isfinite, totals))
-    if not math.isfinite(norm) or not is_finite:
-        skipped = "overflow" if scaler is not None and is_finite else "nonfinite"
-    if skipped != "nonfinite":
-        # A scaler leaves out an overflowing update by itself and lowers its scale. (Under a fused optimizer accelerate
-        # does not notice, and its `optimizer_step_was_skipped` says nothing.)
-        optimizer.step()
-    elif scaler is not None:
-        scaler.update()
-    optimizer.zero_grad()
-    return Update(totals, norm, skipped, stopping > 0)
+    result = torch.hstack([accelerator.reduce(sums, "sum"), grad_norm])
+    # As fp16's scaler tells a fused optimizer to leave an update out. Its own `step` would not know of the loss.
+    inner: Any = optimizer.optimizer
+    inner.found_inf = result.isfinite().all().logical_not().float()
+    inner.step()
+    if accelerator.scaler is not None:
+        accelerator.scaler.update()  # it lowers its scale where the gradient, which it has looked at, overflows
+    inner.zero_grad()
+    return result
 
 
-def describe_out_of_memory(session: Session, batch: Batch) -> str:
+def describe_out_of_memory(session: Session) -> str:
     """Say what to do about a micro-batch for which the device has no room."""
     accelerator, args, objective = session.accelerator, session.args, session.objective
     rows, local_rows = args.per_device_train_batch_size, args.train_batch_size // accelerator.num_processes
@@ -232,8 +319,12 @@ def describe_out_of_memory(session: Session, batch: Batch) -> str:
     has_moments = bool(session.optimizer.state)
     moments = 0 if has_moments else 2 * sum(p.numel() * p.element_size() for p in objective.parameters())
     sizes = [size for size in range(1, rows) if not local_rows % size]
+
+    def make_batch(size: int) -> Batch:
+        return session.unwrapped.arrange(full_rows(size, args.max_seq_length, args.masked_share))
+
     with accelerator.no_sync(objective):
-        largest = largest_micro_batch(objective, batch, sizes, accelerator.device, moments)
+        largest = largest_micro_batch(objective, make_batch, sizes, accelerator.device, moments)
     remedy = "not even one fits: train a smaller model"
     if largest:
         remedy = f"the largest that fits is --per_device_train_batch_size {largest}, which leaves the update as it is"

@@ -236,10 +236,10 @@ step, updates = recipe.training.train_step, 0
 def spiking(*arguments):
     global updates
     updates += 1
-    update = step(*arguments)
+    result = step(*arguments)
     if updates == 25:
-        update.sums = [3 * total for total in update.sums]
-    return update
+        result[:-1] *= 3
+    return result
 
 recipe.training.train_step = spiking
 """

@@ -9,13 +9,14 @@ import torch
 from accelerate import Accelerator
 from transformers import BertConfig, BertForPreTraining, RobertaConfig, RobertaForMaskedLM
 
+from recipe.data.batches import Counts, UpdateData
 from recipe.data.masking import DynamicMaskingCollator
-from recipe.modeling.memory import largest_micro_batch
+from recipe.modeling.memory import full_rows, largest_micro_batch
 from recipe.modeling.model import ROBERTA_DEFAULTS
 from recipe.modeling.objectives import MaskedLMObjective, NextSentenceObjective
 from recipe.modeling.optimizer import build_optimizer
-from recipe.run.stopping import StopRequest
-from recipe.training import Update, seed_dropout, train_step
+from recipe.monitoring import Outcome, Update
+from recipe.training import seed_dropout, train_step
 from testing.helpers import PYTHONPATH, ROOT, SMALL_MODEL, reset_accelerate
 from tests.data.test_masking import make_examples
 
@@ -30,11 +31,17 @@ def make_batches(tokenizer, micro_batch: int) -> list[dict[str, torch.Tensor]]:
     return [{name: tensor for name, tensor in batch.items() if name != "rows"} for batch in batches]
 
 
-def take_step(accelerator, objective, optimizer, micro_batches, max_grad_norm, request) -> tuple[Update, int]:
-    """An update and the masked tokens of all processes."""
+def take_step(accelerator, objective, optimizer, micro_batches, max_grad_norm) -> tuple[Outcome, int]:
+    """What an update does, and the masked tokens of all processes."""
     masked = sum((batch["labels"] != -100).sum() for batch in micro_batches)
     masked = int(accelerator.reduce(masked, "sum"))
-    return train_step(accelerator, objective, optimizer, micro_batches, [masked], max_grad_norm, request), masked
+    return outcome(
+        accelerator, train_step(accelerator, objective, optimizer, micro_batches, [masked], max_grad_norm)
+    ), masked
+
+
+def outcome(accelerator, result: torch.Tensor) -> Outcome:
+    return Update(UpdateData([], Counts(1)), Counts(1), 0.0, 0.0, result).wait(accelerator.scaler is not None)
 
 
 def make_model(tokenizer) -> RobertaForMaskedLM:
@@ -44,14 +51,15 @@ def make_model(tokenizer) -> RobertaForMaskedLM:
 
 
 class KeepGradients(torch.optim.Optimizer):
-    """Takes no step, and keeps the gradients that it would have taken it with."""
+    """Takes no step, and keeps the gradients that it would have taken it with, unless it is told to leave them out."""
 
     def __init__(self, parameters):
         super().__init__(list(parameters), {"lr": 1.0})
         self.gradients: list[torch.Tensor] | None = None
 
     def step(self, closure=None):
-        self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+        if not self.found_inf:
+            self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
 def stock_gradients(tokenizer) -> tuple[float, list[torch.Tensor]]:
@@ -70,8 +78,8 @@ def step_in_this_process(accelerator, tokenizer, micro_batches, model=None):
     objective = MaskedLMObjective(model or make_model(tokenizer), 0.15)
     keeper = KeepGradients(objective.parameters())
     prepared, optimizer = accelerator.prepare(objective, keeper)
-    update, masked = take_step(accelerator, prepared, optimizer, micro_batches, 0.0, StopRequest())
-    return update, keeper.gradients, update.loss_sum / masked
+    update, masked = take_step(accelerator, prepared, optimizer, micro_batches, 0.0)
+    return update, keeper.gradients, update.sums[0] / masked
 
 
 @pytest.mark.parametrize("micro_batch", [8, 4, 2, 1])
@@ -106,7 +114,7 @@ def test_gradients_of_both_losses_are_those_of_one_big_stock_batch(accelerator, 
         for i in range(0, 8, micro_batch)
     ]
     divisors = [int((whole["labels"] != -100).sum()), 5, 5]
-    update = train_step(accelerator, prepared, optimizer, batches, divisors, 0.0, StopRequest())
+    update = outcome(accelerator, train_step(accelerator, prepared, optimizer, batches, divisors, 0.0))
     loss, pair_loss, accuracy = (total / count for total, count in zip(update.sums, divisors, strict=True))
     assert loss + pair_loss == pytest.approx(stock.item(), rel=1e-5)
     assert 0 <= accuracy <= 1
@@ -163,7 +171,7 @@ def test_clipping_keeps_the_direction(accelerator, tokenizer):
     objective = MaskedLMObjective(make_model(tokenizer), 0.15)
     keeper = KeepGradients(objective.parameters())
     prepared, optimizer = accelerator.prepare(objective, keeper)
-    update, _ = take_step(accelerator, prepared, optimizer, make_batches(tokenizer, 4), 0.01, StopRequest())
+    update, _ = take_step(accelerator, prepared, optimizer, make_batches(tokenizer, 4), 0.01)
     assert update.grad_norm > 0.01
     assert torch.cat([g.flatten() for g in keeper.gradients]).norm().item() == pytest.approx(0.01, rel=1e-3)
 
@@ -196,12 +204,10 @@ def losses_and_norms(accelerator, tokenizer, scaler) -> list[tuple[float, float]
     accelerator.scaler = scaler
     objective = MaskedLMObjective(make_model(tokenizer), 0.15)
     prepared, optimizer = accelerator.prepare(objective, build_optimizer(objective, 1e-3, (0.9, 0.98), 1e-6, 0.0))
-    updates = [
-        take_step(accelerator, prepared, optimizer, make_batches(tokenizer, 2), 0.5, StopRequest())[0] for _ in range(5)
-    ]
+    updates = [take_step(accelerator, prepared, optimizer, make_batches(tokenizer, 2), 0.5)[0] for _ in range(5)]
     assert {update.skipped for update in updates} == {None}
     accelerator.free_memory()
-    return [(update.loss_sum, update.grad_norm) for update in updates]
+    return [(update.sums[0], update.grad_norm) for update in updates]
 
 
 def test_gradient_scaler_changes_nothing(fp16_accelerator, tokenizer):
@@ -217,7 +223,7 @@ def test_overflow_is_left_to_the_scaler_and_counted_apart(fp16_accelerator, toke
     raw = build_optimizer(objective, 1e-3, (0.9, 0.98), 1e-6, 0.0)
     prepared, optimizer = fp16_accelerator.prepare(objective, raw)
     before = copy.deepcopy(prepared.state_dict())
-    update, _ = take_step(fp16_accelerator, prepared, optimizer, make_batches(tokenizer, 4), 0.0, StopRequest())
+    update, _ = take_step(fp16_accelerator, prepared, optimizer, make_batches(tokenizer, 4), 0.0)
     assert update.skipped == "overflow"
     assert fp16_accelerator.scaler.get_scale() == 2.0**126
     assert all(torch.equal(before[name], value) for name, value in prepared.state_dict().items())
@@ -235,7 +241,7 @@ def test_infinite_loss_with_finite_gradients_never_reaches_the_optimizer(fp16_ac
     prepared, optimizer = fp16_accelerator.prepare(objective, raw)
     before = copy.deepcopy(prepared.state_dict())
     for _ in range(2):  # the scaler, too, is ready for the next update
-        update, _ = take_step(fp16_accelerator, prepared, optimizer, batches, 0.0, StopRequest())
+        update, _ = take_step(fp16_accelerator, prepared, optimizer, batches, 0.0)
         assert update.skipped == "nonfinite"
     assert all(torch.equal(before[name], value) for name, value in prepared.state_dict().items())
 
@@ -250,16 +256,6 @@ def test_dropout_is_a_function_of_seed_update_and_rank():
     assert len({tuple(values.tolist()) for values in draws.values()}) == 4
 
 
-def test_update_reports_a_stop_request(accelerator, tokenizer):
-    objective = MaskedLMObjective(make_model(tokenizer), 0.15)
-    prepared, optimizer = accelerator.prepare(objective, KeepGradients(objective.parameters()))
-    request = StopRequest()
-    batches = make_batches(tokenizer, 8)
-    assert not take_step(accelerator, prepared, optimizer, batches, 0.0, request)[0].stopping
-    request.reason = "SIGTERM"
-    assert take_step(accelerator, prepared, optimizer, batches, 0.0, request)[0].stopping
-
-
 def test_same_learning_as_the_stock_loop(accelerator, tokenizer):
     """50 updates on the same batches, each by its own loss and step."""
     objective = MaskedLMObjective(make_model(tokenizer), 0.15)
@@ -272,12 +268,12 @@ def test_same_learning_as_the_stock_loop(accelerator, tokenizer):
         batch = collator(make_examples(tokenizer, 8, length=LENGTH - number % 3, seed=number % 2))
         del batch["rows"]
         halves = [{name: rows[half] for name, rows in batch.items()} for half in (slice(0, 4), slice(4, 8))]
-        update, masked = take_step(accelerator, objective, optimizer, halves, 0.0, StopRequest())
+        update, masked = take_step(accelerator, objective, optimizer, halves, 0.0)
         loss = stock(**batch).loss
         loss.backward()
         theirs.step()
         theirs.zero_grad()
-        losses.append((update.loss_sum / masked, loss.item()))
+        losses.append((update.sums[0] / masked, loss.item()))
     assert max(abs(a - b) for a, b in losses) <= 1e-4
     assert losses[-1][1] < losses[0][1] - 0.3
 
@@ -294,8 +290,11 @@ class FitsThreeRows(torch.nn.Module):
 
 
 def test_largest_micro_batch_is_found_by_trying(tokenizer):
-    [batch] = make_batches(tokenizer, 8)
-    model = make_model(tokenizer)
-    assert largest_micro_batch(FitsThreeRows(model), batch, [1, 2, 4], torch.device("cpu"), 1000) == 2
-    assert largest_micro_batch(FitsThreeRows(model), batch, [4], torch.device("cpu"), 1000) is None
+    model, device = make_model(tokenizer), torch.device("cpu")
+
+    def make_batch(rows: int) -> dict[str, torch.Tensor]:
+        return full_rows(rows, LENGTH, 0.15)
+
+    assert largest_micro_batch(FitsThreeRows(model), make_batch, [1, 2, 4], device, 1000) == 2
+    assert largest_micro_batch(FitsThreeRows(model), make_batch, [4], device, 1000) is None
     assert all(parameter.grad is None for parameter in model.parameters())

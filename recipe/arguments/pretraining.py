@@ -135,6 +135,9 @@ class PretrainArguments:
     """Number of blocks in a micro-batch of the evaluation."""
     torch_compile: bool = False
     """Compile the objective, which takes a minute or two at the start; where that fails, training continues without."""
+    bf16_residual: bool = True
+    """Under bf16 autocast on a GPU, where dropout, residual and layer norm run as one kernel, have layers hand on bf16;
+    false: float32, which takes 5 % more time."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time."""
     ddp_comm_hook: Literal["bf16"] | None = None

@@ -147,9 +147,10 @@ class MicroBatches(torch.utils.data.Dataset):
     def iterate(
         self, first_update: int, last_update: int, num_workers: int
     ) -> Iterator[tuple[list[Batch], np.ndarray]]:
-        """Yield the micro-batches of each update from `first_update` to before `last_update`, and their rows (`ROW`).
+        """Return an iterator over the micro-batches of each update, and their rows (`ROW`).
 
-        Workers stay one update ahead.
+        They go from `first_update` to before `last_update`. Workers are forked from the thread that calls this, and
+        stay one update ahead.
         """
         loader = DataLoader(
             self,
@@ -164,10 +165,13 @@ class MicroBatches(torch.utils.data.Dataset):
         )
         with starting_workers("dataloader_num_workers"):
             items = iter(loader)
-        for _ in range(first_update, last_update):
+
+        def collect() -> tuple[list[Batch], np.ndarray]:
             arrays = [unless_error(next(items)) for _ in range(self.per_update)]
             rows = np.concatenate([batch.pop("rows") for batch in arrays])
-            yield [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in arrays], rows
+            return [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in arrays], rows
+
+        return (collect() for _ in range(first_update, last_update))
 
 
 @contextmanager
@@ -221,6 +225,11 @@ def to_numpy(batch: Batch | UserError) -> dict[str, np.ndarray] | UserError:
     return batch if isinstance(batch, UserError) else {name: tensor.numpy() for name, tensor in batch.items()}
 
 
+def as_it_is(update: UpdateData) -> UpdateData:
+    """Return what a process has of an update without preparing it."""
+    return update
+
+
 class TrainingData(ABC):
     """Training and held-out blocks of a run; what training calls of either mode. It is ready once it is constructed."""
 
@@ -250,15 +259,21 @@ class TrainingData(ABC):
 
     @abstractmethod
     def train_updates(
-        self, rank: Rank, resume: Resume, last_update: int, is_stopping: Callable[[], bool]
+        self,
+        rank: Rank,
+        resume: Resume,
+        last_update: int,
+        is_stopping: Callable[[], bool],
+        prepare: Callable[[UpdateData], UpdateData] = as_it_is,
     ) -> Generator[UpdateData]:
-        """Yield what a process has of each update.
+        """Yield what a process has of each update, the next of which a thread makes ahead.
 
         Args:
             rank: which of the processes.
             resume: where to begin.
             last_update: number of the update to end before.
             is_stopping: whether this process was asked to stop, which ends a wait for data.
+            prepare: what that thread does with an update at the end.
 
         Raises:
             InterruptedWaitError: the process was asked to stop while it waited.

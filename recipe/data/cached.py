@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.arguments.pretraining import PAIR_PACKINGS
 from recipe.base.errors import UserError
 from recipe.base.hashing import Purpose, pass_key
+from recipe.base.workers import one_ahead
 from recipe.data.batches import (
     COUNTED,
     Counts,
@@ -21,6 +23,7 @@ from recipe.data.batches import (
     TrainingData,
     UpdateData,
     apportion_eval_blocks,
+    as_it_is,
     given_weights,
 )
 from recipe.data.hygiene import find_copies
@@ -186,19 +189,25 @@ class CachedData(TrainingData):
         }
 
     def train_updates(
-        self, rank: Rank, resume: Resume, last_update: int, is_stopping: Callable[[], bool]
+        self,
+        rank: Rank,
+        resume: Resume,
+        last_update: int,
+        is_stopping: Callable[[], bool],
+        prepare: Callable[[UpdateData], UpdateData] = as_it_is,
     ) -> Generator[UpdateData]:
         """Yield what a process has of each update, by its number alone; data is there soon or never."""
         sizes = self.args.train_batch_size, self.args.per_device_train_batch_size
         batches = MicroBatches(self.locate, self.example, self.preprocessor.train_collator, *sizes, rank)
         updates = batches.iterate(resume.first_update, last_update, self.args.dataloader_num_workers)
-        with self.verification.running():
-            for micro_batches, rows in updates:
+        made = (prepare(UpdateData(share, Counts.of_rows(rows, len(self.names)))) for share, rows in updates)
+        with self.verification.running(), closing(one_ahead(made, is_stopping)) as ahead:
+            for update in ahead:
                 try:
                     self.verification.report()
                 except UserError as error:
                     raise UserError(f"{error}. {TRAINED_ON_DAMAGE}") from None
-                yield UpdateData(micro_batches, Counts.of_rows(rows, len(self.names)))
+                yield update
 
     def name_rows(self, update: int) -> list[str]:
         """Say of each row of an update which block of which corpus it is, and in which visit."""

@@ -24,6 +24,7 @@ from recipe.data.batches import (
     TrainingData,
     UpdateData,
     apportion_eval_blocks,
+    as_it_is,
     given_weights,
 )
 from recipe.data.corpora import corpus_bytes, open_source
@@ -174,7 +175,12 @@ class StreamedData(TrainingData):
         }
 
     def train_updates(
-        self, rank: Rank, resume: Resume, last_update: int, is_stopping: Callable[[], bool]
+        self,
+        rank: Rank,
+        resume: Resume,
+        last_update: int,
+        is_stopping: Callable[[], bool],
+        prepare: Callable[[UpdateData], UpdateData] = as_it_is,
     ) -> Generator[UpdateData]:
         """Return a generator over what a process has of each update, the next of which is made ahead.
 
@@ -194,7 +200,7 @@ class StreamedData(TrainingData):
         with starting_workers("dataloader_num_workers"):
             packets = iter(loader)
         made = self.collate(lanes, packets, updates)
-        return one_ahead(itertools.islice(made, resume.skipped_updates, None), is_stopping)
+        return one_ahead(map(prepare, itertools.islice(made, resume.skipped_updates, None)), is_stopping)
 
     def collate(
         self, lanes: LaneBuffers, packets: Iterator[Packets | UserError], updates: range

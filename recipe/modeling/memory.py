@@ -13,12 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recipe.modeling.objectives import MaskedLMObjective
+from recipe.modeling.objectives import PRECISIONS, MaskedLMObjective
 
 USABLE_FRACTION = 0.9  # of a device's memory; the CUDA context, buffers and fragmentation take the rest
 LINEAR_FROM_ROWS = 64  # rows from which on memory grows by the same amount for each further row
 LOGIT_BYTES = 12  # a logit's log-softmax, its gradient and the logit's own, in float32, are in memory at once
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,8 @@ def compute_memory(
     """
     with FakeTensorMode():
         objective = make_objective().train()
+        if on_gpu:
+            objective.residual_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         for module in objective.modules() if on_gpu else ():
             for name, child in module.named_children():
                 if isinstance(child, nn.Dropout) and child.p:
@@ -81,8 +82,7 @@ def compute_memory(
 
 def peak_bytes(objective: nn.Module, rows: int, length: int, precision: str) -> int:
     """Count the bytes in use at the peak of a second pass forward and backward, with gradients and without weights."""
-    ids = torch.zeros(rows, length, dtype=torch.long)
-    batch = {"input_ids": ids, "labels": ids, "position_ids": ids, "token_type_ids": ids, "pair_label": ids[:, 0]}
+    batch = full_rows(rows, length, 1.0)
     autocast = torch.autocast("cpu", PRECISIONS.get(precision), enabled=precision in PRECISIONS)
     objective.zero_grad()
     with BytesInUse(objective.parameters()) as used:
@@ -130,23 +130,42 @@ class DropoutOfGPU(nn.Module):
         return hidden * torch.ones_like(hidden, dtype=torch.bool)
 
 
+def full_rows(rows: int, length: int, masked_share: float) -> dict[str, torch.Tensor]:
+    """Make a batch of rows without padding, in the form of the collator's, for what only its size matters to."""
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    labels[:, : int(masked_share * length)] = 0
+    return {"input_ids": ids, "labels": labels, "position_ids": ids, "token_type_ids": ids, "pair_label": ids[:, 0]}
+
+
 def largest_micro_batch(
-    objective: nn.Module, batch: dict[str, torch.Tensor], sizes: list[int], device: torch.device, reserve: int
+    objective: nn.Module,
+    make_batch: Callable[[int], dict[str, torch.Tensor]],
+    sizes: list[int],
+    device: torch.device,
+    reserve: int,
 ) -> int | None:
     """Find by trying the largest of some sizes for which the device has room; None if not even the smallest fits.
 
-    The rows are those of `batch`, and `reserve` bytes stay free for what is not allocated yet.
+    Args:
+        objective: as it is trained.
+        make_batch: makes a micro-batch of so many rows, as the objective takes it, see `full_rows`.
+        sizes: numbers of rows.
+        device: of the objective.
+        reserve: bytes that stay free for what is not allocated yet.
     """
-    return next((size for size in sorted(sizes, reverse=True) if fits(objective, batch, size, device, reserve)), None)
+    return next(
+        (size for size in sorted(sizes, reverse=True) if fits(objective, make_batch(size), device, reserve)), None
+    )
 
 
-def fits(objective: nn.Module, batch: dict[str, torch.Tensor], size: int, device: torch.device, reserve: int) -> bool:
-    """Try whether there is room for a forward and a backward pass of so many rows of a micro-batch."""
+def fits(objective: nn.Module, batch: dict[str, torch.Tensor], device: torch.device, reserve: int) -> bool:
+    """Try whether there is room for a forward and a backward pass of a micro-batch."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     try:
         kept = torch.empty(reserve, dtype=torch.uint8, device=device)
-        sums, _ = objective(**send_to_device({name: rows[:size] for name, rows in batch.items()}, device))
+        sums, _ = objective(**send_to_device(batch, device))
         sums.sum().backward()
         del kept
         return True

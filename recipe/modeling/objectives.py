@@ -4,21 +4,45 @@ Each is a module that turns a batch into sums of losses and the counts to divide
 """
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from recipe.modeling.attention import Sequences, attend, find_kernel
+from recipe.modeling.kernels import dropout_add_norm, why_no_kernels
+from recipe.modeling.unpadding import Batch, Unpadding
 
 Part = Any  # a module of transformers, whose own modules have names that differ from architecture to architecture
 
 
+class LayerParts(NamedTuple):
+    """What a layer is made of, in the order in which it runs.
+
+    `feed_forward` ends with the activation; a dropout is None where the architecture has none.
+    """
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    attention_dropout: nn.Dropout
+    attention_output: nn.Linear
+    attention_output_dropout: nn.Dropout | None
+    attention_norm: nn.LayerNorm
+    feed_forward: Callable[[Tensor], Tensor]
+    output: nn.Linear
+    output_dropout: nn.Dropout | None
+    output_norm: nn.LayerNorm
+
+
 class BertAdapter:
-    """Access to the parts of a BERT, so that its last layer can run at some positions only.
+    """Access to the parts of a BERT, so that padding is left out, and most of its last layer.
 
     The model's own forward would run all of the last layer, and would ask the device whether a mask is all ones, and
     wait for the answer.
@@ -33,48 +57,36 @@ class BertAdapter:
     def add_pair_head(self) -> None:
         """Make `pair_head`, where the model needs one."""
 
-    def embed(self, **inputs: torch.Tensor | None) -> torch.Tensor:
-        """Return the input of the first layer: (batch, length, width)."""
+    def embed(self, **inputs: Tensor | None) -> Tensor:
+        """Return the input of the first layer: (batch, length, width) of what is (batch, length)."""
         return self.base.embeddings(**inputs)
 
     def layers(self) -> list[Part]:
         """List the layers in the order in which they run."""
         return list(self.base.encoder.layer)
 
-    def encode_at(
-        self, layer: Part, hidden: torch.Tensor, slots: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Run a layer at some positions, which attend to all of them: (batch, slots, width).
-
-        Args:
-            layer: one of `layers()`.
-            hidden: (batch, length, width), its input.
-            slots: (batch, slots) int64, the positions.
-            mask: None, or boolean and broadcastable to (batch, heads, slots, length).
-        """
-        attention, dropout = self.attention(layer)
-        rows = hidden.gather(1, slots[:, :, None].expand(-1, -1, hidden.shape[2]))
-        query, key, value = (
-            projected.unflatten(2, (-1, attention.attention_head_size)).transpose(1, 2)
-            for projected in (attention.query(rows), attention.key(hidden), attention.value(hidden))
+    def parts(self, layer: Part) -> LayerParts:
+        """Return the parts of a layer."""
+        attention, attended, output = layer.attention.self, layer.attention.output, layer.output
+        return LayerParts(
+            query=attention.query,
+            key=attention.key,
+            value=attention.value,
+            attention_dropout=attention.dropout,
+            attention_output=attended.dense,
+            attention_output_dropout=attended.dropout,
+            attention_norm=attended.LayerNorm,
+            feed_forward=layer.intermediate,
+            output=output.dense,
+            output_dropout=output.dropout,
+            output_norm=output.LayerNorm,
         )
-        share = dropout.p if dropout.training else 0.0
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, share, scale=attention.scaling)
-        return self.finish(layer, mixed.transpose(1, 2).flatten(2), rows)
 
-    def attention(self, layer: Part) -> tuple[Part, nn.Dropout]:
-        """Return the module with a layer's projections, and the dropout of its attention."""
-        return layer.attention.self, layer.attention.self.dropout
-
-    def finish(self, layer: Part, mixed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Run the rest of a layer on what its attention gave and on its input, both (batch, slots, width)."""
-        return layer.feed_forward_chunk(layer.attention.output(mixed, rows))
-
-    def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def lm_head(self, hidden: Tensor) -> Tensor:
         """Turn hidden states (…, width) into logits (…, vocabulary)."""
         return self.model.cls.predictions(hidden)
 
-    def pair_logits(self, first: torch.Tensor) -> torch.Tensor:
+    def pair_logits(self, first: Tensor) -> Tensor:
         """Turn hidden states (batch, width) of the first position into logits (batch, 2)."""
         return self.model.cls.seq_relationship(self.base.pooler(first[:, None]))
 
@@ -88,11 +100,11 @@ class RobertaAdapter(BertAdapter):
         self.pair_head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 2))
         self.pair_head.apply(self.model._init_weights)
 
-    def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def lm_head(self, hidden: Tensor) -> Tensor:
         """Run the head, which RoBERTa keeps apart from its pooler: (…, width) to (…, vocabulary)."""
         return self.model.lm_head(hidden)
 
-    def pair_logits(self, first: torch.Tensor) -> torch.Tensor:
+    def pair_logits(self, first: Tensor) -> Tensor:
         """Run the pooler and pair head beside the model: (batch, width) to (batch, 2)."""
         return self.pair_head(first)
 
@@ -100,8 +112,8 @@ class RobertaAdapter(BertAdapter):
 class AlbertAdapter(BertAdapter):
     """Access to the parts of an ALBERT, which runs one layer many times, or the layers of a few groups."""
 
-    def embed(self, **inputs: torch.Tensor | None) -> torch.Tensor:
-        """Return the embeddings, widened to what a layer takes: (batch, length, width)."""
+    def embed(self, **inputs: Tensor | None) -> Tensor:
+        """Return the embeddings, widened to what a layer takes: (batch, length, width) of what is (batch, length)."""
         return self.base.encoder.embedding_hidden_mapping_in(super().embed(**inputs))
 
     def layers(self) -> list[Part]:
@@ -110,35 +122,64 @@ class AlbertAdapter(BertAdapter):
         per_group = config.num_hidden_layers / config.num_hidden_groups
         return [layer for n in range(config.num_hidden_layers) for layer in groups[int(n / per_group)].albert_layers]
 
-    def attention(self, layer: Part) -> tuple[Part, nn.Dropout]:
-        """Return a layer's attention, which has projections and output in one module, and its dropout."""
-        return layer.attention, layer.attention.attention_dropout
-
-    def finish(self, layer: Part, mixed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Run the output of the attention and the rest of the layer: (batch, slots, width)."""
+    def parts(self, layer: Part) -> LayerParts:
+        """Return the parts of a layer, which has no dropout at its end."""
         attention = layer.attention
-        attended = attention.LayerNorm(rows + attention.output_dropout(attention.dense(mixed)))
-        return layer.full_layer_layer_norm(layer.ff_chunk(attended) + attended)
+        return LayerParts(
+            query=attention.query,
+            key=attention.key,
+            value=attention.value,
+            attention_dropout=attention.attention_dropout,
+            attention_output=attention.dense,
+            attention_output_dropout=attention.output_dropout,
+            attention_norm=attention.LayerNorm,
+            feed_forward=lambda hidden: layer.activation(layer.ffn(hidden)),
+            output=layer.ffn_output,
+            output_dropout=None,
+            output_norm=layer.full_layer_layer_norm,
+        )
 
-    def lm_head(self, hidden: torch.Tensor) -> torch.Tensor:
+    def lm_head(self, hidden: Tensor) -> Tensor:
         """Run the head, which narrows to the width of the embeddings first: (…, width) to (…, vocabulary)."""
         return self.model.predictions(hidden)
 
-    def pair_logits(self, first: torch.Tensor) -> torch.Tensor:
+    def pair_logits(self, first: Tensor) -> Tensor:
         """Run the pooler and the head for sentence order: (batch, width) to (batch, 2)."""
         return self.model.sop_classifier(self.base.pooler_activation(self.base.pooler(first)))
 
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of accelerate, under which matrix products are rounded
+MOST_VARIANTS = 64  # of a compiled function: sizes of micro-batches, in training and evaluation
 ADAPTERS = {"roberta": RobertaAdapter, "bert": BertAdapter, "albert": AlbertAdapter}
 
 
-class MaskedLMObjective(nn.Module):
-    """Masked language modelling with the last layer and the head at masked positions only.
+class Places(NamedTuple):
+    """Where the layers attend, and which hidden states are read at the end.
 
-    A row's masked positions are gathered into as many slots as there can be, so that every shape is static and nothing
-    waits for the device; the loss ignores slots that a row does not use. At 15 % that saves 85 % of the projection to
-    the vocabulary, a quarter of all FLOPs of roberta-base, and most of the last layer, whose other outputs nothing
-    reads: only its keys and values are needed everywhere.
+    Attributes:
+        where: what `attend` is told in each layer but the last.
+        last_where: what it is told in the last one, where only `slots` attend.
+        slots: positions whose last hidden state is read, (batch, slots) int64 within rows or (slots,) among all tokens.
+        labels: int64 of the slots, -100 where nothing is predicted; within rows without the first position's slot.
+        first_slots: (batch,) int64, which of (slots,) are the first positions of rows, if these are read; within rows
+            it is their first slot.
+    """
+
+    where: Tensor | Sequences | None
+    last_where: Tensor | Sequences | None
+    slots: Tensor
+    labels: Tensor
+    first_slots: Tensor | None
+
+
+class MaskedLMObjective(nn.Module):
+    """Masked language modelling of real tokens, with the last layer and the head at masked positions only.
+
+    Masked positions are gathered into as many slots as there can be, so that shapes are static and nothing waits for
+    the device; the loss ignores slots that are not used. At 15 % that saves 85 % of the projection to the vocabulary,
+    a quarter of all FLOPs of roberta-base, and most of the last layer, whose other outputs nothing reads: only its keys
+    and values are needed everywhere. Where there is a kernel for sequences of various lengths, the layers see no
+    padding either: `arrange` takes it out of a batch.
 
     The model stays a plain one of transformers; at most `masked_share` of a row's positions are masked.
     """
@@ -146,80 +187,170 @@ class MaskedLMObjective(nn.Module):
     # What a forward pass measures, and over what in an update each is averaged: `masked` tokens or `pairs`. The sum of
     # these means is minimised; an accuracy has no gradient.
     measures: ClassVar[dict[str, str]] = {"loss": "masked"}
-    leading_slots = 0  # positions that are read beside the masked ones
+    reads_first = False  # whether the first position of a row is read beside the masked ones
 
     def __init__(self, model: PreTrainedModel, masked_share: float, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.model = model
         self.masked_share = masked_share
         self.gradient_checkpointing = gradient_checkpointing
+        self.unpadding: Unpadding | None = None
+        self.residual_dtype: torch.dtype | None = None  # of what the fused kernel hands on; None: the plain modules run
         self.adapter = ADAPTERS[model.config.model_type](model)
         # Accelerate's FSDP wraps the classes named here, and nothing, silently, where the attribute is missing, as
         # it is in ALBERT. Layers alone: embeddings, which BERT and RoBERTa name too, share a weight with the head.
         self._no_split_modules = sorted({type(layer).__name__ for layer in self.adapter.layers()})
-        # A method of the layer, since FSDP gathers a layer's weights for methods that are registered with it.
-        last = self.adapter.layers()[-1]
-        last.encode_at = partial(self.adapter.encode_at, last)
+        self.bind_layers()
+
+    def bind_layers(self) -> None:
+        """Make `run_layer` a method of each layer, since FSDP gathers its weights for methods of its own."""
+        for layer in self.adapter.layers():
+            layer.run = partial(self.run_layer, layer)
 
     def tie_weights(self) -> None:
         """Tie the output to the input embeddings again, after an engine replaced the parameters."""
         self.model.tie_weights()
 
     def serve_fsdp(self) -> None:
-        """Have FSDP, where it has wrapped the last layer, gather its weights for `encode_at` too."""
-        register_fsdp_forward_method(self.adapter.layers()[-1], "encode_at")
+        """Have FSDP, where it has wrapped the layers, gather their weights for `run` as for a forward."""
+        for layer in {id(layer): layer for layer in self.adapter.layers()}.values():
+            register_fsdp_forward_method(layer, "run")
+
+    def arrange(self, batch: Batch) -> Batch:
+        """Turn a collated batch, on the CPU, into what `forward` takes: without padding where a kernel serves that."""
+        return self.unpadding(batch) if self.unpadding else batch
 
     def forward(
         self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        document_ids: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        pair_label: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Measure the objective on a batch.
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        pair_label: Tensor | None = None,
+        **places: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Measure the objective on a batch, as the collator or `arrange` has made it.
 
         Args:
-            input_ids: (batch, length) int64.
-            labels: (batch, length) int64, -100 where nothing is predicted.
-            position_ids: (batch, length) int64.
-            attention_mask: (batch, length), 0 at padding; None where no row has any.
-            document_ids: (batch, length), in place of a mask: which document of its row a position belongs to, 0 at
-                padding. Positions attend to those of their own document.
-            token_type_ids: (batch, length), the part of a pair; unused by a model with a single type, as RoBERTa is.
+            input_ids: (batch, length) int64; or (tokens,), of all rows one behind the other.
+            labels: (batch, length) int64, -100 where nothing is predicted; or (slots,), of the given slots.
+            position_ids: int64, shaped as `input_ids`.
+            token_type_ids: shaped as `input_ids`, the part of a pair; unused by a model with a single type, as
+                RoBERTa is.
             pair_label: (batch,), which of two kinds a pair is, -100 for no pair; unused by masked LM alone.
+            places: of a batch `attention_mask`, (batch, length), 0 at padding, missing where no row has any; or
+                `document_ids`, (batch, length), in place of a mask: which document of its row a position belongs to, 0
+                at padding. Positions attend to those of their own document. Of tokens, see `Unpadding`.
 
         Returns:
             The sum of each of `measures`, float32, and the count to divide it by, int64: (measures,) each.
         """
-        num_slots = math.ceil(self.masked_share * labels.shape[1])
-        slots = (labels != -100).to(torch.uint8).topk(num_slots, dim=1, sorted=False).indices
-        slot_labels = labels.gather(1, slots)
-        slots = F.pad(slots, (self.leading_slots, 0))
         if self.model.config.type_vocab_size == 1:
             token_type_ids = None
-        hidden = self.adapter.embed(input_ids=input_ids, position_ids=position_ids, token_type_ids=token_type_ids)
+        if self.unpadding and "slots" in places:
+            found = self.places_of_tokens(labels, self.unpadding, **places)
+        else:
+            found = self.places_in_rows(labels, **places)
+        hidden = self.embed(input_ids, position_ids, token_type_ids)
+        layers = self.adapter.layers()
+        seeds: Sequence[Tensor | None] = [None] * len(layers)
+        if self.residual_dtype:  # of the two dropouts of each layer; a layer that is recomputed drops the same
+            seeds = torch.randint(2**31, (len(layers), 2), device=hidden.device).unbind()
+        for number, layer in enumerate(layers[:-1]):
+            if self.gradient_checkpointing and self.training:
+                hidden = checkpoint(layer.run, hidden, found.where, seeds[number], use_reentrant=False)
+            else:
+                hidden = layer.run(hidden, found.where, seeds[number])
+        hidden = layers[-1].run(hidden, found.last_where, seeds[-1], found.slots)
+        return self.measure(hidden, found.labels, pair_label, found.first_slots)
+
+    def places_of_tokens(
+        self,
+        labels: Tensor,
+        unpadding: Unpadding,
+        slots: Tensor,
+        query_bounds: Tensor,
+        key_bounds: Tensor,
+        first_slots: Tensor | None = None,
+    ) -> Places:
+        """Say where sequences attend, see `Unpadding`."""
+        longest, kernel = unpadding.max_length, unpadding.kernel
+        where = Sequences(key_bounds, key_bounds, longest, longest, kernel)
+        return Places(where, where._replace(query_bounds=query_bounds), slots, labels, first_slots)
+
+    def places_in_rows(
+        self, labels: Tensor, attention_mask: Tensor | None = None, document_ids: Tensor | None = None
+    ) -> Places:
+        """Say where the positions of rows attend, with as many slots in each as can be masked."""
+        num_slots = math.ceil(self.masked_share * labels.shape[1])
+        slots = (labels != -100).to(torch.uint8).topk(num_slots, dim=1, sorted=False).indices
+        labels = labels.gather(1, slots)
+        slots = F.pad(slots, (int(self.reads_first), 0))
         mask = slot_mask = None
         if attention_mask is not None:
             mask = slot_mask = attention_mask.bool()[:, None, None, :]
         elif document_ids is not None:
             mask = (document_ids[:, :, None] == document_ids[:, None, :])[:, None]
             slot_mask = (document_ids.gather(1, slots)[:, :, None] == document_ids[:, None, :])[:, None]
-        *layers, last = self.adapter.layers()
-        for layer in layers:
-            if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(layer, hidden, mask, use_reentrant=False)
-            else:
-                hidden = layer(hidden, mask)
-        return self.measure(last.encode_at(hidden, slots, slot_mask), slot_labels, pair_label)
+        return Places(mask, slot_mask, slots, labels, None)
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """Return the input of the first layer: (batch, length, width) or (tokens, width)."""
+        is_flat = input_ids.ndim == 1
+        inputs = {"input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids}
+        if is_flat:
+            inputs = {name: ids if ids is None else ids[None] for name, ids in inputs.items()}
+        hidden = self.adapter.embed(**inputs)
+        hidden = hidden[0] if is_flat else hidden
+        return hidden.to(self.residual_dtype) if self.residual_dtype else hidden
+
+    def run_layer(
+        self,
+        layer: Part,
+        hidden: Tensor,
+        where: Tensor | Sequences | None,
+        seeds: Tensor | None,
+        slots: Tensor | None = None,
+    ) -> Tensor:
+        """Run a layer, at the slots alone if there are any, which attend to all positions.
+
+        Args:
+            layer: one of the adapter's.
+            hidden: (batch, length, width) or (tokens, width), its input.
+            where: see `attend`.
+            seeds: (2,) int64, of its dropouts, for the fused kernel.
+            slots: see `Places`.
+        """
+        parts = self.adapter.parts(layer)
+        rows = hidden if slots is None else torch.take_along_dim(hidden, slots[..., None], dim=-2)
+        head_size = self.model.config.hidden_size // self.model.config.num_attention_heads
+        query, key, value = (
+            projected.unflatten(-1, (-1, head_size))
+            for projected in (parts.query(rows), parts.key(hidden), parts.value(hidden))
+        )
+        share = parts.attention_dropout.p if parts.attention_dropout.training else 0.0
+        mixed = attend(query, key, value, where, share, head_size**-0.5).flatten(-2)
+        first, second = (None, None) if seeds is None else seeds
+        attended = self.add_norm(
+            parts.attention_output(mixed), rows, parts.attention_output_dropout, parts.attention_norm, first
+        )
+        fed = parts.output(parts.feed_forward(attended))
+        return self.add_norm(fed, attended, parts.output_dropout, parts.output_norm, second)
+
+    def add_norm(
+        self, hidden: Tensor, residual: Tensor, dropout: nn.Dropout | None, norm: nn.LayerNorm, seed: Tensor | None
+    ) -> Tensor:
+        """Add what a part of a layer gives to its input, with dropout, and normalise the sum."""
+        if self.residual_dtype:
+            share = dropout.p if dropout is not None and dropout.training else 0.0
+            return dropout_add_norm(hidden, residual, norm, share, seed if share else None, self.residual_dtype)
+        return norm(residual + (hidden if dropout is None else dropout(hidden)))
 
     def measure(
-        self, hidden: torch.Tensor, labels: torch.Tensor, pair_label: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Measure the objective on hidden states (batch, leading_slots + slots, width) and labels (batch, slots)."""
-        logits = self.adapter.lm_head(hidden).flatten(0, 1).float()
+        self, hidden: Tensor, labels: Tensor, pair_label: Tensor | None, first_slots: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Measure the objective on the last hidden states of all slots, see `Places`."""
+        logits = self.adapter.lm_head(hidden).flatten(0, -2).float()
         loss_sum = F.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
         return loss_sum[None], (labels != -100).sum()[None]
 
@@ -227,7 +358,7 @@ class MaskedLMObjective(nn.Module):
 class PairObjective(MaskedLMObjective):
     """Masked language modelling, and telling two kinds of pairs apart by the first position (BERT, section 3.1)."""
 
-    leading_slots = 1  # the first position
+    reads_first = True
 
     def __init__(self, model: PreTrainedModel, masked_share: float, gradient_checkpointing: bool = False) -> None:
         super().__init__(model, masked_share, gradient_checkpointing)
@@ -235,12 +366,13 @@ class PairObjective(MaskedLMObjective):
         self.pair_head = self.adapter.pair_head
 
     def measure(
-        self, hidden: torch.Tensor, labels: torch.Tensor, pair_label: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Measure both losses and how many pairs are told right; the first hidden state is the first position's."""
+        self, hidden: Tensor, labels: Tensor, pair_label: Tensor | None, first_slots: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Measure both losses, and how many pairs are told right."""
         assert pair_label is not None
-        sums, counts = super().measure(hidden[:, 1:], labels, None)
-        logits = self.adapter.pair_logits(hidden[:, 0]).float()
+        first, hidden = (hidden[:, 0], hidden[:, 1:]) if first_slots is None else (hidden[first_slots], hidden)
+        sums, counts = super().measure(hidden, labels, None, None)
+        logits = self.adapter.pair_logits(first).float()
         pair_loss = F.cross_entropy(logits, pair_label, ignore_index=-100, reduction="sum")
         right, pairs = (logits.argmax(1) == pair_label).sum(), (pair_label != -100).sum()
         return torch.hstack([sums, pair_loss, right]), torch.hstack([counts, pairs, pairs])
@@ -265,6 +397,46 @@ OBJECTIVES = {
 }
 
 
+def try_kernels(
+    config: PreTrainedConfig, device: torch.device, precision: str, rows: int, length: int
+) -> tuple[str | None, bool, list[str]]:
+    """Find out by trying which fast kernels serve a device.
+
+    Args:
+        config: of the model.
+        device, precision: of training; the precision is named as accelerate does.
+        rows, length: of a micro-batch.
+
+    Returns:
+        The kernel that attends within sequences, if one does; whether dropout, residual and layer norm run as one
+        kernel; and a warning for each that a GPU lacks.
+    """
+    size = 1, config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    like = torch.empty(size, dtype=PRECISIONS.get(precision, torch.float32), device=device)
+    kernel, problems = find_kernel(like, rows, length)
+    reason, warnings = why_no_kernels(device), []
+    if not kernel and problems:
+        warnings.append(f"warning: no kernel attends within sequences here ({problems}); padding is computed too")
+    if reason and device.type == "cuda":
+        warnings.append(f"warning: dropout, residual and layer norm run apart, since {reason}")
+    return kernel, reason is None, warnings
+
+
+def use_kernels(
+    objective: MaskedLMObjective, device: torch.device, precision: str, rows: int, length: int, bf16_residual: bool
+) -> list[str]:
+    """Have an objective that is not compiled yet use what `try_kernels` finds; return its warnings.
+
+    Layers hand on bf16 if `bf16_residual`, the precision and the kernel allow it, and float32 otherwise.
+    """
+    kernel, is_fused, warnings = try_kernels(objective.model.config, device, precision, rows, length)
+    if kernel:
+        objective.unpadding = Unpadding(kernel, length, objective.masked_share, objective.reads_first)
+    if is_fused:
+        objective.residual_dtype = torch.bfloat16 if bf16_residual and precision == "bf16" else torch.float32
+    return warnings
+
+
 def why_nothing_compiles(device: torch.device) -> str | None:
     """Find out by trying why `torch.compile` does not work for the device; None if it does."""
     try:
@@ -274,13 +446,16 @@ def why_nothing_compiles(device: torch.device) -> str | None:
     return None
 
 
-def compile_in_place(objective: nn.Module, device: torch.device, in_one: bool = True) -> list[str]:
-    """Have a module's forward compiled at its first call for each shape and mode; its parameters keep their names.
+def compile_in_place(objective: MaskedLMObjective, device: torch.device) -> list[str]:
+    """Have what an objective runs compiled at its first call for each shape and mode; parameters keep their names.
 
-    If nothing can be compiled for the device, the module is left as it is, and a warning returned. FSDP, which gathers
-    weights on the way, needs several graphs in place of one.
+    All layers run one compiled function, so that a deep model takes no longer to compile than one of two layers. If
+    nothing can be compiled for the device, the objective is left as it is, and a warning returned.
     """
     if reason := why_nothing_compiles(device):
         return [f"warning: `torch_compile` is true, and nothing compiles here ({reason}); training runs uncompiled"]
-    objective.compile(fullgraph=in_one, dynamic=False)
+    torch._dynamo.config.recompile_limit = MOST_VARIANTS
+    for name in ("embed", "run_layer", "measure"):
+        setattr(objective, name, torch.compile(getattr(objective, name), fullgraph=True, dynamic=False))
+    objective.bind_layers()
     return []

@@ -1,14 +1,17 @@
 """Start the accelerator as the launcher set it up, and refuse what this code does not serve."""
 
 import atexit
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import (
@@ -19,6 +22,7 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
+from huggingface_hub.constants import HF_HOME
 from huggingface_hub.utils import disable_progress_bars
 from torch import distributed
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -31,6 +35,7 @@ from recipe.run.stopping import LAUNCHED_BY_ACCELERATE, stop_with_launcher
 from recipe.run.trackers import check_trackers
 
 UNSERVED_ENGINES = {DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA}
+INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 COLLECTIVE_TIMEOUT = timedelta(hours=1)  # since a rank may wait for a source longer than the default, ten minutes
 Result = TypeVar("Result")
 
@@ -52,6 +57,7 @@ def start_accelerator(
     """
     trackers = check_trackers(report_to)
     stop_with_launcher()
+    keep_compiled()
     hook = DDPCommunicationHookType(ddp_comm_hook or "no")
     # No buffer of the model ever changes, so none has to be broadcast at each forward.
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True, comm_hook=hook)
@@ -72,6 +78,20 @@ def start_accelerator(
     if accelerator.device.type == "cpu" and torch.get_num_threads() < cores:
         accelerator.print(f"warning: {torch.get_num_threads()} of {cores} cores are used; set OMP_NUM_THREADS={cores}")
     return accelerator
+
+
+def keep_compiled() -> None:
+    """Have `torch.compile` keep what it makes beside the other caches of Hugging Face, where a restart finds it.
+
+    Its own default is under /tmp, which the end of a job or of a machine empties. That stays where the folder cannot be
+    written, and so does a folder that the user has chosen.
+    """
+    folder = Path(HF_HOME, "torchinductor")
+    if INDUCTOR_CACHE not in os.environ:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ[INDUCTOR_CACHE] = str(folder)
 
 
 def check_world_size(accelerator: Accelerator) -> None:
@@ -131,6 +151,21 @@ def on_main(accelerator: Accelerator, function: Callable[[], Result]) -> Result:
     return result
 
 
+@functools.cache
+def host_group() -> distributed.ProcessGroup | None:
+    """Make the group by which processes talk without their devices; None is that of all else, where it does so."""
+    is_gloo = distributed.get_backend() == "gloo"
+    return None if is_gloo else distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+
+
+def sum_over_hosts(array: np.ndarray) -> np.ndarray:
+    """Sum an array over all processes, which takes no part of their devices and waits for nothing that these do."""
+    total = torch.from_numpy(array.copy())
+    if distributed.is_initialized():
+        distributed.all_reduce(total, group=host_group())
+    return total.numpy()
+
+
 @contextmanager
 def holding(run: RunDirectory, accelerator: Accelerator) -> Iterator[None]:
     """Hold the folder of a run in the main process; on all of them, raise the `UserError` of `RunLock.acquire`."""
@@ -148,8 +183,12 @@ def leave_process_group() -> None:
     A thread of gloo's that frees a tensor later aborts the process, which torchrun takes for a failed run. After an
     unforeseen error a group of nccl's is left alone, since destroying it could wait for the other processes.
     """
-    if distributed.is_initialized() and (distributed.get_backend() == "gloo" or not hasattr(sys, "last_value")):
+    if not distributed.is_initialized():
+        return
+    if distributed.get_backend() == "gloo" or not hasattr(sys, "last_value"):
         distributed.destroy_process_group()
+    elif host_group.cache_info().currsize:
+        distributed.destroy_process_group(host_group())
 
 
 def set_up_fsdp(accelerator: Accelerator) -> None:

@@ -121,35 +121,37 @@ class TrainState:
 
 @dataclass
 class Stopwatch:
-    """Measures training since it was constructed."""
+    """Measures training from some time on, by `time.monotonic`, to the end of the last update that it has counted."""
 
-    started: float = field(default_factory=time.perf_counter)
+    started: float = field(default_factory=time.monotonic)
+    ended: float = 0.0
     steps: int = 0
     tokens: int = 0
     waited: float = 0.0  # seconds, for data
 
-    def count(self, tokens: int) -> None:
-        """Count an update and its tokens."""
+    def count(self, tokens: int, ended: float) -> None:
+        """Count an update, its tokens, and when it ended."""
+        self.ended = ended
         self.steps += 1
         self.tokens += tokens
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time inside as waiting for data."""
-        asked = time.perf_counter()
+        asked = time.monotonic()
         yield
-        self.waited += time.perf_counter() - asked
+        self.waited += time.monotonic() - asked
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave out the time inside, which is not training."""
-        stopped = time.perf_counter()
+        stopped = time.monotonic()
         yield
-        self.started += time.perf_counter() - stopped
+        self.started += time.monotonic() - stopped
 
     def rates(self, flops_share: float) -> dict[str, float]:
         """Return the throughput so far; `flops_share` is the MFU of one token a second."""
-        seconds = time.perf_counter() - self.started
+        seconds = self.ended - self.started
         return {
             "tokens_per_second": round(self.tokens / seconds, 1),
             "mfu": round(self.tokens / seconds * flops_share, 4),
