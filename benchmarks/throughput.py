@@ -37,7 +37,6 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
@@ -47,11 +46,11 @@ from recipe.data.cached import CachedData
 from recipe.data.preprocessor import Preprocessor
 from recipe.data.tokenizer import load_tokenizer
 from recipe.modeling.model import build_config, build_model, model_flops_per_token
-from recipe.modeling.objectives import MaskedLMObjective, compile_in_place
+from recipe.modeling.objectives import MaskedLMObjective, compile_in_place, use_kernels
 from recipe.modeling.optimizer import build_optimizer
+from recipe.monitoring import Update
 from recipe.run.hardware import device_name, matmul_flops
-from recipe.run.stopping import StopRequest
-from recipe.training import train_step
+from recipe.training import preparation, train_step
 
 SHAPES = {
     "small": {
@@ -79,12 +78,13 @@ class Side:
     micro_batch: int
     objective: type[nn.Module] | None = MaskedLMObjective  # None: the stock loop
     packing: str = "full_sentences"
-    fused: bool = True
+    fused: bool = True  # AdamW of the stock loop; ours has to be
     workers: int = 2
     torch_compile: bool = False
-    compile_mode: str | None = None
+    one_graph: bool = False  # the whole objective is compiled, in place of a layer for all
+    compile_mode: str | None = None  # of that graph
     gradient_checkpointing: bool = False
-    backend: SDPBackend | None = None  # of the attention; None: torch chooses
+    lever: Callable[[MaskedLMObjective], None] | None = None  # changes the objective, see levers.py
 
 
 class CountingCollator(DataCollatorForLanguageModeling):
@@ -138,8 +138,7 @@ class Bench:
         def train(number: int) -> tuple[float, int]:
             self.wait()
             started = time.perf_counter()
-            with sdpa_kernel(side.backend) if side.backend else nullcontext():
-                tokens = sum(itertools.islice(updates, number))
+            tokens = sum(itertools.islice(updates, number))
             self.wait()
             return time.perf_counter() - started, tokens
 
@@ -153,17 +152,25 @@ class Bench:
         """Train by updates of the recipe; yields the tokens of each."""
         data = self.data(side)
         objective = side.objective(self.model(), data.args.masked_share, side.gradient_checkpointing)
-        if side.compile_mode:
+        device, precision = self.accelerator.device, self.accelerator.mixed_precision
+        use_kernels(objective, device, precision, side.micro_batch, self.args.length, data.args.bf16_residual)
+        if side.lever:
+            side.lever(objective)
+        prepare = preparation(objective, device)
+        if side.one_graph:
             objective.compile(fullgraph=True, dynamic=False, mode=side.compile_mode)
         elif side.torch_compile:
-            compile_in_place(objective, self.accelerator.device)
-        adamw = build_optimizer(objective, 1e-4, (0.9, 0.98), 1e-6, 0.01)
-        for group in adamw.param_groups:
-            group["fused"] = side.fused
-        objective, optimizer = self.accelerator.prepare(objective, adamw)
-        for share in data.train_updates(Rank(), Resume(), 10**9, lambda: False):
+            compile_in_place(objective, device)
+        optimizer = build_optimizer(objective, 1e-4, (0.9, 0.98), 1e-6, 0.01)
+        objective, optimizer = self.accelerator.prepare(objective, optimizer)
+        before = None
+        for share in data.train_updates(Rank(), Resume(), 10**9, lambda: False, prepare):
             masked = share.counts["masked"]
-            train_step(self.accelerator, objective, optimizer, share.micro_batches, [masked], 0.0, StopRequest())
+            result = train_step(self.accelerator, objective, optimizer, share.micro_batches, [masked], 0.0)
+            update = Update(share, share.counts, 1e-4, 0.0, result)
+            if before:  # one late, as pretrain.py reads it
+                before.wait(has_scaler=False)
+            before = update
             yield share.counts.tokens
 
     def stock_updates(self, side: Side) -> Iterator[int]:
@@ -216,26 +223,24 @@ def sides_of(args: argparse.Namespace) -> list[Side]:
             torch_compile=True,
         )
         return [ours, shipped, tuned, *([compiled] if args.torch_compile else [])]
+    whole = replace(ours, one_graph=True)
     sides = [
         ours,
+        replace(ours, name="padded rows", lever=levers.pad_rows),
+        replace(ours, name="attention by flash", lever=levers.attend_by("flash")),
+        replace(ours, name="attention by cuDNN", lever=levers.attend_by("cudnn")),
+        replace(ours, name="dropout, residual, norm apart", lever=levers.unfuse),
+        replace(ours, name="residual stream in float32", lever=levers.keep_float32),
         replace(ours, name="last layer at all positions", objective=levers.LastLayerEverywhere),
         replace(ours, name="head and last layer at all positions", objective=levers.HeadEverywhere),
-        replace(ours, name="vocabulary padded to 64", objective=levers.PaddedVocabulary),
         replace(ours, name="queries, keys, values in one product", objective=levers.OneProduct),
         replace(ours, name="contiguous: no padding, no mask", packing="contiguous"),
-        replace(ours, name="no mask, as if tails were filled", objective=levers.Unmasked),
         replace(ours, name="compile " + ("off" if ours.torch_compile else "on"), torch_compile=not ours.torch_compile),
-        replace(ours, name="CUDA graphs", compile_mode="reduce-overhead"),
-        replace(ours, name="AdamW not fused", fused=False),
+        replace(whole, name="compiled as one graph"),
+        replace(whole, name="CUDA graphs", compile_mode="reduce-overhead"),
         replace(ours, name="loader workers off", workers=0),
         replace(ours, name="gradient checkpointing", gradient_checkpointing=True),
     ]
-    for backend in ("EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "FLASH_ATTENTION"):
-        sides.append(replace(ours, name=f"mask, {backend}", backend=getattr(SDPBackend, backend)))
-        unmasked = replace(ours, objective=levers.Unmasked, backend=getattr(SDPBackend, backend))
-        sides.append(replace(unmasked, name=f"no mask, {backend}"))
-    if args.precision == "bf16":
-        sides.append(replace(ours, name="residual stream in bf16", objective=levers.ResidualInBf16))
     if unknown := set(args.only or ()) - {side.name for side in sides}:
         sys.exit(f"--only {', '.join(unknown)}: the ladder has {', '.join(side.name for side in sides)}")
     return [side for side in sides if not args.only or side.name in args.only or side is ours]
@@ -259,13 +264,13 @@ def start_sides(bench: Bench, sides: list[Side]) -> list[Running]:
         on_gpu = bench.accelerator.device.type == "cuda"
         before = torch.cuda.memory_allocated() if on_gpu else 0
         started = time.perf_counter()
-        train = bench.start(side)
         try:
+            train = bench.start(side)
             train(1)  # compilation included
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
             seconds, _ = train(2)
-        except RuntimeError as error:
+        except Exception as error:  # a lever that is not there for this machine, memory that is too small
             if side is sides[0]:
                 raise
             print(f"{side.name}: not here: {str(error).strip().splitlines()[0]}", flush=True)
@@ -276,13 +281,12 @@ def start_sides(bench: Bench, sides: list[Side]) -> list[Running]:
     return running
 
 
-def take_turns(running: list[Running], rounds: int) -> None:
-    """Measure the rate of each side in each round."""
-    for number in range(rounds):
-        first = number % len(running)  # nobody is always the first, or always after the slowest
-        for one in running[first:] + running[:first]:
-            seconds, tokens = one.train(one.updates)
-            one.rates.append(tokens / seconds)
+def take_turns(running: list[Running], number: int) -> None:
+    """Measure the rate of each side in a round."""
+    first = number % len(running)  # nobody is always the first, or always after the slowest
+    for one in running[first:] + running[:first]:
+        seconds, tokens = one.train(one.updates)
+        one.rates.append(tokens / seconds)
 
 
 def peak_megabytes_on_cpu(args: argparse.Namespace, side: Side, folder: str) -> float:
@@ -333,29 +337,43 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, folder)
         running = start_sides(bench, sides_of(args))
-        take_turns(running, args.rounds)
-        ceiling = matmul_flops(bench.accelerator.device, args.precision)  # of a device that is as warm as for the sides
-        report["device"] = device_name(bench.accelerator.device)
-        report["matmul_tflops"] = round(ceiling / 1e12, 3)
+        ceiling = matmul_flops(bench.accelerator.device, args.precision)  # of a device that is warm
+        report |= {"device": device_name(bench.accelerator.device), "matmul_tflops": round(ceiling / 1e12, 3)}
         report["model_mflops_per_token"] = round(bench.flops_per_token / 1e6, 1)
-        report["sides"] = {}
+        for number in range(args.rounds):
+            take_turns(running, number)
+            report["sides"] = describe_sides(running, bench.flops_per_token / ceiling)
+            keep(args, report)  # as it comes: a benchmark may be ended from outside
         for one in running:
             one.train = None  # its memory is not another's
-            ratios = np.array(running[0].rates) / np.array(one.rates)
-            rate = float(np.median(one.rates))
+        for one in running:
             if one.peak_megabytes is None:
                 one.peak_megabytes = harness.in_child(peak_megabytes_on_cpu, args, one.side, folder)
-            report["sides"][one.side.name] = {
-                "micro_batch": one.side.micro_batch,
-                "updates": one.updates,
-                "tokens_per_second": round(rate, 1),
-                "range": [round(min(one.rates), 1), round(max(one.rates), 1)],
-                "mfu": round(rate * bench.flops_per_token / ceiling, 3),
-                "peak_megabytes": round(one.peak_megabytes),
-                "ours_over_it": round(float(np.median(ratios)), 3),
-                "ratio_range": [round(float(ratios.min()), 3), round(float(ratios.max()), 3)],
-            }
+    report["sides"] = describe_sides(running, bench.flops_per_token / ceiling)
+    keep(args, report)
     print_table(report)
+
+
+def describe_sides(running: list[Running], flops_share: float) -> dict[str, dict[str, Any]]:
+    """What is known of each side so far; `flops_share` is the MFU of one token a second."""
+    described = {}
+    for one in running:
+        ratios = np.array(running[0].rates) / np.array(one.rates)
+        rate = float(np.median(one.rates))
+        described[one.side.name] = {
+            "micro_batch": one.side.micro_batch,
+            "updates": one.updates,
+            "tokens_per_second": round(rate, 1),
+            "range": [round(min(one.rates), 1), round(max(one.rates), 1)],
+            "mfu": round(rate * flops_share, 3),
+            "peak_megabytes": one.peak_megabytes and round(one.peak_megabytes),
+            "ours_over_it": round(float(np.median(ratios)), 3),
+            "ratio_range": [round(float(ratios.min()), 3), round(float(ratios.max()), 3)],
+        }
+    return described
+
+
+def keep(args: argparse.Namespace, report: dict[str, Any]) -> None:
     if args.output:
         dropout = "" if args.dropout == 0.1 else f", dropout {args.dropout:g}"
         name = f"{args.shape}, {args.precision}{dropout}" + (", ladder" if args.ladder else "")
