@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from transformers import RobertaConfig
 
+from recipe.base.errors import run_script
 from recipe.modeling.model import ROBERTA_DEFAULTS
 from recipe.run.hardware import device_name, matmul_flops
 
@@ -160,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,6 +16,7 @@ import harness
 from throughput import Bench, Side, parse
 from torch.profiler import ProfilerActivity, profile
 
+from recipe.base.errors import run_script
 from recipe.run.hardware import device_name
 
 # The groups of kernels, by what their names have in them; the first that fits counts.
@@ -74,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -41,6 +41,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
 
 from recipe.arguments import CorpusArguments, PretrainArguments
+from recipe.base.errors import run_script
 from recipe.data.batches import Rank, Resume
 from recipe.data.cached import CachedData
 from recipe.data.preprocessor import Preprocessor
@@ -393,4 +394,4 @@ def print_table(report: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
