@@ -63,6 +63,7 @@ pretrain() {
     --warmup_steps 10 --learning_rate 5e-4 --logging_steps 10 --save_steps "$UPDATES" --eval_steps "$UPDATES" \
     --eval_blocks 64 --torch_compile $compiles
   cp "$run/metrics.jsonl" "$RESULTS/pretrain.jsonl"
+  rm -r "$run"
 }
 
 part() {
