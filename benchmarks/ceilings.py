@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from transformers import RobertaConfig
 
+from recipe.base.errors import run_script
 from recipe.modeling.model import ROBERTA_DEFAULTS
 from recipe.run.hardware import device_name, matmul_flops
 
@@ -128,8 +129,8 @@ def main() -> None:
     config = RobertaConfig(**ROBERTA_DEFAULTS | SHAPES[args.shape] | {"vocab_size": 50_265})
     report = harness.header([]) | {"device": device_name(device), "batch": args.batch, "length": args.length}
     large = matmul_flops(device, args.precision)
-    report["large matrix product, TFLOP/s"] = round(large / 1e12, 3)
-    print(f"{device_name(device)}; large matrix product {large / 1e12:.3f} TFLOP/s")
+    report["large matrix products, TFLOP/s"] = round(large / 1e12, 3)
+    print(f"{device_name(device)}; large matrix products {large / 1e12:.3f} TFLOP/s")
     total, rows = 0.0, []
     for product, times in products_of(config, args.batch, args.length).items():
         spent = time_product(product, dtype, device)
@@ -160,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from accelerate.state import AcceleratorState, GradientState
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "sentencex", "numpy")
+from recipe.run.hardware import LIBRARIES, git_commit
 
 
 def resolve(paths: list[str]) -> list[str]:
@@ -32,6 +32,7 @@ def header(corpora: list[str]) -> dict[str, Any]:
     return {
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
         "date": str(datetime.date.today()),
+        "commit": git_commit(),
         "corpora": [Path(path).name for path in corpora],
         "cores": os.cpu_count(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
@@ -61,8 +62,11 @@ def to_json(values: dict[str, Any]) -> str:
 
 
 def keep(path: Path, name: str, report: dict[str, Any]) -> None:
-    """Put a report into a file of several, in place of an earlier one of that name."""
+    """Put a report into a file of several, in place of an earlier one of that name and, if it has one, GPU."""
+    if not report.get("device", "CPU").startswith("CPU"):
+        name = f"{name}, {report['device']}"
     reports = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_json(reports | {name: report}) + "\n", "utf-8")
 
 

@@ -28,7 +28,6 @@ from recipe.modeling.model import build_config, build_model
 from recipe.modeling.objectives import MaskedLMObjective
 from recipe.modeling.optimizer import build_optimizer
 from recipe.run.hardware import device_name
-from recipe.run.stopping import StopRequest
 from recipe.training import train_step
 
 MODEL = {
@@ -83,8 +82,8 @@ def curve(
             optimizer.zero_grad()
             losses.append(loss.item())
         else:
-            update = train_step(accelerator, module, optimizer, share.micro_batches, [masked], 0.0, StopRequest())
-            losses.append(update.loss_sum / masked)
+            loss_sum, _ = train_step(accelerator, module, optimizer, share.micro_batches, [masked], 0.0).tolist()
+            losses.append(loss_sum / masked)
     return losses
 
 

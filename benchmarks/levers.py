@@ -3,90 +3,42 @@
 All of them learn the same as `MaskedLMObjective` from the same batch, but for what each says of itself.
 """
 
-import math
-from functools import partial
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recipe.modeling.objectives import MaskedLMObjective
+from recipe.modeling.attention import Sequences, check_kernel
+from recipe.modeling.objectives import LayerParts, MaskedLMObjective, Places
 
 
-class HeadEverywhere(nn.Module):
-    """The objective without its gathers: all of the last layer, and the head at every position."""
-
-    def __init__(self, model: nn.Module, masked_share: float, gradient_checkpointing: bool) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        position_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-        hidden = self.model.roberta(input_ids, attention_mask=mask, position_ids=position_ids).last_hidden_state
-        logits = self.model.lm_head(self.select(hidden, labels))
-        return self.loss(logits, labels)
-
-    def select(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return hidden
-
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        flat = logits.flatten(0, 1).float()
-        return F.cross_entropy(flat, labels.flatten(), reduction="sum")[None], (labels != -100).sum()[None]
-
-
-class LastLayerEverywhere(HeadEverywhere):
+class LastLayerEverywhere(MaskedLMObjective):
     """The objective with the head at masked positions, and all of the last layer."""
 
-    def __init__(self, model: nn.Module, masked_share: float, gradient_checkpointing: bool) -> None:
-        super().__init__(model, masked_share, gradient_checkpointing)
-        self.masked_share = masked_share
-
-    def select(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        num_slots = math.ceil(self.masked_share * labels.shape[1])
-        self.slots = (labels != -100).to(torch.uint8).topk(num_slots, dim=1, sorted=False).indices
-        return hidden.gather(1, self.slots[:, :, None].expand(-1, -1, hidden.shape[2]))
-
-    def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().loss(logits, labels.gather(1, self.slots))
+    def run_layer(
+        self, layer: Any, hidden: Tensor, where: Any, seeds: Tensor | None, slots: Tensor | None = None
+    ) -> Tensor:
+        if isinstance(where, Sequences):
+            where = where._replace(query_bounds=where.key_bounds)
+        hidden = super().run_layer(layer, hidden, where, seeds)
+        return hidden if slots is None else torch.take_along_dim(hidden, slots[..., None], dim=-2)
 
 
-class PaddedVocabulary(MaskedLMObjective):
-    """The objective with the vocabulary padded to a multiple of 64 for each product; a bias of -inf is never likely."""
+class HeadEverywhere(MaskedLMObjective):
+    """The objective without its gathers: all of the last layer, and the head at every position."""
 
-    def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        lm_head = self.model.lm_head
-        hidden = lm_head.layer_norm(F.gelu(lm_head.dense(hidden)))
-        missing = -lm_head.decoder.out_features % 64
-        weight = F.pad(lm_head.decoder.weight, (0, 0, 0, missing))
-        bias = F.pad(lm_head.decoder.bias, (0, missing), value=-torch.inf)
-        return F.linear(hidden, weight, bias)
+    def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, **places: Tensor):
+        if "slots" in places:
+            labels = torch.full_like(input_ids, -100).scatter(0, places["slots"], labels)
+            places["slots"] = torch.arange(len(input_ids), device=input_ids.device)
+            places["query_bounds"] = places["key_bounds"]
+        return super().forward(input_ids, labels, position_ids, **places)
 
-
-class Unmasked(MaskedLMObjective):
-    """The objective as if no row had padding. What would fill the tails makes no difference to the time; without it,
-    positions see padding.
-    """
-
-    def forward(
-        self, attention_mask: torch.Tensor | None = None, **batch: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().forward(**batch)
-
-
-class ResidualInBf16(MaskedLMObjective):
-    """The objective with layers that hand on bf16, where autocast has layer norms give float32. It rounds more."""
-
-    def __init__(self, model: nn.Module, masked_share: float, gradient_checkpointing: bool = False) -> None:
-        super().__init__(model, masked_share, gradient_checkpointing)
-        for module in model.base_model.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.register_forward_hook(lambda norm, inputs, output: output.bfloat16())
+    def places_in_rows(self, labels: Tensor, attention_mask: Tensor | None = None) -> Places:
+        every = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+        return super().places_in_rows(labels, attention_mask)._replace(slots=every, labels=labels)
 
 
 class OneProduct(MaskedLMObjective):
@@ -96,19 +48,65 @@ class OneProduct(MaskedLMObjective):
 
     def __init__(self, model: nn.Module, masked_share: float, gradient_checkpointing: bool = False) -> None:
         super().__init__(model, masked_share, gradient_checkpointing)
-        for layer in self.adapter.layers()[:-1]:
-            layer.attention.self.forward = partial(attend_by_one_product, layer.attention.self)
+        parts = self.adapter.parts
+        self.adapter.parts = lambda layer: layer if isinstance(layer, LayerParts) else parts(layer)
+
+    def run_layer(
+        self, layer: Any, hidden: Tensor, where: Any, seeds: Tensor | None, slots: Tensor | None = None
+    ) -> Tensor:
+        parts = self.adapter.parts(layer)
+        if slots is None:
+            projections = parts.query, parts.key, parts.value
+            weight = torch.cat([projection.weight for projection in projections])
+            bias = torch.cat([projection.bias for projection in projections])
+            query, key, value = F.linear(hidden, weight, bias).chunk(3, -1)
+            parts = parts._replace(query=lambda _: query, key=lambda _: key, value=lambda _: value)
+        return super().run_layer(parts, hidden, where, seeds, slots)
 
 
-def attend_by_one_product(
-    attention: nn.Module, hidden: torch.Tensor, attention_mask: torch.Tensor | None, **_: object
-) -> tuple[torch.Tensor, None]:
-    """In place of the forward of a self-attention of RoBERTa."""
-    projections = (attention.query, attention.key, attention.value)
-    weight = torch.cat([projection.weight for projection in projections])
-    bias = torch.cat([projection.bias for projection in projections])
-    heads = F.linear(hidden, weight, bias).unflatten(2, (3, -1, attention.attention_head_size))
-    query, key, value = heads.permute(2, 0, 3, 1, 4)
-    share = attention.dropout.p if attention.training else 0.0
-    mixed = F.scaled_dot_product_attention(query, key, value, attention_mask, share, scale=attention.scaling)
-    return mixed.transpose(1, 2).flatten(2), None
+class ResidualInBf16(MaskedLMObjective):
+    """The objective of plain modules with layers that hand on bf16, as the fused kernel has them do on a GPU."""
+
+    def __init__(self, model: nn.Module, masked_share: float, gradient_checkpointing: bool = False) -> None:
+        super().__init__(model, masked_share, gradient_checkpointing)
+        for module in model.base_model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.register_forward_hook(lambda norm, inputs, output: output.bfloat16())
+
+
+# What follows changes an objective that has its kernels and is not compiled yet.
+
+
+def pad_rows(objective: MaskedLMObjective) -> None:
+    """Compute rows with their padding, under a mask."""
+    if not objective.unpadding:
+        raise RuntimeError("no kernel attends within sequences, and rows are padded anyway")
+    objective.unpadding = None
+
+
+def unfuse(objective: MaskedLMObjective) -> None:
+    """Run dropout, residual and layer norm as plain modules, which give float32."""
+    if not objective.residual_dtype:
+        raise RuntimeError("no kernel has dropout, residual and layer norm in one, and they run apart anyway")
+    objective.residual_dtype = None
+
+
+def keep_float32(objective: MaskedLMObjective) -> None:
+    """Have layers hand on float32 by the fused kernel."""
+    if objective.residual_dtype != torch.bfloat16:
+        raise RuntimeError("layers hand on float32 anyway")
+    objective.residual_dtype = torch.float32
+
+
+def attend_by(kernel: str):
+    """Make a lever that has one kernel attend within sequences."""
+
+    def change(objective: MaskedLMObjective) -> None:
+        if not objective.unpadding:
+            raise RuntimeError("no kernel attends within sequences")
+        config, device = objective.model.config, torch.device("cuda")
+        size = 1, config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        check_kernel(kernel, torch.empty(size, dtype=torch.bfloat16, device=device))
+        objective.unpadding = replace(objective.unpadding, kernel=kernel)
+
+    return change

@@ -88,8 +88,12 @@ class TrainingLog:
         self.eval_batches = data.eval_batches(session.rank)
         has_baseline = session.args.eval_blocks and session.accelerator.is_main_process
         self.unigram_loss = data.unigram_loss() if has_baseline else math.nan
-        accelerator = session.accelerator
-        self.reachable_flops = matmul_flops(accelerator.device, accelerator.mixed_precision) * accelerator.num_processes
+        self.reachable_flops = self.measure_reachable_flops()
+
+    def measure_reachable_flops(self) -> float:
+        """Measure the FLOP/s that large matrix products reach on all devices, as many as there are processes."""
+        accelerator = self.session.accelerator
+        return matmul_flops(accelerator.device, accelerator.mixed_precision) * accelerator.num_processes
 
     def log_start(self, first: Update) -> None:
         """Log how long the first update since the start of the process was in coming, and how long it took itself."""
@@ -118,6 +122,10 @@ class TrainingLog:
         length = args.seq_length(state.step - 1)
         flops = model_flops_per_token(session.unwrapped.model.config, length, args.mlm_probability, args.predicts_pairs)
         rates = self.watch.rates(flops / self.reachable_flops)
+        if rates["mfu"] > 1:  # the machine was busy when that was measured
+            reached = rates["mfu"] * self.reachable_flops
+            self.reachable_flops = max(reached, self.measure_reachable_flops())
+            rates["mfu"] = round(reached / self.reachable_flops, 4)
         rates["peak_memory"] = peak_memory(session.accelerator.device)
         settings = {"learning_rate": update.learning_rate, "grad_norm": outcome.grad_norm}
         record = train_record(state, settings, rates, self.corpora(update.counts), args.positions(state.step))

@@ -41,11 +41,13 @@ GPUS = {
     "h200": (141, 989),
     "b200": (180, 2250),
 }
-# What a large matrix product reaches of the data sheet's: measured on an H200, assumed of the others.
-DATASHEET_FRACTION = 790 / 989
+# What large products of random numbers sustain of the data sheet's: measured on an H200, assumed of the others.
+DATASHEET_FRACTION = 736 / 989
 ASSUMED_MFU = 0.4
 ASSUMED_FROM = "assumed: published BERT pretraining reaches 20 to 60 %"
-MEASURED = Path(__file__).with_name("measured_mfu.json")  # a row for each result of `benchmarks/throughput.py`
+# The best MFU of this recipe in `benchmarks/results/throughput.json` by device, precision and size of model, with the
+# paper's dropout: FLOPs of tokens without padding, as a share of what `matmul_flops` measured.
+MEASURED = Path(__file__).with_name("measured_mfu.json")
 # Passes over a corpus: those of the paper over 160 GB, and from where on a plan warns.
 PAPER_PASSES, MAX_PASSES = 40, 200
 SURE_FRACTION = 0.75  # of a device's memory, within which a larger micro-batch is recommended
@@ -60,7 +62,7 @@ class Hardware:
         name: of the device.
         count: devices, each with a process.
         memory: bytes of a device.
-        flops: FLOP/s that a large matrix product reaches on it, of which an MFU is a share.
+        flops: FLOP/s that large matrix products sustain on it, of which an MFU is a share.
         precision: as accelerate calls it.
         is_gpu: whether the device is a GPU.
     """
@@ -103,7 +105,7 @@ def find_hardware(args: PretrainArguments, accelerator: Accelerator) -> Hardware
 def find_mfu(hardware: Hardware, flops_per_token: float) -> tuple[float, str]:
     """Find an MFU to plan with, and where it is from.
 
-    That is a result of `benchmarks/throughput.py` on such a device, with the model nearest in size, or an assumption.
+    That is a row of `MEASURED` of such a device, with the model nearest in size, or an assumption.
     """
     words = set(re.findall(r"\w+", hardware.name.upper()))
     fitting = [
@@ -267,7 +269,7 @@ def describe_time(args: PretrainArguments, config: PreTrainedConfig, hardware: H
     line = (
         f"time: {format_duration(seconds)} on {hardware.count} x {hardware.name}, {seconds / args.max_steps:.3g} s an "
         f"update, at {mfu:.0%} ({source}) of the "
-        f"{hardware.flops / 1e12:.3g} TFLOP/s that a large {precision} matrix product reaches"
+        f"{hardware.flops / 1e12:.3g} TFLOP/s that large {precision} matrix products sustain"
     )
     if hardware.is_gpu:
         line += f"; {hours:,.0f} GPU-hours"

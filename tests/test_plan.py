@@ -52,12 +52,12 @@ def test_plan_of_this_machine_has_all_and_leaves_nothing(plan, tmp_path: Path):
 
 
 def test_plan_for_gpus_counts_hours_and_price(plan):
-    lines, error = plan(**H200, price_per_gpu_hour=3, max_steps=10**12)
+    lines, error = plan(**H200, price_per_gpu_hour=3, max_steps=10**14)
     assert error is None
-    found = re.search(r"at 40% \(.*; ([\d,]+) GPU-hours, at 3 each ([\d,]+)", lines["time"])
+    found = re.search(r"at 42% \(measured on NVIDIA H200 .*; ([\d,]+) GPU-hours, at 3 each ([\d,]+)", lines["time"])
     hours, price = (float(number.replace(",", "")) for number in found.groups())
     flops = float(re.search(r"([\d.e+]+) FLOPs", lines["run"])[1])
-    assert hours == pytest.approx(flops / 790e12 / 0.4 / 3600, rel=0.01)
+    assert hours == pytest.approx(flops / 736e12 / 0.416 / 3600, rel=0.01)
     assert price == pytest.approx(3 * hours, rel=0.01)
     assert "of 141 GB" in lines["ok       memory"]
     assert "2 processes x 4" in lines["update"]
@@ -270,14 +270,14 @@ def report(device: str, precision: str, mflops: float, mfu: float) -> dict:
     return {"device": device, "precision": precision, "mflops_per_token": mflops, "mfu": mfu}
 
 
-def test_measured_mfus_are_the_benchmarks():
+def test_measured_mfus_are_the_best_of_the_benchmarks():
     reports = json.loads((ROOT / "benchmarks/results/throughput.json").read_text()).values()
-    assert json.loads(recipe.plan.MEASURED.read_text()) == [
-        report(
-            each["device"], each["arguments"]["precision"], each["model_mflops_per_token"], each["sides"]["ours"]["mfu"]
-        )
-        for each in reports
-    ]
+    best: dict[tuple[str, str, float], float] = {}
+    for each in reports:
+        if each["arguments"].get("dropout", 0.1) == 0.1:
+            kind = each["device"], each["arguments"]["precision"], each["model_mflops_per_token"]
+            best[kind] = max(best.get(kind, 0), each["sides"]["ours"]["mfu"])
+    assert json.loads(recipe.plan.MEASURED.read_text()) == [report(*kind, mfu) for kind, mfu in best.items()]
 
 
 def test_mfu_is_that_measured_on_such_a_device_at_the_nearest_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -94,6 +94,18 @@ def test_run_leaves_what_it_promises(flags, run_pretrain, tmp_path: Path, capsys
     assert str(run / "model") in printed
 
 
+def test_mfu_is_at_most_one_even_if_the_machine_was_busy_when_its_ceiling_was_measured(
+    flags, run_pretrain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    measured = iter([1.0, 1.0, 1e15])  # FLOP/s at the start, and whenever training is faster
+    monkeypatch.setattr("recipe.monitoring.matmul_flops", lambda device, precision: next(measured))
+    run_pretrain(flags)
+    first, *later = [line["mfu"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "mfu" in line]
+    assert first == 1
+    assert len(later) == 2
+    assert max(later) <= 1
+
+
 @pytest.mark.parametrize("mode", [{}, {"streaming": "true", "num_lanes": 4}])
 def test_own_tokens_are_trained_on_and_unknown_ones_are_told(
     flags, run_pretrain, tmp_path: Path, texts, tokenizer_dirs, capsys, mode

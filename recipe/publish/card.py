@@ -259,7 +259,7 @@ def cost(run: Run) -> list[str]:
         device_hours = seconds / 3600 * machine["num_processes"]
         rows |= {
             "throughput": f"{rate:,.0f} tokens/s, median",
-            "MFU": f"{mfu:.0%} of what a large matrix product reaches there, median",
+            "MFU": f"{mfu:.0%} of what large matrix products sustain there, median",
             "peak memory": f"{run.training[-1]['peak_memory'] / 1e9:.1f} GB a process",
             "training time": f"{format_duration(seconds)} (h:min:s), {device_hours:.3g} device-hours",
         }

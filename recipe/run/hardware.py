@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "sentencex", "numpy")
+SERIES_SECONDS, NUM_SERIES = 0.1, 3  # of matrix products
 
 
 def output_of(*command: str) -> str:
@@ -63,23 +64,33 @@ def device_name(device: torch.device) -> str:
 
 
 def matmul_flops(device: torch.device, precision: str) -> float:
-    """Measure the FLOP/s that a large matrix product reaches in accelerate's `precision`, which count as 100 % MFU.
+    """Measure the FLOP/s that large matrix products sustain in accelerate's `precision`, which count as 100 % MFU.
 
-    This is the best of ten products, which take some tenths of a second. float32 products run as they do in training,
-    on TF32 units too if torch is set to use them.
+    As in training, the numbers are random (a GPU's power limit lets products of ones run 17 % faster, seen on an H200),
+    many products follow each other without a wait, and a GPU has worked for a while before. The best of some series
+    counts, since other processes may take a part of a CPU; all of it takes some tenths of a second. float32 products
+    run as they do in training, on TF32 units too if torch is set to use them.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     size = 1024 if device.type == "cpu" else 8192
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    b, out = torch.ones_like(a), torch.empty_like(a)
-    best = math.inf
-    for _ in range(10):
+    generator = torch.Generator(device).manual_seed(0)  # one of its own, so that training draws what it would
+    a, b = torch.randn(2, size, size, dtype=dtype, device=device, generator=generator)
+    out = torch.empty_like(a)
+
+    def measure(products: int) -> float:
         synchronize(device)
         started = time.perf_counter()
-        torch.mm(a, b, out=out)
+        for _ in range(products):
+            torch.mm(a, b, out=out)
         synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+        return time.perf_counter() - started
+
+    measure(1)  # libraries are loaded
+    products = math.ceil(SERIES_SECONDS / measure(1))
+    if device.type == "cuda":
+        measure(3 * products)
+    best = min(measure(products) for _ in range(NUM_SERIES))
+    return 2 * size**3 * products / best
 
 
 def peak_memory(device: torch.device) -> int:
