@@ -31,6 +31,7 @@ from recipe.data.token_store import TokenStore
 from recipe.data.token_store import check_space as check_store_space
 from recipe.data.tokenizer import load_tokenizer, tokenizer_checksum
 from recipe.modeling.model import build_config, build_model, check_host_memory, count_parameters, usable_length
+from recipe.modeling.optimizer import preview_rates
 from recipe.publish.hub import fetch_checkpoint
 from recipe.publish.rights import check_push
 from recipe.run.checkpoint import check_space, open_checkpoint
@@ -144,6 +145,10 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
         check.fits_world_size = True
         times = "once" if accumulation == 1 else f"{accumulation} times"
         remarks.append(f"{world_size} x {args.per_device_train_batch_size} blocks, {times} an update")
+    with tried.trying("schedule") as remarks:
+        schedule = args.lr_scheduler_type, args.lr_scheduler_kwargs, args.warmup_steps, args.max_steps
+        rates = preview_rates(args.learning_rate, *schedule)
+        remarks.append(f"{args.lr_scheduler_type}, up to {max(rates):.3g}, at the end {rates[-1]:.3g}")
     # All that is local comes before a checkpoint is downloaded, or a repository made.
     check_corpora(check)
     if check.config and not args.prepare_only:

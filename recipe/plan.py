@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 
 from recipe.arguments import PretrainArguments
 from recipe.arguments.checks import divisors
+from recipe.arguments.pretraining import describe_schedule
 from recipe.base.errors import UserError, did_you_mean
 from recipe.base.formatting import count_of, format_bytes, format_count, format_duration
 from recipe.checks import CorpusSize, check_run
@@ -208,7 +209,7 @@ def describe_plan(args: PretrainArguments, config: PreTrainedConfig, num_process
         f"{args.per_device_train_batch_size} a micro-batch x {accumulation} accumulated",
         f"run: {args.max_steps:,} updates, {format_count(args.positions(args.max_steps))} positions, "
         f"{format_count(count_flops(args, config))} FLOPs; "
-        f"learning rate {args.learning_rate:g} after {args.warmup_steps:,} updates, then to zero",
+        f"learning rate {describe_schedule(asdict(args))}",
     ]
 
 

@@ -90,7 +90,9 @@ class Session:
 
     def build_scheduler(self) -> LambdaLR:
         """Build the schedule of the learning rate, standing where training is."""
-        return build_scheduler(self.optimizer.optimizer, self.args.warmup_steps, self.args.max_steps, self.state.step)
+        args, optimizer = self.args, self.optimizer.optimizer
+        schedule = args.lr_scheduler_type, args.lr_scheduler_kwargs, args.warmup_steps, args.max_steps
+        return build_scheduler(optimizer, *schedule, self.state.step)
 
     def resume_data(self, lanes: dict[str, Any], skipped_updates: int = 0) -> Resume:
         """Say where in the data training goes on, from its state and the lanes of a checkpoint."""

@@ -1,6 +1,6 @@
 """Options of `pretrain.py`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from recipe.arguments.checks import (
@@ -37,6 +37,20 @@ NOT_STREAMED = {
     ("deduplicate", True): "needs every document's checksum before the first block is packed",
     ("prepare_only", True): "makes token stores, and a stream does without",
 }
+
+# Of transformers, whose others follow the loss.
+SchedulerType = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+]
 
 
 @dataclass(kw_only=True)
@@ -151,8 +165,13 @@ class PretrainArguments:
     learning_rate: PositiveFloat = 6e-4
     """Peak learning rate (paper: 6e-4 for base, 4e-4 for large)."""
     warmup_steps: NonNegativeInt = 24_000
-    """Number of updates in which the learning rate rises linearly; then it falls linearly to zero at `max_steps`
-    (paper: 24K for base, 30K for large)."""
+    """Number of updates at the start in which the learning rate rises linearly (paper: 24K for base, 30K for large)."""
+    lr_scheduler_type: SchedulerType = "linear"
+    """Schedule of the learning rate by transformers' name; `linear` falls to zero at `max_steps` (paper). A run of
+    `constant_with_warmup` can be continued from any checkpoint, in another folder, by `warmup_stable_decay`."""
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the schedule, by transformers' names: of `warmup_stable_decay` `num_decay_steps`, in which the rate
+    falls to zero at the end."""
     adam_beta1: DecayRate = 0.9
     """AdamW averages gradients with this decay rate (paper: 0.9)."""
     adam_beta2: DecayRate = 0.98
@@ -246,6 +265,10 @@ class PretrainArguments:
             require(not self.roll_back_loss_spikes, name, steps, remedy)
         remedy = f"`max_steps` is {self.max_steps}, and the learning rate would never reach its peak: lower it"
         require(self.warmup_steps <= self.max_steps, "warmup_steps", self.warmup_steps, remedy)
+        remedy = "`lr_scheduler_type` is constant, which has none: give it constant_with_warmup, or no warmup"
+        require(
+            self.lr_scheduler_type != "constant" or not self.warmup_steps, "warmup_steps", self.warmup_steps, remedy
+        )
         if self.push_to_hub:
             remedy = "`push_to_hub` is true: name the licence of the weights by its name on the hub, such as apache-2.0"
             require(bool(self.license), "license", "missing", remedy)
@@ -313,6 +336,14 @@ class PretrainArguments:
                 f"({size}) x {count_of(num_processes, 'process', 'processes')} = {size * num_processes}; {remedy}"
             )
         return self.train_batch_size // (size * num_processes)
+
+
+def describe_schedule(arguments: dict[str, Any]) -> str:
+    """Describe the schedule of the learning rate, given the arguments of a run by their names."""
+    rate, warmup, kind = arguments["learning_rate"], arguments["warmup_steps"], arguments["lr_scheduler_type"]
+    rest = "linearly to zero" if kind == "linear" else kind.replace("_with_warmup", "").replace("_", " ")
+    given = ", ".join(f"{name} {value}" for name, value in arguments["lr_scheduler_kwargs"].items())
+    return f"{rate:g} after {warmup:,} updates of warmup, then {rest}" + (f" ({given})" if given else "")
 
 
 def first_position(model_type: str, pad_token_id: int) -> int:

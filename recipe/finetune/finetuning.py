@@ -113,7 +113,7 @@ class Finetuner:
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = build_optimizer(model, job.learning_rate, betas, args.adam_epsilon, args.weight_decay)
         steps = job.num_updates(len(train.lengths), args.num_train_epochs)
-        scheduler = build_scheduler(optimizer, math.ceil(args.warmup_ratio * steps), steps, 0)
+        scheduler = build_scheduler(optimizer, "linear", {}, math.ceil(args.warmup_ratio * steps), steps, 0)
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.accelerator.mixed_precision == "fp16")
         epochs: list[dict[str, float]] = []
         weights: dict[str, torch.Tensor] = {}

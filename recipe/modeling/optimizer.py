@@ -1,9 +1,21 @@
-"""The optimizer, AdamW as in the paper, and its learning rate schedule."""
+"""The optimizer, AdamW as in the paper, and the schedule of its learning rate."""
+
+import inspect
+import math
+import warnings
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_linear_schedule_with_warmup
+from transformers import SchedulerType, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+from recipe.base.errors import UserError, describe_error, did_you_mean
+
+# Arguments of schedules that have options of their own, or that torch has.
+GIVEN_ELSEWHERE = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+PREVIEWED = 100  # points of a schedule, at which it is tried before a run
 
 
 def build_optimizer(
@@ -19,12 +31,48 @@ def build_optimizer(
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int, completed_steps: int
+    optimizer: torch.optim.Optimizer, name: str, arguments: dict[str, Any], warmup_steps: int, max_steps: int, done: int
 ) -> LambdaLR:
-    """Build a schedule of linear warmup and linear decay to zero that goes on after `completed_steps` updates.
+    """Build a schedule of the learning rate that goes on after `done` updates.
 
     It is not for `accelerator.prepare`, which would step it once for each process.
+
+    Args:
+        optimizer: whose first learning rate is the peak.
+        name, arguments: of the schedule, as transformers has them.
+        warmup_steps, max_steps: of the schedule, where it has them.
+        done: number of updates.
+
+    Raises:
+        UserError: the schedule does not take these arguments.
     """
     for group in optimizer.param_groups:
         group.setdefault("initial_lr", group["lr"])
-    return get_linear_schedule_with_warmup(optimizer, warmup_steps, max_steps, last_epoch=completed_steps - 1)
+    make: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    taken = inspect.signature(make).parameters.keys() - GIVEN_ELSEWHERE
+    remedy = f"{name} takes {', '.join(sorted(taken)) or 'none'}"
+    for argument in arguments.keys() - taken:
+        raise UserError(f"`lr_scheduler_kwargs` has `{argument}`{did_you_mean(argument, taken)}; {remedy}")
+    try:
+        scheduler = get_scheduler(name, optimizer, warmup_steps, max_steps, arguments)
+        scheduler.last_epoch = done - 1  # of which its rates are a function
+        with warnings.catch_warnings(action="ignore"):  # torch's of a step before one of the optimizer
+            scheduler.step()
+    except Exception as error:  # of one schedule or another, about what is missing or a value
+        raise UserError(f"`lr_scheduler_kwargs` is {arguments}: {describe_error(error)}; {remedy}") from error
+    return scheduler
+
+
+def preview_rates(
+    learning_rate: float, name: str, arguments: dict[str, Any], warmup_steps: int, max_steps: int
+) -> list[float]:
+    """Return the learning rates of some updates spread over a run, and at last that after its end; see above."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=learning_rate)
+    updates = sorted({*(max_steps * part // PREVIEWED for part in range(PREVIEWED + 1)), warmup_steps})
+    rates = [
+        float(build_scheduler(optimizer, name, arguments, warmup_steps, max_steps, update).get_last_lr()[0])
+        for update in updates
+    ]
+    if not all(map(math.isfinite, rates)) or min(rates) < 0:
+        raise UserError(f"`lr_scheduler_kwargs` is {arguments}, with which {name} has the rates {rates}")
+    return rates

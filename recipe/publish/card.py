@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
+from recipe.arguments.pretraining import describe_schedule
 from recipe.base.errors import raising_damaged_file
 from recipe.base.files import to_yaml, write_atomically
 from recipe.base.formatting import format_count, format_duration
@@ -226,15 +227,14 @@ def procedure(run: Run) -> list[str]:
         "blocks": blocks,
         "batch": f"{config['train_batch_size']:,} blocks",
         "updates": f"{run.step:,} of {config['max_steps']:,}",
-        "learning rate": f"{config['learning_rate']:g} after {config['warmup_steps']:,} updates of warmup, then "
-        "linearly to zero",
+        "learning rate": describe_schedule(config),
         "AdamW": f"betas {betas}, epsilon {config['adam_epsilon']:g}, weight decay {config['weight_decay']:g}",
         "gradients": f"clipped to a norm of {config['max_grad_norm']:g}" if config["max_grad_norm"] else "not clipped",
         "seed": config["seed"],
     }
     if changes := run.environment["changes"]:
         rows["changed on the way"] = "; ".join(
-            f"after {one['step']:,} updates {one['name'].replace('_', ' ')} from {one['before']:g} to {one['after']:g}"
+            f"after {one['step']:,} updates {one['name'].replace('_', ' ')} from {one['before']} to {one['after']}"
             for one in changes
         )
     if run.training:

@@ -50,7 +50,7 @@ FORMAT = 5
 REQUIRED_FILES = {"config.json", "model.safetensors", "optimizer.pt", "state.json"}
 # The arguments that may change at a resume and that weights depend on.
 PROCEDURE = ["max_steps", "learning_rate", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"]
-PROCEDURE += ["max_grad_norm"]
+PROCEDURE += ["max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs"]
 BYTES_PER_PARAMETER = 12  # weight and two moments, in float32
 
 
