@@ -261,7 +261,9 @@ def test_signal_saves_and_ends_the_run_as_preempted(flags, run_pretrain, tmp_pat
 @pytest.mark.parametrize("mode", [{}, STREAMED], ids=["cached", "streaming"])
 def test_signal_to_the_whole_group_of_processes_saves_too(flags, tmp_path: Path, mode, number: signal.Signals):
     flags |= {"max_steps": 100_000, "save_steps": 100_000, "logging_steps": 1, "dataloader_num_workers": 2} | mode
+    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # children inherit what `nohup` does to these tests
     process = start(flags, start_new_session=True)
+    signal.signal(signal.SIGHUP, handler)
     wait_for_training(tmp_path / "run")
     os.killpg(process.pid, number)
     assert process.wait(timeout=PATIENCE_SECONDS) == 0
