@@ -131,7 +131,7 @@ class TrainingLog:
         record = train_record(state, settings, rates, self.corpora(update.counts), args.positions(state.step))
         session.report(record | self.said_once, format_train_line(record, args.max_steps))
         self.said_once = {}
-        self.watch = Stopwatch(update.ended)
+        self.watch = self.watch.go_on()
 
     def log_data(self, counts: Counts) -> None:
         """Log what has been seen of each corpus."""

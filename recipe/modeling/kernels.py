@@ -24,11 +24,12 @@ from recipe.base.errors import describe_error
 try:
     import triton
     from triton import language as tl
-except Exception as error:  # not installed, as beside a torch for the CPU, or broken in a way of its own
-    triton, triton_error = None, describe_error(error)
-    tl = SimpleNamespace(constexpr=int)  # for the annotations
 
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on the CPU, for tests
+    INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: on the CPU, for tests
+    jit, _ = triton.jit, tl.constexpr
+except Exception as error:  # not installed, as beside a torch for the CPU, or too old or broken in a way of its own
+    triton, triton_error, INTERPRETED = None, describe_error(error), False
+    jit, tl = lambda function: function, SimpleNamespace(constexpr=int)  # for the annotations
 
 # The shape of the work is chosen by what ptxas makes of it for sm_90, and not by trying at the start: that takes time,
 # and would make the order of summation a matter of chance. A row of up to 1024 belongs to one warp, whose sums need no
@@ -39,7 +40,6 @@ WARP_ELEMENTS = 1024
 WARPS_PER_PROCESSOR = 8
 MAX_WIDTH = 8192  # beyond it a row leaves the registers
 
-jit = triton.jit if triton else lambda function: function
 # Of an operator of Triton's, torch.compile sees the kernels; there are none to see without it and in the interpreter.
 define: Any = torch.library.triton_op if triton and not INTERPRETED else torch.library.custom_op
 wrap_triton = (lambda kernel: kernel) if INTERPRETED else torch.library.wrap_triton

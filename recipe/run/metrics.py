@@ -127,7 +127,11 @@ class Stopwatch:
     ended: float = 0.0
     steps: int = 0
     tokens: int = 0
-    waited: float = 0.0  # seconds, for data
+    waits: list[tuple[float, float]] = field(default_factory=list)  # for data, when each began and ended
+
+    def go_on(self) -> "Stopwatch":
+        """Return one that goes on where this one has ended: of a later update, the data may have been waited for."""
+        return Stopwatch(self.ended, waits=[wait for wait in self.waits if wait[1] > self.ended])
 
     def count(self, tokens: int, ended: float) -> None:
         """Count an update, its tokens, and when it ended."""
@@ -140,7 +144,7 @@ class Stopwatch:
         """Count the time inside as waiting for data."""
         asked = time.monotonic()
         yield
-        self.waited += time.monotonic() - asked
+        self.waits.append((asked, time.monotonic()))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -152,10 +156,11 @@ class Stopwatch:
     def rates(self, flops_share: float) -> dict[str, float]:
         """Return the throughput so far; `flops_share` is the MFU of one token a second."""
         seconds = self.ended - self.started
+        waited = sum(end - asked for asked, end in self.waits if end <= self.ended)
         return {
             "tokens_per_second": round(self.tokens / seconds, 1),
             "mfu": round(self.tokens / seconds * flops_share, 4),
-            "data_wait_share": round(self.waited / seconds, 4),
+            "data_wait_share": round(waited / seconds, 4),
             "seconds_per_update": round(seconds / self.steps, 4),
         }
 

@@ -110,6 +110,7 @@ def test_torch_compile_sees_what_the_kernels_write(monkeypatch):
     [
         (None, "Triton cannot be imported (ModuleNotFoundError: No module named 'triton')"),
         ("raise OSError('libcuda is\\nnot there')", "Triton cannot be imported (OSError: libcuda is not there)"),
+        ("language = None", "Triton cannot be imported (AttributeError: module 'triton' has no attribute 'knobs')"),
     ],
 )
 def test_module_imports_where_triton_is_missing_or_broken(triton, reason, tmp_path: Path):

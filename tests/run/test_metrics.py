@@ -85,6 +85,21 @@ def test_durations():
     assert format_duration(90_061) == "1d 1:01:01"
 
 
+def test_wait_for_data_belongs_to_its_own_update(monkeypatch: pytest.MonkeyPatch):
+    """The data of the next update has been waited for by the time that an update is counted."""
+    now = iter([0.0, 1.0, 4.0, 9.0])
+    monkeypatch.setattr("recipe.run.metrics.time.monotonic", lambda: next(now))
+    watch = Stopwatch(0.0)
+    for _ in range(2):
+        with watch.waiting():
+            pass
+    watch.count(1000, 4.0)
+    assert watch.rates(1.0)["data_wait_share"] == 0.25
+    watch = watch.go_on()
+    watch.count(1000, 10.0)
+    assert watch.rates(1.0)["data_wait_share"] == pytest.approx(5 / 6, abs=1e-4)
+
+
 def test_pauses_do_not_count():
     watch = Stopwatch()
     before = watch.started
