@@ -161,7 +161,9 @@ def check_memory(args: PretrainArguments, config: PreTrainedConfig, hardware: Ha
         return OBJECTIVES[args.objective](model, args.masked_share, args.gradient_checkpointing)
 
     rows = args.per_device_train_batch_size
-    memory = compute_memory(make_objective, rows, args.max_seq_length, hardware.precision, on_gpu=hardware.is_gpu)
+    memory = compute_memory(
+        make_objective, rows, args.max_seq_length, hardware.precision, hardware.is_gpu, args.bf16_residual
+    )
     parts = ("weights", "gradients", "optimizer", "activations", "logits")
     sizes = " + ".join(f"{name} {format_bytes(getattr(memory, name))}" for name in parts)
     text = f"{format_bytes(memory.total)} of {format_bytes(hardware.memory)} = {sizes} (computed, not compiled)"

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recipe.modeling.objectives import PRECISIONS, MaskedLMObjective
+from recipe.modeling.kernels import MAX_WIDTH
+from recipe.modeling.objectives import PRECISIONS, MaskedLMObjective, residual_dtype
 
 USABLE_FRACTION = 0.9  # of a device's memory; the CUDA context, buffers and fragmentation take the rest
 LINEAR_FROM_ROWS = 64  # rows from which on memory grows by the same amount for each further row
@@ -49,16 +50,22 @@ class StepMemory:
 
 
 def compute_memory(
-    make_objective: Callable[[], MaskedLMObjective], rows: int, length: int, precision: str, on_gpu: bool
+    make_objective: Callable[[], MaskedLMObjective],
+    rows: int,
+    length: int,
+    precision: str,
+    on_gpu: bool,
+    bf16_residual: bool = True,
 ) -> StepMemory:
     """Compute what training takes with micro-batches of `rows` times `length` tokens.
 
-    The precision is named as accelerate does. On a GPU dropout keeps one byte an element, and attention nothing of it.
+    The precision is named as accelerate does, and `bf16_residual` is the option. On a GPU the fused kernel is taken to
+    serve the widths that it is for; other dropout keeps one byte an element there, and attention nothing of it.
     """
     with FakeTensorMode():
         objective = make_objective().train()
-        if on_gpu:
-            objective.residual_dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        if on_gpu and objective.model.config.hidden_size <= MAX_WIDTH:
+            objective.residual_dtype = residual_dtype(precision, bf16_residual)
         for module in objective.modules() if on_gpu else ():
             for name, child in module.named_children():
                 if isinstance(child, nn.Dropout) and child.p:

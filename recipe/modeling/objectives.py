@@ -426,16 +426,18 @@ def try_kernels(
 def use_kernels(
     objective: MaskedLMObjective, device: torch.device, precision: str, rows: int, length: int, bf16_residual: bool
 ) -> list[str]:
-    """Have an objective that is not compiled yet use what `try_kernels` finds; return its warnings.
-
-    Layers hand on bf16 if `bf16_residual`, the precision and the kernel allow it, and float32 otherwise.
-    """
+    """Have an objective that is not compiled yet use what `try_kernels` finds; return its warnings."""
     kernel, is_fused, warnings = try_kernels(objective.model.config, device, precision, rows, length)
     if kernel:
         objective.unpadding = Unpadding(kernel, length, objective.masked_share, objective.reads_first)
     if is_fused:
-        objective.residual_dtype = torch.bfloat16 if bf16_residual and precision == "bf16" else torch.float32
+        objective.residual_dtype = residual_dtype(precision, bf16_residual)
     return warnings
+
+
+def residual_dtype(precision: str, bf16_residual: bool) -> torch.dtype:
+    """Return the type in which layers hand on what the fused kernel gives, see the option `bf16_residual`."""
+    return torch.bfloat16 if bf16_residual and precision == "bf16" else torch.float32
 
 
 def why_nothing_compiles(device: torch.device) -> str | None:

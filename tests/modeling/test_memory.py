@@ -5,6 +5,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AlbertConfig, RobertaConfig
 
+from recipe.modeling import kernels
 from recipe.modeling.memory import LINEAR_FROM_ROWS, USABLE_FRACTION, BytesInUse, compute_memory
 from recipe.modeling.model import ROBERTA_DEFAULTS, build_model
 from recipe.modeling.objectives import MaskedLMObjective, SentenceOrderObjective
@@ -65,6 +66,23 @@ def test_what_saves_memory_is_seen_to():
     assert compute(rows=64, precision="no").activations > 1.2 * plain.activations
     # On a CPU dropout keeps more, and attention keeps its probabilities.
     assert compute(rows=64, on_gpu=False).activations > 1.2 * plain.activations
+
+
+def test_layers_that_hand_on_float32_take_more():
+    def activations(bf16_residual: bool) -> int:
+        return compute_memory(make_objective, 64, 128, "bf16", True, bf16_residual).activations
+
+    assert activations(bf16_residual=False) > 1.1 * activations(bf16_residual=True)
+
+
+def test_memory_of_a_gpu_is_computed_without_triton_and_for_widths_beyond_the_kernel(monkeypatch):
+    with_triton = compute()
+    monkeypatch.setattr(kernels, "triton", None)
+    assert compute() == with_triton
+    config = RobertaConfig(
+        num_hidden_layers=1, hidden_size=kernels.MAX_WIDTH + 64, num_attention_heads=1, vocab_size=100
+    )
+    assert compute_memory(lambda: make_objective(config=config), 1, 32, "bf16", True).activations > 0
 
 
 def test_pairs_and_shared_layers_are_computed_too():
