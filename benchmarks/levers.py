@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recipe.modeling.attention import Sequences, check_kernel
-from recipe.modeling.objectives import LayerParts, MaskedLMObjective, Places
+from recipe.modeling.objectives import LayerParts, MaskedLMObjective, Places, take
 
 
 class LastLayerEverywhere(MaskedLMObjective):
@@ -23,7 +23,7 @@ class LastLayerEverywhere(MaskedLMObjective):
         if isinstance(where, Sequences):
             where = where._replace(query_bounds=where.key_bounds)
         hidden = super().run_layer(layer, hidden, where, seeds)
-        return hidden if slots is None else torch.take_along_dim(hidden, slots[..., None], dim=-2)
+        return hidden if slots is None else take(hidden, slots)
 
 
 class HeadEverywhere(MaskedLMObjective):

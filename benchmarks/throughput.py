@@ -105,7 +105,7 @@ class Bench:
         torch._dynamo.config.recompile_limit = 64  # all sides compile the same few functions
         self.accelerator = Accelerator(mixed_precision=args.precision)
         self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(args.tokenizer)
-        self.folder = folder
+        self.folder = args.token_store_dir or folder
         dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), args.dropout)
         shape = SHAPES[args.shape] | {"vocab_size": 50_265} | dropout
         self.config = build_config(shape, None, self.tokenizer, args.length)
@@ -305,6 +305,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Of the command line, beside the parser's own options, what is trained on what; threads are set."""
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--corpora", nargs="+", required=True)
+    parser.add_argument("--token_store_dir", help="where other benchmarks find the stores; default: none finds them")
     parser.add_argument("--shape", default="base", choices=list(SHAPES))
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
@@ -332,7 +333,9 @@ def main() -> None:
     args = parse(parser)
     report: dict[str, Any] = harness.header(args.corpora) | {
         "arguments": {
-            name: value for name, value in vars(args).items() if name not in ("tokenizer", "corpora", "output")
+            name: value
+            for name, value in vars(args).items()
+            if name not in ("tokenizer", "corpora", "token_store_dir", "output")
         }
     }
     with tempfile.TemporaryDirectory() as folder:

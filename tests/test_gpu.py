@@ -113,8 +113,8 @@ def test_operators_keep_the_rules_of_torch(kernel: str):
     hidden, residual = (new_states(64, seed).flatten(1).requires_grad_() for seed in range(2))
     norm = nn.LayerNorm(HEADS * HEAD_SIZE, device="cuda")
     seed = torch.zeros((), dtype=torch.int64, device="cuda")
-    arguments = hidden, residual, norm.weight, norm.bias, seed, DROPOUT, norm.eps, torch.bfloat16
-    torch.library.opcheck(kernels.forward_operator, arguments, test_utils=utils, rtol=0.02, atol=0.02)
+    arguments = hidden, residual, norm.weight, norm.bias, seed, round(DROPOUT * 2**32), norm.eps, torch.bfloat16
+    torch.library.opcheck(kernels.dropout_add_norm_forward, arguments, test_utils=utils, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("width", [96, 768, 1000, 1024])

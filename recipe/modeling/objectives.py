@@ -173,6 +173,13 @@ class Places(NamedTuple):
     first_slots: Tensor | None
 
 
+def take(hidden: Tensor, slots: Tensor) -> Tensor:
+    """Take the hidden states at the slots, see `Places`: (batch, slots, width) or (slots, width)."""
+    if slots.ndim == 1:  # what follows would make and keep an index of the width of the hidden states
+        return hidden[slots]
+    return torch.take_along_dim(hidden, slots[..., None], dim=1)
+
+
 class MaskedLMObjective(nn.Module):
     """Masked language modelling of real tokens, with the last layer and the head at masked positions only.
 
@@ -323,7 +330,7 @@ class MaskedLMObjective(nn.Module):
             slots: see `Places`.
         """
         parts = self.adapter.parts(layer)
-        rows = hidden if slots is None else torch.take_along_dim(hidden, slots[..., None], dim=-2)
+        rows = hidden if slots is None else take(hidden, slots)
         head_size = self.model.config.hidden_size // self.model.config.num_attention_heads
         query, key, value = (
             projected.unflatten(-1, (-1, head_size))
