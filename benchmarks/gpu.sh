@@ -3,7 +3,7 @@
 #
 #   TOKENIZER=runs/tokenizer CORPORA="corpora/books corpora/stories" benchmarks/gpu.sh all
 #
-# Parts: tests base dropout0 profile ceilings (together `first`, 390 s at most), large ladder pretrain (`second`, 270 s),
+# Parts: tests base dropout0 profile ceilings (together `first`, 400 s at most), large ladder pretrain (`second`, 260 s),
 # since a machine may take no longer command than ten minutes. Each part ends at its own time, and writes what it has
 # into RESULTS (JSON, a log of each part, summary.txt). STRETCH=3 gives each three times as long. Token stores are kept
 # in STORES, where all parts find them.
@@ -75,10 +75,11 @@ part() {
   ceilings) $PYTHON benchmarks/ceilings.py --shape "$SHAPE" --precision "$PRECISION" --batch $(((MICRO_BATCH + 1) / 2)) \
     --length "$LENGTH" --output "$RESULTS/ceilings.json" ;;
   base) against_stock "$SHAPE" 1 ;;
-  dropout0) against_stock "$SHAPE" 1 --dropout 0 ;;
-  large) against_stock "$LARGE" 4 ;;
-  ladder) against_stock "$SHAPE" 1 --ladder --only "padded rows" "attention by flash" "attention by cuDNN" \
-    "dropout, residual, norm apart" "residual stream in float32" "compiled as one graph" ;;
+  dropout0) against_stock "$SHAPE" 1 --dropout 0 --only "stock, tuned" ${COMPILE:+"stock, compiled"} ;;
+  large) against_stock "$LARGE" 4 --only "stock, tuned" ${COMPILE:+"stock, compiled"} ;;
+  ladder) against_stock "$SHAPE" 1 --ladder --warm_up_seconds $((75 * STRETCH)) --only "padded rows" \
+    "dropout, residual, norm apart" "compiled as one graph" "residual stream in float32" "attention by flash" \
+    "attention by cuDNN" ;;
   profile) measure profile_update "$SHAPE" 1 ;;
   pretrain) pretrain ;;
   *)
@@ -97,7 +98,7 @@ bounded() {
 }
 
 mkdir -p "$RESULTS"
-first="tests:120 base:120 dropout0:80 profile:40 ceilings:30" second="large:120 ladder:100 pretrain:50"
+first="tests:100 base:170 dropout0:80 profile:30 ceilings:20" second="large:100 ladder:120 pretrain:40"
 case ${1:-} in
 all) limits="$first $second" ;;
 first) limits=$first ;;

@@ -21,6 +21,7 @@ precision in the same run. Peak memory is what training adds: on a GPU in the wa
 
 import argparse
 import itertools
+import math
 import sys
 import tempfile
 import time
@@ -69,6 +70,7 @@ SHAPES = {
     },
 }
 MLM_PROBABILITY = 0.15
+COMPILED_WARM_UPS = 4
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def sides_of(args: argparse.Namespace) -> list[Side]:
             packing="contiguous",
             torch_compile=True,
         )
-        return [ours, shipped, tuned, *([compiled] if args.torch_compile else [])]
+        return choose([ours, shipped, tuned, *([compiled] if args.torch_compile else [])], args.only)
     whole = replace(ours, one_graph=True)
     sides = [
         ours,
@@ -242,9 +244,14 @@ def sides_of(args: argparse.Namespace) -> list[Side]:
         replace(ours, name="loader workers off", workers=0),
         replace(ours, name="gradient checkpointing", gradient_checkpointing=True),
     ]
-    if unknown := set(args.only or ()) - {side.name for side in sides}:
-        sys.exit(f"--only {', '.join(unknown)}: the ladder has {', '.join(side.name for side in sides)}")
-    return [side for side in sides if not args.only or side.name in args.only or side is ours]
+    return choose(sides, args.only)
+
+
+def choose(sides: list[Side], names: list[str] | None) -> list[Side]:
+    """Of the sides, the first and those of these names, or all."""
+    if unknown := set(names or ()) - {side.name for side in sides}:
+        sys.exit(f"--only {', '.join(unknown)}: there are {', '.join(side.name for side in sides)}")
+    return [side for side in sides if not names or side.name in names or side is sides[0]]
 
 
 @dataclass
@@ -260,8 +267,12 @@ class Running:
 
 def start_sides(bench: Bench, sides: list[Side]) -> list[Running]:
     """Warm up all sides that this machine can run, the first of which has to."""
-    running = []
+    running: list[Running] = []
+    begun = time.perf_counter()
     for side in sides:
+        if running and time.perf_counter() - begun > bench.args.warm_up_seconds:
+            print(f"{side.name}: left out, since warming up has taken {bench.args.warm_up_seconds:g} s", flush=True)
+            continue
         on_gpu = bench.accelerator.device.type == "cuda"
         before = torch.cuda.memory_allocated() if on_gpu else 0
         started = time.perf_counter()
@@ -270,7 +281,8 @@ def start_sides(bench: Bench, sides: list[Side]) -> list[Running]:
             train(1)  # compilation included
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            seconds, _ = train(2)
+            # Sizes that come later are compiled later: the fastest of some tells how many updates a window has.
+            seconds = min(train(2)[0] for _ in range(COMPILED_WARM_UPS if side.torch_compile else 1))
         except Exception as error:  # a lever that is not there for this machine, memory that is too small
             if side is sides[0]:
                 raise
@@ -328,7 +340,8 @@ def main() -> None:
     parser.add_argument("--window_seconds", type=float, default=2, help="a window has as many updates, one at least")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ladder", action="store_true")
-    parser.add_argument("--only", nargs="+", help="of the ladder: sides by name")
+    parser.add_argument("--warm_up_seconds", type=float, default=math.inf, help="after them no further side is begun")
+    parser.add_argument("--only", nargs="+", help="sides by name, beside the first")
     parser.add_argument("--output", type=Path)
     args = parse(parser)
     report: dict[str, Any] = harness.header(args.corpora) | {
@@ -380,8 +393,8 @@ def describe_sides(running: list[Running], flops_share: float) -> dict[str, dict
 def keep(args: argparse.Namespace, report: dict[str, Any]) -> None:
     if args.output:
         dropout = "" if args.dropout == 0.1 else f", dropout {args.dropout:g}"
-        name = f"{args.shape}, {args.precision}{dropout}" + (", ladder" if args.ladder else "")
-        harness.keep(args.output, ", ".join([name, *(args.only or [])]), report)
+        name = f"{args.shape}, {args.precision}{dropout}"
+        harness.keep(args.output, ", ".join([name, "ladder", *(args.only or [])]) if args.ladder else name, report)
 
 
 def print_table(report: dict[str, Any]) -> None:
