@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from recipe.modeling.adapters import LayerParts
 from recipe.modeling.attention import Sequences, check_kernel
-from recipe.modeling.objectives import LayerParts, MaskedLMObjective, Places, take
+from recipe.modeling.objectives import MaskedLMObjective, Places, take
 
 
 class LastLayerEverywhere(MaskedLMObjective):
