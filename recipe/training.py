@@ -179,7 +179,7 @@ class Trainer:
         self.session.wait_for_checkpoint()
         if failure:
             raise failure
-        reason = self.request.reason or "another process was asked to stop"
+        reason = next(filter(None, gather_object([self.request.reason])))  # of the first process that was asked
         self.session.run.write_status("preempted", self.session.state.step, reason)
         return False
 

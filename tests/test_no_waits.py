@@ -27,7 +27,7 @@ def test_host_of_a_gpu_waits_for_nothing(tokenizer, precision: str):
     objective = MaskedLMObjective(make_model(tokenizer), 0.15)
     raw = build_optimizer(objective, 1e-3, (0.9, 0.98), 1e-6, 0.01)
     prepared, optimizer = accelerator.prepare(objective, raw)
-    scheduler = build_scheduler(raw, 2, 10, 0)
+    scheduler = build_scheduler(raw, "linear", {}, 2, 10, 0)
     batches = make_batches(tokenizer, 4)
     masked = sum(int((batch["labels"] != -100).sum()) for batch in batches)
     shares = map(preparation(objective, accelerator.device), [UpdateData(batches, Counts(1))] * 6)

@@ -545,7 +545,7 @@ def resume(path: Path, saved: dict[str, Any], material: Material) -> None:
     objective = MaskedLMObjective(build_model(material.model_config, None), 0.15)
     optimizer = build_optimizer(objective, 1e-4, (0.9, 0.98), 1e-6, 0.01)
     ckpt.load_training_state(path, objective, optimizer, None)
-    scheduler = build_scheduler(optimizer, 2, 4, state.step)
+    scheduler = build_scheduler(optimizer, "linear", {}, 2, 4, state.step)
     for parameter in objective.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
