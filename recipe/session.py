@@ -240,20 +240,20 @@ def build_session(
     check_space(run.checkpoints, count_parameters(check.model), args.save_total_limit)  # token stores have taken some
     identity, stamps = check.identity | {"data": data.identity()}, data.stamps()
     state = TrainState()
-    warnings = []
+    lines: list[str] = []
     if checkpoint:
         check_identity(check.saved["identity"], identity, checkpoint)
-        warnings += describe_stamps(check.saved["identity"].get("stamps", {}), stamps)
+        lines += describe_stamps(check.saved["identity"].get("stamps", {}), stamps)
         state = TrainState.restore(check.saved["train_state"], len(args.corpora), checkpoint)
         run.saved_step = state.step
     run.write_status("running", state.step)  # all that is refused has been
     objective = OBJECTIVES[args.objective](check.model, args.masked_share, args.gradient_checkpointing)
     rows = args.per_device_train_batch_size
-    warnings += use_kernels(
+    lines += use_kernels(
         objective, accelerator.device, accelerator.mixed_precision, rows, args.max_seq_length, args.bf16_residual
     )
     if args.torch_compile:
-        warnings += compile_in_place(objective, accelerator.device)
+        lines += compile_in_place(objective, accelerator.device)
     betas = args.adam_beta1, args.adam_beta2
     adamw = build_optimizer(objective, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
     prepared, optimizer = prepare(accelerator, objective, adamw)
@@ -264,7 +264,7 @@ def build_session(
     session = Session(
         accelerator, args, run, prepared, optimizer, state, identity, writer, publisher, changes, state.step
     )
-    session.run.log(warnings)
+    session.run.log(lines)
     lanes = load_training_state(checkpoint, prepared, adamw, accelerator.scaler) if checkpoint else {}
     beside = {"tokenizer_checksum": identity["tokenizer"], "hub_sources": hub_sources(args), "changes": changes}
     run.write_config(recorded_values(args), environment(accelerator) | beside)

@@ -67,9 +67,10 @@ def test_run_learns_what_a_padded_one_does(
     assert_same_losses(tmp_path / "run", tmp_path / "tokens")
 
 
-def test_resume_is_exact_with_dropout(flags, run_pretrain, with_loop, tmp_path: Path):
+def test_resume_is_exact_with_dropout(flags, run_pretrain, with_loop, tmp_path: Path, capsys):
     with_loop()
     run_pretrain(flags)
+    assert "\nattention: loop, of real tokens alone\n" in capsys.readouterr().out
     resumed = flags | {"output_dir": tmp_path / "resumed", "resume_from_checkpoint": "latest"}
     shutil.copytree(tmp_path / "run/checkpoints/step-00000003", tmp_path / "resumed/checkpoints/step-00000003")
     run_pretrain(resumed)

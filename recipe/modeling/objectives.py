@@ -288,29 +288,33 @@ def try_kernels(
 
     Returns:
         The kernel that attends within sequences, if one does; whether dropout, residual and layer norm run as one
-        kernel; and a warning for each that a GPU lacks.
+        kernel; and lines for the log: what runs, and a warning for each that a GPU lacks.
     """
     size = 1, config.num_attention_heads, config.hidden_size // config.num_attention_heads
     like = torch.empty(size, dtype=PRECISIONS.get(precision, torch.float32), device=device)
     kernel, problems = find_kernel(like, rows, length)
-    reason, warnings = why_no_kernels(device, config.hidden_size), []
-    if not kernel and problems:
-        warnings.append(f"warning: no kernel attends within sequences here ({problems}); padding is computed too")
-    if reason and device.type == "cuda":
-        warnings.append(f"warning: dropout, residual and layer norm run apart, since {reason}")
-    return kernel, reason is None, warnings
+    reason, lines = why_no_kernels(device, config.hidden_size), []
+    if kernel:
+        lines.append(f"attention: {kernel}, of real tokens alone")
+    elif problems:
+        lines.append(f"warning: no kernel attends within sequences here ({problems}); padding is computed too")
+    if reason is None:
+        lines.append("dropout, residual and layer norm: one kernel")
+    elif device.type == "cuda":
+        lines.append(f"warning: dropout, residual and layer norm run apart, since {reason}")
+    return kernel, reason is None, lines
 
 
 def use_kernels(
     objective: MaskedLMObjective, device: torch.device, precision: str, rows: int, length: int, bf16_residual: bool
 ) -> list[str]:
-    """Have an objective that is not compiled yet use what `try_kernels` finds; return its warnings."""
-    kernel, is_fused, warnings = try_kernels(objective.model.config, device, precision, rows, length)
+    """Have an objective that is not compiled yet use what `try_kernels` finds; return its lines."""
+    kernel, is_fused, lines = try_kernels(objective.model.config, device, precision, rows, length)
     if kernel:
         objective.unpadding = Unpadding(kernel, length, objective.masked_share, objective.reads_first)
     if is_fused:
         objective.residual_dtype = residual_dtype(precision, bf16_residual)
-    return warnings
+    return lines
 
 
 def residual_dtype(precision: str, bf16_residual: bool) -> torch.dtype:
