@@ -1,12 +1,14 @@
 """What a script answers without its work: before torch and its like are imported, which takes seconds."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from testing.helpers import ROOT
+from testing.helpers import PYTHONPATH, ROOT, command_line
 
 HEAVY = ["accelerate", "datasets", "evaluate", "torch", "transformers"]
 # One process for all questions to a script: what one of them imports is there at the end.
@@ -67,3 +69,22 @@ def test_help_and_mistakes_are_answered_without_heavy_libraries(script: str):
     assert textless[0] == 2
     assert "no/such" in textless[1]
     assert imported == []
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [("raise RuntimeError('an old driver')", "RuntimeError: an old driver"), ("", "No module named 'triton.language'")],
+    ids=["raises", "stub"],
+)
+def test_broken_triton_is_left_out_with_a_warning(flags, tmp_path: Path, content: str, problem: str):
+    """Transformers cannot be imported beside it."""
+    package = tmp_path / "path" / "triton"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(content)
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": f"{package.parent}:{PYTHONPATH}"}
+    command = [sys.executable, "pretrain.py", *command_line(flags), "--dry_run"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning: Triton is broken, and left out: ") == 1
+    assert problem in done.stderr
+    assert "ok       kernels: " in done.stdout

@@ -2,6 +2,7 @@
 
 import atexit
 import difflib
+import importlib.util
 import os
 import signal
 import sys
@@ -53,6 +54,7 @@ def run_script(main: Callable[[], object]) -> None:
     restart_in_utf8()
     if not sys.warnoptions:
         warnings.simplefilter("ignore", FutureWarning)
+    leave_out_broken_triton()
     status = 1  # of an error that Python shows
     try:
         with report_user_errors():
@@ -63,6 +65,24 @@ def run_script(main: Callable[[], object]) -> None:
         raise
     finally:
         atexit.register(end_process, status)
+
+
+def leave_out_broken_triton() -> None:
+    """Have a Triton that cannot be imported count as missing, with a warning from one process of a machine.
+
+    Torch and transformers do without a missing one, and cannot be imported beside one that raises anything else.
+    """
+    if not importlib.util.find_spec("triton"):
+        return
+    try:
+        importlib.import_module("triton.language")
+        _ = sys.modules["triton"].jit
+    except Exception as error:  # of whatever kind
+        for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+            del sys.modules[name]
+        sys.modules["triton"] = None  # type: ignore[assignment]  # which is how Python marks a module as missing
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"warning: Triton is broken, and left out: {describe_error(error)}", file=sys.stderr)
 
 
 def end_process(status: int) -> None:
