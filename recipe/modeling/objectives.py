@@ -81,6 +81,9 @@ class MaskedLMObjective(nn.Module):
     # What a forward pass measures, and over what in an update each is averaged: `masked` tokens or `pairs`. The sum of
     # these means is minimised; an accuracy has no gradient.
     measures: ClassVar[dict[str, str]] = {"loss": "masked"}
+    # Accelerate's FSDP2 looks among the children of what this names for a final norm to make a group of, and takes any
+    # class with Norm in its name for one, that of a pre-norm model too. The adapter is no module, and has none.
+    base_model_prefix = "adapter"
     reads_first = False  # whether the first position of a row is read beside the masked ones
 
     def __init__(self, model: PreTrainedModel, masked_share: float, gradient_checkpointing: bool = False) -> None:
