@@ -174,7 +174,9 @@ def run_ddp(flags: dict[str, object], precision: str = "no") -> None:
     subprocess.run([*command, *command_line(flags)], cwd=ROOT, env=environment, check=True)
 
 
-@pytest.mark.parametrize(("system", "wrapped"), [("roberta", 3), ("bert", 3), ("albert", 2)])
+@pytest.mark.parametrize(
+    ("system", "wrapped"), [("roberta", 3), ("roberta-prelayernorm", 3), ("bert", 3), ("albert", 2)]
+)
 def test_fsdp_gives_the_losses_of_one_process(
     exact_flags, run_pretrain, run_fsdp, tokenizer_dirs, tmp_path: Path, system: str, wrapped: int
 ):

@@ -132,10 +132,12 @@ class PretrainArguments:
     """Number of processes that read ahead for each training process: they mask and collate or, in `streaming`, tokenise
     and pack. 0: the training process does it."""
 
-    model_type: Literal["roberta", "bert", "albert"] = identity(default="roberta")
-    """Architecture of the model."""
+    model_type: Literal["roberta", "roberta-prelayernorm", "bert", "albert"] = identity(default="roberta")
+    """Architecture of the model; `roberta-prelayernorm` is RoBERTa with the layer norms before the parts of a layer and
+    one at the end, which leaves the residual stream as it is and bears higher learning rates."""
     model_config: dict[str, Any] = identity(default_factory=dict)
-    """Fields of `RobertaConfig`, `BertConfig` or `AlbertConfig` that differ from the released base model."""
+    """Fields of `RobertaConfig`, `RobertaPreLayerNormConfig`, `BertConfig` or `AlbertConfig` that differ from the
+    released base model."""
     model_name_or_path: PathName | None = identity(default=None)
     """Folder or hub id of a pretrained model of this type to continue from, with its own tokenizer and a new schedule.
     Null: the weights are new."""
@@ -351,4 +353,4 @@ def describe_schedule(arguments: dict[str, Any]) -> str:
 
 def first_position(model_type: str, pad_token_id: int) -> int:
     """Return the position number of a row's first token; RoBERTa counts on from the id of its pad token."""
-    return pad_token_id + 1 if model_type == "roberta" else 0
+    return pad_token_id + 1 if model_type.startswith("roberta") else 0

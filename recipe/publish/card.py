@@ -27,7 +27,12 @@ from recipe.publish.names import public_config, public_name
 from recipe.run.directory import read_config, read_records, read_step
 
 RECIPE_TAG = "roberta-pretraining-recipe"  # of all cards
-MODEL_TITLES = {"roberta": "RoBERTa", "bert": "BERT", "albert": "ALBERT"}
+MODEL_TITLES = {
+    "roberta": "RoBERTa",
+    "roberta-prelayernorm": "Pre-norm RoBERTa",
+    "bert": "BERT",
+    "albert": "ALBERT",
+}
 OBJECTIVE_TITLES = {
     "masked_lm": "masked language modelling",
     "next_sentence": "masked language modelling and next-sentence prediction",
@@ -149,7 +154,7 @@ def introduction(run: Run) -> list[str]:
 
 def usage(run: Run) -> list[str]:
     """Show how to load the model."""
-    space = "" if run.config["model_type"] == "roberta" else " "
+    space = "" if run.config["model_type"].startswith("roberta") else " "
     name = json.dumps(run.name, ensure_ascii=False)
     code = f'from transformers import pipeline\n\nfill_mask = pipeline("fill-mask", model={name})\n'
     code += f'fill_mask(f"The capital of France is{space}{{fill_mask.tokenizer.mask_token}}.")'
