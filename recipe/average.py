@@ -5,7 +5,7 @@ python -m recipe.average runs/roberta-base --steps 8000,9000,10000
 
 All flags of pretrain.py may follow, such as --per_device_eval_batch_size 8. The run may be training meanwhile.
 
-1. The checkpoints have to be of one experiment and as they were written, by their states and manifests.
+1. The checkpoints have to be as they were written and of one experiment, by their manifests and states.
 2. `average_weights` reads them tensor by tensor, so that memory holds two models: the mean, and the last one.
 3. Both are evaluated on the run's held-out blocks. --eval_blocks 0 leaves that out, where the text is gone, say.
 4. `RUN/averages/step-00010000-mean-of-5` gets model, tokenizer, card and average.json, complete or not at all.
@@ -37,11 +37,11 @@ from recipe.modeling.objectives import MaskedLMObjective
 from recipe.monitoring import evaluate
 from recipe.publish.card import write_card
 from recipe.run.checkpoint import check_identity, find_fault, read_state
-from recipe.run.directory import AVERAGE_FILE, average_path, checkpoint_path, checkpoint_step, list_checkpoints
+from recipe.run.directory import AVERAGE_FILE, average_path, checkpoint_step, list_checkpoints
 from recipe.run.launch import start_accelerator
 from recipe.run.metrics import TrainState, eval_record
 
-REMOVED = "a run that trains removes those beyond `save_total_limit`: raise that, or average the newest"
+LEAVE_OUT = "leave it out by --steps. A run that trains removes those beyond `save_total_limit`: raise that"
 
 
 def parse_options(arguments: list[str] | None = None) -> tuple[Path, list[Path], PretrainArguments]:
@@ -71,24 +71,23 @@ def parse_options(arguments: list[str] | None = None) -> tuple[Path, list[Path],
 
 def choose_checkpoints(run: Path, last: int | None, steps: str | None) -> list[Path]:
     """Return the checkpoints to average, the oldest first; a `UserError` names those that there are."""
-    found = list_checkpoints(run / "checkpoints")
-    there = f"{run} has checkpoints of the updates {', '.join(str(checkpoint_step(path)) for path in found) or 'none'}"
+    found = {checkpoint_step(path): path for path in list_checkpoints(run / "checkpoints")}
+    there = f"{run} has checkpoints of the updates {', '.join(map(str, found)) or 'none'}"
     kept = "a run keeps the newest `save_total_limit` (default: 3): raise it, and resume or train anew, to have more"
     if len(found) < 2:
         raise UserError(f"{there}, and a mean takes two or more; {kept}")
     if last is not None:
         require(last > 1, "--last", last, "a mean takes two or more")
         require(last <= len(found), "--last", last, f"{there}; {kept}")
-        return found[-last:]
+        return list(found.values())[-last:]
     try:
         wanted = sorted(map(int, str(steps).split(",")))
     except ValueError:
         raise UserError(f"`--steps` is {steps}; write the updates with commas, as in 8000,9000,10000") from None
     require(len(wanted) > 1, "--steps", steps, "a mean takes two or more")
     require(len(set(wanted)) == len(wanted), "--steps", steps, "give each update once")
-    missing = set(wanted) - set(map(checkpoint_step, found))
-    require(not missing, "--steps", steps, f"{there}; {kept}")
-    return [checkpoint_path(run / "checkpoints", step) for step in wanted]
+    require(found.keys() >= set(wanted), "--steps", steps, f"{there}; {kept}")
+    return [found[step] for step in wanted]
 
 
 def check_output(folder: Path, last: Path) -> None:
@@ -100,22 +99,17 @@ def check_output(folder: Path, last: Path) -> None:
     check_free_space(folder, size, f"a model of {format_bytes(size)}", "free some")
 
 
-def read_last_state(paths: list[Path]) -> dict[str, Any]:
-    """Read the state of the last checkpoint, and refuse another one that is of another experiment, as a copy can be."""
-    *states, last = map(read_state, paths)
-    expected = {name: value for name, value in last["identity"].items() if name != "stamps"}
-    for path, state in zip(paths, states, strict=False):
-        check_identity(
-            state["identity"], expected, path, f"`now` is of {paths[-1].name}; average checkpoints of one run"
-        )
-    return last
-
-
-def check_checkpoints(paths: list[Path]) -> None:
-    """Raise a `UserError` about a checkpoint that is not as it was written."""
+def check_checkpoints(paths: list[Path]) -> dict[str, Any]:
+    """Return the state of the last checkpoint; a `UserError` says which are damaged or, as a copy can be, of others."""
     for path in paths:
         if fault := find_fault(path):
-            raise UserError(f"checkpoint {path} is damaged ({fault}); leave it out: --steps names those to average")
+            raise UserError(f"checkpoint {path} is damaged or gone ({fault}); {LEAVE_OUT}")
+    *states, last = map(read_state, paths)
+    expected = {name: value for name, value in last["identity"].items() if name != "stamps"}
+    remedy = f"`now` is of {paths[-1].name}; average checkpoints of one run"
+    for path, state in zip(paths[:-1], states, strict=True):
+        check_identity(state["identity"], expected, path, remedy)
+    return last
 
 
 def average_weights(paths: list[Path]) -> dict[str, torch.Tensor]:
@@ -130,7 +124,7 @@ def average_weights(paths: list[Path]) -> dict[str, torch.Tensor]:
         for path, kind in zip(paths, kinds, strict=True):
             for name in sorted(kind.keys() | kinds[-1].keys()):
                 if (one := kind.get(name, "missing")) != (other := kinds[-1].get(name, "missing")):
-                    problem = f"{path} and {paths[-1]} are of different models: {name} is {one} there and {other} here"
+                    problem = f"{name} is {one} in {path} and {other} in {paths[-1]}, which are of different models"
                     raise UserError(f"{problem}; average checkpoints of one run")
         return {name: average_tensor(name, files, paths) for name in kinds[-1]}
 
@@ -146,7 +140,7 @@ def average_tensor(name: str, files: list[Any], paths: list[Path]) -> torch.Tens
     for file, path in zip(files, paths, strict=True):
         tensor = file.get_tensor(name)
         if not tensor.isfinite().all():
-            raise UserError(f"checkpoint {path}: {name} is not finite; leave it out: --steps names those to average")
+            raise UserError(f"checkpoint {path}: {name} is not finite; {LEAVE_OUT}")
         total = total + tensor
     return (total / len(paths)).to(tensor.dtype)
 
@@ -192,26 +186,24 @@ def average_run(run: Path, paths: list[Path], args: PretrainArguments) -> None:
     """Average checkpoints of a run, evaluate and export the mean, and say what came of it."""
     last, steps = paths[-1], [checkpoint_step(path) or 0 for path in paths]
     folder = average_path(run, steps)
-    check_output(folder, last)
     accelerator = start_accelerator()
     require(accelerator.num_processes == 1, "num_processes", accelerator.num_processes, "run this without a launcher")
     print_line(f"averaging {', '.join(path.name for path in paths)} of {run}")
     named_by = "tokenizer_name" if args.tokenizer_name else "model_name_or_path"
     tokenizer = load_tokenizer(args.tokenizer_name or str(args.model_name_or_path), named_by)
     length_before = tokenizer.model_max_length if args.model_name_or_path else 0
-    with raising_damaged_file(f"a checkpoint of {run}", REMOVED):
-        saved = read_last_state(paths)
+    with raising_damaged_file(f"a checkpoint of {run}", LEAVE_OUT):
+        check_output(folder, last)
+        saved = check_checkpoints(paths)
         state = TrainState.restore(saved["train_state"], len(args.corpora), last)
+        config = build_config({}, str(last), tokenizer, args.max_seq_length, args.model_type)
+        model = build_model(config, str(last), args.predicts_pairs)
+        weights = average_weights(paths)
     identity: dict[str, Any] = {"tokenizer": tokenizer_checksum(tokenizer)}
     data = open_held_out(args, tokenizer) if args.eval_blocks else None
     if data:
         identity |= identity_of(args) | {"data": data.identity()}
     check_identity(saved["identity"], identity, last, "give these fields, and text and tokenizer, as the run has them")
-    with raising_damaged_file(f"a checkpoint of {run}", REMOVED):
-        check_checkpoints(paths)
-        config = build_config({}, str(last), tokenizer, args.max_seq_length, args.model_type)
-        model = build_model(config, str(last), args.predicts_pairs)
-        weights = average_weights(paths)
     tokenizer.model_max_length = usable_length(config, args.max_seq_length, length_before)
     average: dict[str, Any] = {"steps": steps, "evaluation": None, "last_evaluation": None}
     if data:

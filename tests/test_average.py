@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM
 
+import recipe.average
 from recipe.average import average_run, parse_options
 from recipe.base.errors import UserError
 from recipe.base.hashing import file_checksum
@@ -168,12 +169,12 @@ def damage(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (damage, r"step-00000003 is damaged \(model.safetensors has .* bytes"),
+        (damage, r"step-00000003 is damaged or gone \(model.safetensors has .* bytes"),
         (
             lambda path: rewrite(path, {"lm_head.bias": torch.zeros(7)}),
-            r"different models: lm_head.bias is .*\[7\] there",
+            r"lm_head.bias is F32 \[7\] in .*different models",
         ),
-        (lambda path: rewrite(path, {"new": torch.zeros(7)}), "new is F32 .* there and missing here"),
+        (lambda path: rewrite(path, {"new": torch.zeros(7)}), r"new is F32 \[7\] in .*00003 and missing in .*00006"),
         (lambda path: rewrite(path, {"lm_head.bias": torch.full((400,), torch.nan)}), "lm_head.bias is not finite"),
         (lambda path: rewrite(path, seed=7), "(?s)step-00000003 is of another experiment.*`seed`: 7 before, 42 now"),
         (
@@ -195,14 +196,16 @@ def test_another_run_than_the_checkpoints_is_refused(finished_run, average):
         average(finished_run, "--last", "2", "--eval_blocks", "5")
 
 
-def test_checkpoint_that_is_removed_meanwhile_is_a_clear_error(finished_run, average, monkeypatch):
-    def find_fault(path: Path) -> None:
-        shutil.rmtree(checkpoint(finished_run, 3), ignore_errors=True)
+@pytest.mark.parametrize("moment", ["find_fault", "build_config"])
+def test_checkpoint_that_is_removed_meanwhile_is_a_clear_error(finished_run, average, monkeypatch, moment):
+    function = getattr(recipe.average, moment)
 
-    monkeypatch.setattr("recipe.average.find_fault", find_fault)
-    with pytest.raises(
-        UserError, match=r"is damaged or missing .*step-00000003.*removes those beyond `save_total_limit`"
-    ):
+    def remove(*arguments: object) -> object:
+        shutil.rmtree(checkpoint(finished_run, 3), ignore_errors=True)
+        return function(*arguments)
+
+    monkeypatch.setattr(recipe.average, moment, remove)
+    with pytest.raises(UserError, match=r"is damaged or (gone|missing) .*step-00000003.*removes those beyond"):
         average(finished_run, "--last", "2")
 
 

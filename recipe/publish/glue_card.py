@@ -66,7 +66,7 @@ def build_classifier_card(
     machine, task = config["environment"], TASKS[job.task]
     sources = machine["hub_sources"]
     base = run.name if run else public_name(config["model_name_or_path"], sources)
-    is_on_hub = run.config["push_to_hub"] if run else base in sources
+    is_on_hub = (run.config["push_to_hub"] and not run.average) if run else base in sources
     title = f"{run.title if run else base.split('/')[-1]}-{job.task}"
     results = [glue_result(row, metric, value) for metric, value in result["metrics"].items()]
     head = ModelCardData(
