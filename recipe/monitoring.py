@@ -221,7 +221,7 @@ def evaluate(
         size = max(batches.sizes(0))
         failure = UserError(
             f"`per_device_eval_batch_size` is {size}, and the device's memory is too small for it ({error}); give "
-            "less, and go on with --resume_from_checkpoint latest"
+            "less; a run goes on with --resume_from_checkpoint latest"
         )
     except Exception as error:  # whatever it is, the other ranks have to know
         failure = error

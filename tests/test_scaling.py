@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from recipe.average import average_run, parse_options
 from testing.helpers import PATIENCE_SECONDS, PYTHONPATH, ROOT, SMALL_MODEL, command_line, learning, wait_for, weights
 from tests.test_systems import SIZES, SYSTEMS
 
@@ -229,6 +230,10 @@ def test_run_goes_on_under_another_engine(exact_flags, run_pretrain, run_fsdp, t
     assert one["optimizer"].keys() == two["optimizer"].keys()
     for name, moments in one["optimizer"].items():
         assert all(torch.allclose(moments[key], two["optimizer"][name][key], atol=1e-6) for key in moments)
+    average_run(*parse_options([str(tmp_path / "parts"), "--last", "3"]))  # of one engine each
+    record = json.loads((tmp_path / "parts/averages/step-00000006-mean-of-3/average.json").read_text())
+    evaluated = [line["eval_loss"] for line in learning(tmp_path / "parts" / "metrics.jsonl") if "eval_loss" in line]
+    assert record["last_evaluation"]["eval_loss"] == pytest.approx(evaluated[-1], abs=1e-6)
 
 
 SPIKE = """

@@ -1,11 +1,13 @@
 """The model card of a run: every number in it is in a file of the run, and what was not run is not in it.
 
 It is made from config.yaml (arguments, versions, commit), status.json (the update), metrics.jsonl (losses, corpora,
-throughput), the model's config and weights and, beside them, glue.json: what finetune_glue.py got from these weights.
+throughput), the model's config and weights and, beside them, glue.json (what finetune_glue.py got from these weights)
+and average.json (of which updates they are the mean, with what `recipe.average` has evaluated).
 """
 
 import json
 import math
+import shlex
 import shutil
 import statistics
 from pathlib import Path
@@ -24,7 +26,7 @@ from recipe.finetune.tasks.glue import TASKS
 from recipe.publish.hub import GLUE_FILE
 from recipe.publish.markdown import as_card, as_text, code_block, table, two_columns
 from recipe.publish.names import public_config, public_name
-from recipe.run.directory import read_config, read_records, read_step
+from recipe.run.directory import AVERAGE_FILE, average_path, read_config, read_records, read_step
 
 RECIPE_TAG = "roberta-pretraining-recipe"  # of all cards
 MODEL_TITLES = {
@@ -58,6 +60,11 @@ def source(corpus: dict[str, Any], sources: list[str]) -> str:
     return link + (f" ({', '.join(details)})" if details else "")
 
 
+def read_beside(model: Path, name: str) -> dict[str, Any] | None:
+    """Read a JSON file beside the weights; None without it."""
+    return json.loads((model / name).read_text("utf-8")) if (model / name).exists() else None
+
+
 class Run:
     """A run as its files have it, and the folder of the weights that the card is for."""
 
@@ -66,26 +73,33 @@ class Run:
         self.config = read_config(path)
         self.environment = self.config["environment"]
         self.sources = self.environment["hub_sources"]
-        self.step = read_step(path)
+        self.average = read_beside(model, AVERAGE_FILE)
+        self.step = self.average["steps"][-1] if self.average else read_step(path)
         records = [record for record in read_records(path / "metrics.jsonl") if record["step"] <= self.step]
         self.training = [record for record in records if "tokens_per_second" in record]
         evaluations = [record for record in records if record.get("eval_loss") is not None]
         self.evaluation = evaluations[-1] if evaluations else None
+        if self.average:
+            self.evaluation = self.average["evaluation"]
         self.first_evaluation = evaluations[0] if len(evaluations) > 1 and not evaluations[0]["step"] else None
         self.architecture = json.loads((model / "config.json").read_text("utf-8"))
         self.parameters = count_weights(model)
-        self.glue = json.loads((model / GLUE_FILE).read_text("utf-8")) if (model / GLUE_FILE).exists() else None
+        self.glue = read_beside(model, GLUE_FILE)
         corpora = self.config["eval_corpora"] or self.config["corpora"]
         self.held_out = ", ".join(corpus["name"] for corpus in corpora)
 
     @property
     def name(self) -> str:
         """Name the model for `from_pretrained`: its hub id or, from where the run's folder lies, its folder."""
+        if self.average:
+            return public_name(str(average_path(self.path, self.average["steps"])), [])
         return self.config["hub_model_id"] if self.config["push_to_hub"] else f"{public_name(str(self.path), [])}/model"
 
     @property
     def title(self) -> str:
         """Name the model in a heading."""
+        if self.average:
+            return self.name.replace("/averages/", " ")
         return self.name.split("/")[-1] if self.config["push_to_hub"] else public_name(str(self.path), [])
 
     @property
@@ -147,7 +161,10 @@ def introduction(run: Run) -> list[str]:
         f"parameters, pretrained {origin} by {OBJECTIVE_TITLES[config['objective']]} after the recipe of "
         "[RoBERTa](https://arxiv.org/abs/1907.11692).",
     ]
-    if run.step < config["max_steps"]:
+    if run.average:
+        *earlier, last = (f"{step:,}" for step in run.average["steps"])
+        lines.append(f"Its weights are the mean of those after {', '.join(earlier)} and {last} updates.")
+    elif run.step < config["max_steps"]:
         lines.append(f"**Training is under way:** {run.step:,} of {config['max_steps']:,} updates are done.")
     return lines
 
@@ -159,7 +176,7 @@ def usage(run: Run) -> list[str]:
     code = f'from transformers import pipeline\n\nfill_mask = pipeline("fill-mask", model={name})\n'
     code += f'fill_mask(f"The capital of France is{space}{{fill_mask.tokenizer.mask_token}}.")'
     lines = ["## How to use it", code_block(code, "python")]
-    if run.config["push_to_hub"] and run.config["hub_strategy"] != "end":
+    if run.config["push_to_hub"] and run.config["hub_strategy"] != "end" and not run.average:
         lines.append(
             f'Every checkpoint is a tag: `AutoModelForMaskedLM.from_pretrained("{run.name}", '
             f'revision="step-{run.step:08d}")`.'
@@ -173,13 +190,15 @@ def evaluation(run: Run) -> list[str]:
     lines = []
     if last := run.evaluation:
         perplexity = "" if last["eval_perplexity"] is None else f", perplexity {last['eval_perplexity']:,.2f}"
-        before = f" ({first['eval_loss']:.3f} before the first)" if (first := run.first_evaluation) else ""
+        others = [f"{run.average['last_evaluation']['eval_loss']:.3f} without averaging"] if run.average else []
+        others += [f"{first['eval_loss']:.3f} before the first"] if (first := run.first_evaluation) else []
+        beside = f" ({', '.join(others)})" if others else ""
         held_out = f"blocks of {as_text(run.held_out)} that are not trained on"
         if run.config["eval_corpora"]:
             held_out = f"{as_text(run.held_out)}: text that is in none of the corpora's files"
         lines.append(
             f"Held-out loss {last['eval_loss']:.3f} nats a masked token{perplexity}, after {last['step']:,} updates"
-            f"{before}; a unigram model has {last['unigram_loss']:.3f}. Held out are {held_out}; "
+            f"{beside}; a unigram model has {last['unigram_loss']:.3f}. Held out are {held_out}; "
             f"{run.config['eval_mlm_probability']:.0%} of the tokens are masked."
         )
     if (run.path / "loss.png").exists():
@@ -312,6 +331,9 @@ def reproduction(run: Run) -> list[str]:
         f"accelerate launch --num_processes {machine['num_processes']} --mixed_precision {machine['mixed_precision']} "
         "pretrain.py --config config.yaml"
     )
+    if run.average:
+        steps = ",".join(map(str, run.average["steps"]))
+        command += f"\npython -m recipe.average {shlex.quote(public_name(str(run.path), []))} --steps {steps}"
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     commit = machine["git_commit"] or "not known: the code was in no git checkout"
     return [

@@ -52,6 +52,7 @@ REQUIRED_FILES = {"config.json", "model.safetensors", "optimizer.pt", "state.jso
 # The arguments that may change at a resume and that weights depend on.
 PROCEDURE = ["max_steps", "learning_rate", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"]
 PROCEDURE += ["max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs"]
+SAME_OR_ANEW = "give these fields their values of before, or start anew in another `output_dir`"
 BYTES_PER_PARAMETER = 12  # weight and two moments, in float32
 
 
@@ -263,10 +264,9 @@ def reading(path: Path, name: str) -> Iterator[Path]:
         yield path / name
 
 
-def check_identity(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+def check_identity(saved: dict[str, Any], current: dict[str, Any], path: Path, remedy: str = SAME_OR_ANEW) -> None:
     """Refuse a run if fields that define the experiment differ from what was saved at `path`; list them all."""
     if lines := list(differences(saved, current)):
-        remedy = "give these fields their values of before, or start anew in another `output_dir`"
         raise UserError("\n".join([f"{path} is of another experiment:", *lines, remedy]))
 
 

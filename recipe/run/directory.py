@@ -27,6 +27,7 @@ from recipe.run.stopping import handling_stop_signals, interrupt
 HUB_SCHEME = "hub://"  # of a checkpoint on the hub
 MANIFEST = "manifest.json"
 STATE_FILES = ("optimizer.pt", "state.json", MANIFEST)  # of a checkpoint, beside the model
+AVERAGE_FILE = "average.json"  # beside averaged weights: the `steps` of the mean, and evaluations of it and the last
 DOWNLOAD_FOLDER = ".from-hub"  # among the checkpoints, of a download that has not ended
 HEARTBEAT_SECONDS = 60  # between two writings of status.json while a run makes progress
 
@@ -34,6 +35,11 @@ HEARTBEAT_SECONDS = 60  # between two writings of status.json while a run makes 
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Name the folder of the checkpoint of an update."""
     return folder / f"step-{step:08d}"
+
+
+def average_path(run: Path, steps: list[int]) -> Path:
+    """Name the folder of the mean of the weights after some updates."""
+    return run / "averages" / f"step-{steps[-1]:08d}-mean-of-{len(steps)}"
 
 
 def checkpoint_step(path: Path) -> int | None:
