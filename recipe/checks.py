@@ -146,8 +146,7 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
         times = "once" if accumulation == 1 else f"{accumulation} times"
         remarks.append(f"{world_size} x {args.per_device_train_batch_size} blocks, {times} an update")
     with tried.trying("schedule") as remarks:
-        schedule = args.lr_scheduler_type, args.lr_scheduler_kwargs, args.warmup_steps, args.max_steps
-        rates = preview_rates(args.learning_rate, *schedule)
+        rates = preview_rates(args.learning_rate, *args.schedule)
         remarks.append(f"{args.lr_scheduler_type}, up to {max(rates):.3g}, at the end {rates[-1]:.3g}")
     # All that is local comes before a checkpoint is downloaded, or a repository made.
     check_corpora(check)
