@@ -112,6 +112,7 @@ class TrainState:
         """Return to the state of a checkpoint, and count the updates after it whose data is left out."""
         left_out = self.step + self.updates_left_out - saved.step - saved.updates_left_out
         kept = {"updates_left_out": saved.updates_left_out + left_out, "loss_spikes": self.loss_spikes}
+        kept["plateau_said"] = self.plateau_said
         vars(self).update(vars(saved) | kept)
         return left_out
 
