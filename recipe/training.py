@@ -81,7 +81,7 @@ class Trainer:
         self.scheduler = session.build_scheduler()
         self.enqueued: Update | None = None  # the newest update, until it is read
         self.read: Update | None = None  # the newest update that has been read
-        self.clock = TrainingClock(session.state.train_milliseconds)
+        self.clock: TrainingClock | None = None  # from the end of the first update on, which may wait for a compiler
 
     @property
     def step(self) -> int:
@@ -97,7 +97,9 @@ class Trainer:
 
     def milliseconds(self) -> int:
         """Return how long the run has trained by the clock of the main process; 0 on the others."""
-        return self.clock.milliseconds() if self.session.accelerator.is_main_process else 0
+        if not self.session.accelerator.is_main_process:
+            return 0
+        return self.clock.milliseconds() if self.clock else self.session.state.train_milliseconds
 
     def open_data(self, resume: Resume) -> None:
         """Begin to read the data at some place."""
@@ -152,6 +154,7 @@ class Trainer:
         outcome = update.wait(session.accelerator.scaler is not None)
         if self.read is None:
             self.log.log_start(update)
+            self.clock = TrainingClock(state.train_milliseconds)
         self.read = update
         self.log.count(update, outcome)
         self.bar.update()
