@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,8 +12,9 @@ import pytest
 import yaml
 
 import recipe.training
+from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.base.errors import UserError
-from testing.helpers import learning, read_lines, weights
+from testing.helpers import PYTHONPATH, ROOT, command_line, learning, read_lines, weights
 
 HOURS = {"schedule_by": "hours", "max_train_hours": 0.01, "warmup_steps": 0.25, "max_steps": 10_000}
 HOURS |= {"logging_steps": 2, "eval_steps": 20, "save_steps": 20, "resume_from_checkpoint": "latest"}
@@ -116,6 +119,21 @@ def test_rate_is_at_its_end_when_the_hours_are_over_two_preemptions(flags, run_p
     assert "under way" not in card
 
 
+def test_steps_of_a_schedule_may_be_shares_of_the_run():
+    def schedule(**options: object) -> tuple:
+        given = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 0.25}}
+        corpora = [CorpusArguments(name="a", path="a")]
+        args = PretrainArguments(output_dir="run", tokenizer_name="a", corpora=corpora, **given, **options)
+        return args.schedule
+
+    decay = {"num_decay_steps": 250}
+    assert schedule(warmup_steps=0.0601, max_steps=1000) == ("warmup_stable_decay", decay, 61, 1000)
+    assert schedule(warmup_steps=100, max_steps=1000) == ("warmup_stable_decay", decay, 100, 1000)
+    hours = {"schedule_by": "hours", "max_train_hours": 0.5, "max_steps": 10}
+    decay = {"num_decay_steps": 450_000}
+    assert schedule(warmup_steps=0.1, **hours) == ("warmup_stable_decay", decay, 180_000, 1_800_000)
+
+
 def test_more_hours_go_on_and_less_than_are_used_are_refused(flags, run_pretrain, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(recipe.training, "TrainingClock", TickingClock)
     run_pretrain(flags | HOURS | {"max_train_hours": 0.002})
@@ -129,3 +147,37 @@ def test_more_hours_go_on_and_less_than_are_used_are_refused(flags, run_pretrain
     assert f"`max_steps` ({status['step'] + 4}) came when 0.00" in printed
     card = (tmp_path / "run/model/README.md").read_text()
     assert f"after {status['step']} updates max train hours from 0.002 to 0.02" in card
+
+
+TWO_PROCESSES = """
+import os
+import recipe.training
+import pretrain
+from recipe.base.errors import run_script
+
+set_rate = recipe.training.set_rate
+
+def note(scheduler, position):
+    rate = set_rate(scheduler, position)
+    with open(os.path.join(os.environ["NOTES"], os.environ["RANK"]), "a") as file:
+        file.write(f"{position} {rate!r}\\n")
+    return rate
+
+recipe.training.set_rate = note
+run_script(pretrain.main)
+"""
+
+
+@pytest.mark.long
+def test_processes_have_the_same_rates_and_end_together(flags, tmp_path: Path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    flags |= HOURS | {"max_train_hours": 0.001}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+    environment["NOTES"] = str(tmp_path)
+    subprocess.run([*launch, script, *command_line(flags)], cwd=ROOT, env=environment, check=True)
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "complete"
+    first, second = ((tmp_path / rank).read_text().splitlines() for rank in "01")
+    assert first == second
+    assert first[-1] == "3600 0.0"
