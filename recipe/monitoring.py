@@ -29,7 +29,7 @@ from recipe.run.stopping import START_SECONDS
 from recipe.session import Session
 
 MAX_ROLLBACKS = 3  # to the same checkpoint
-# Within so many nats of a unigram model's loss, a model uses no context. On the plateau, losses from 0.02 under to 0.06
+# Within so many nats of a unigram model's loss, a model uses no context. On the plateau, losses from 0.01 under to 0.07
 # over it were seen, and a baseline of 250K tokens is 0.1 too high (docs/results.md); a model that leaves it falls fast.
 PLATEAU_NATS = 0.2
 WAYS_OFF_PLATEAU = (
@@ -171,7 +171,7 @@ class TrainingLog:
 def find_plateau(
     args: PretrainArguments, state: TrainState, eval_loss: float | None, unigram_loss: float
 ) -> str | None:
-    """Take in a held-out loss, in nats; once warmup is over, tell since when it has been that of a unigram model.
+    """Take in a held-out loss, in nats; once warmup is over, tell since when it has been about that of a unigram model.
 
     A loss that is so once may be passing: it takes two evaluations in a row, or the last of the run. The baseline is
     NaN where there is none, as on all processes but the main one.
@@ -185,7 +185,7 @@ def find_plateau(
     if not is_warm or (since == state.step and not args.is_over(state.step, state.train_milliseconds)):
         return None
     return (
-        f"the held-out loss ({eval_loss:.3f}) has been that of a unigram model ({unigram_loss:.3f}) since update "
+        f"the held-out loss ({eval_loss:.3f}) has been about that of a unigram model ({unigram_loss:.3f}) since update "
         f"{since:,}: the model does not use context yet"
     )
 

@@ -305,16 +305,15 @@ class PretrainArguments:
             remedy = "`schedule_by` is hours, of which this is a share: give one below 1, such as 0.06"
             require(not isinstance(steps, int | float) or steps < 1, name, steps, remedy)
         has_scale = warmup or given["lr_scheduler_kwargs.timescale"] or self.lr_scheduler_type != "inverse_sqrt"
-        require(
-            bool(has_scale), "warmup_steps", warmup, "by which inverse_sqrt falls: give a share, or it a `timescale`"
-        )
+        remedy = "by which inverse_sqrt falls: give a share, or it a `timescale`"
+        require(bool(has_scale), "warmup_steps", warmup, remedy)
 
     @property
     def schedule_length(self) -> int:
         """Length of the learning rate's schedule: updates or, by hours, milliseconds of training."""
         if self.schedule_by == "steps" or self.max_train_hours is None:
             return self.max_steps
-        return max(1, round(self.max_train_hours * MILLISECONDS))
+        return math.ceil(self.max_train_hours * MILLISECONDS)
 
     def schedule_steps(self, steps: Any) -> Any:
         """Return steps of the schedule, or the whole number that a share of it makes."""

@@ -336,7 +336,8 @@ def open_checkpoint(
     if arguments["schedule_by"] == "hours":
         limit = arguments["max_train_hours"]
         done += f", {hours:.3g} of {limit:g} hours used"
-        if hours > limit != state["arguments"].get("max_train_hours"):  # a complete run has used a little more
+        is_other = limit != state["arguments"].get("max_train_hours")  # a complete run has used a little more
+        if is_other and hours > limit:
             raise UserError(f"`max_train_hours` ({limit:g}) is less than what {path} has used, {hours:.3g}; give more")
     lines += describe_changes(state["arguments"], arguments)
     return path, state, [*lines, f"resuming from {path}: {done}"]
