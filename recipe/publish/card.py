@@ -103,6 +103,17 @@ class Run:
         return self.name.split("/")[-1] if self.config["push_to_hub"] else public_name(str(self.path), [])
 
     @property
+    def progress(self) -> str | None:
+        """Say how far training is; None if it is complete."""
+        hours = self.config["max_train_hours"] if self.config["schedule_by"] == "hours" else None
+        used = self.training[-1]["train_seconds"] / 3600 if hours and self.training else 0.0
+        if self.step >= self.config["max_steps"] or (hours and used >= hours):
+            return None
+        if hours:
+            return f"{used:.3g} of {hours:g} hours are used, in {self.step:,} updates"
+        return f"{self.step:,} of {self.config['max_steps']:,} updates are done"
+
+    @property
     def base(self) -> str | None:
         """Name the model that training began with; None if its weights were new."""
         base = self.config["model_name_or_path"]
@@ -164,8 +175,8 @@ def introduction(run: Run) -> list[str]:
     if run.average:
         *earlier, last = (f"{step:,}" for step in run.average["steps"])
         lines.append(f"Its weights are the mean of those after {', '.join(earlier)} and {last} updates.")
-    elif run.step < config["max_steps"]:
-        lines.append(f"**Training is under way:** {run.step:,} of {config['max_steps']:,} updates are done.")
+    elif run.progress:
+        lines.append(f"**Training is under way:** {run.progress}.")
     return lines
 
 
@@ -201,6 +212,8 @@ def evaluation(run: Run) -> list[str]:
             f"{beside}; a unigram model has {last['unigram_loss']:.3f}. Held out are {held_out}; "
             f"{run.config['eval_mlm_probability']:.0%} of the tokens are masked."
         )
+        if "notice" in last:
+            lines.append(f"**Not of use yet:** {last['notice']}.")
     if (run.path / "loss.png").exists():
         lines.append("![Loss over tokens](loss.png)")
     if run.glue:
@@ -249,7 +262,7 @@ def procedure(run: Run) -> list[str]:
         "masks": f"{config['masking']}, {config['mlm_probability']:.0%} of the tokens",
         "blocks": blocks,
         "batch": f"{config['train_batch_size']:,} blocks",
-        "updates": f"{run.step:,} of {config['max_steps']:,}",
+        "updates": f"{run.step:,} of {config['max_steps']:,}" if config["schedule_by"] == "steps" else f"{run.step:,}",
         "learning rate": describe_schedule(config),
         "AdamW": f"betas {betas}, epsilon {config['adam_epsilon']:g}, weight decay {config['weight_decay']:g}",
         "gradients": f"clipped to a norm of {config['max_grad_norm']:g}" if config["max_grad_norm"] else "not clipped",
