@@ -6,7 +6,7 @@ python benchmarks/budgets.py --data corpora --jobs 2
    what tells it apart.
 2. Each run is `timed_pretrain.py`, on one thread, after `train_tokenizer.py`. All arms train on as many tokens.
 3. An arm whose tokens take another time than those of `flat` is run once more, with all steps scaled so that it takes
-   the same: CPU seconds of training, by the runs of the first seed.
+   the same: CPU seconds of training, by the medians over seeds.
 4. A table, a JSON file and a plot of the runs that are complete. The same command goes on with those that are not;
    where one has been stopped, it begins anew.
 """
@@ -39,7 +39,7 @@ from recipe.run.plots import COLOURS, LINE_STYLES
 SETTING = Path(__file__).with_suffix(".yaml")
 FLAT = "flat"  # the arm that the others are compared with
 MARGIN = 0.3  # nats under the unigram model's loss where a run counts as off the plateau
-SAME_TIME = 0.03  # part by which an arm's time may differ from that of `flat` without a run of its own
+SAME_TIME = 0.05  # part by which an arm's time may differ from that of `flat` without a run of its own
 END_DIGITS = {"eval_loss": 3, "cpu_seconds": 0}
 AXES = ("step", "tokens", "cpu_seconds")  # of a curve, beside `eval_loss`
 
@@ -49,13 +49,14 @@ class Experiment:
 
     Args:
         folder: of the runs.
-        data: folder with the folders of the corpora.
+        setting: a YAML file, as `budgets.yaml`.
+        data: what stands for `{data}` in it, the folder with the folders of the corpora.
     """
 
-    def __init__(self, folder: Path, data: str) -> None:
+    def __init__(self, folder: Path, setting: Path, data: str) -> None:
         require(Path(data).is_dir(), "--data", data, "name the folder that holds the folders of the corpora")
-        self.folder = folder.resolve()
-        given = yaml.safe_load(SETTING.read_text("utf-8").replace("{data}", str(Path(data).resolve())))
+        self.folder, self.setting = folder.resolve(), setting
+        given = yaml.safe_load(setting.read_text("utf-8").replace("{data}", str(Path(data).resolve())))
         self.tokenizer, self.common, self.arms = given["tokenizer"], given["run"], given["arms"]
         self.scripts = harness.Scripts(threads=1)
 
@@ -110,22 +111,23 @@ class Experiment:
         return self.run(arm, seed, "time")
 
     def plan_equal_times(self, seeds: int) -> list[tuple[str, int]]:
-        """Plan a run of each seed for each arm that takes another time than `flat`, by the runs of the first seed.
+        """Plan a run of each seed for each arm that takes another time than `flat`, unless it is planned already.
 
         Returns:
             arm and seed of each.
         """
-        seconds = {arm: measured["end"]["cpu_seconds"] for arm in self.arms for measured in self.measure(arm, 1)}
-        factors = {arm: seconds[FLAT] / spent for arm, spent in seconds.items() if FLAT in seconds}
-        runs = [
-            (arm, seed)
-            for seed in range(1, seeds + 1)
-            for arm, factor in factors.items()
-            if abs(factor - 1) > SAME_TIME
-        ]
-        for arm, seed in runs:
-            self.plan(arm, seed, "time", factors[arm])
-        return runs
+        measured = {arm: self.measure(arm, seeds) for arm in self.arms}
+        seconds = {
+            arm: statistics.median(run["end"]["cpu_seconds"] for run in runs) for arm, runs in measured.items() if runs
+        }
+        planned = []
+        for seed, (arm, spent) in itertools.product(range(1, seeds + 1), seconds.items()):
+            factor = seconds[FLAT] / spent if FLAT in seconds else 1.0
+            if abs(factor - 1) > SAME_TIME:
+                planned.append((arm, seed))
+                if not (self.run_folder(arm, seed, "time") / "pretrain.yaml").exists():
+                    self.plan(arm, seed, "time", factor)
+        return planned
 
     def measure(self, arm: str, seeds: int, budget: str = "tokens") -> list[dict[str, Any]]:
         """What the complete runs of an arm came to, see `measure_run`, each with its `seed`."""
@@ -188,15 +190,14 @@ class Report:
         self.times = times
 
     def crossings(self, arm: str, axis: str) -> str:
-        """Median and range of where the runs have left the plateau, and how many have."""
-        runs = self.tokens[arm]
-        values = sorted(run["crossing"][axis] if run["crossing"] else math.inf for run in runs)
-        median, reached = statistics.median_low(values), [value for value in values if value < math.inf]
-        if not reached:
-            return "not reached"
-        span = f" ({show(reached[0])} to {show(reached[-1])})" if len(reached) > 1 else ""
-        missing = f", {len(values) - len(reached)} of {len(values)} not" if len(reached) < len(values) else ""
-        return f"{show(median)}{span}{missing}" if median < math.inf else f"not reached by {len(values) - len(reached)}"
+        """Median and range of where the runs have left the plateau, and how many have not."""
+        values = sorted(run["crossing"][axis] if run["crossing"] else math.inf for run in self.tokens[arm])
+        median, reached = statistics.median_low(values), [show(value) for value in values if value < math.inf]
+        missing = f"{len(values) - len(reached)} of {len(values)}"
+        if median == math.inf:
+            return f"not reached by {missing}"
+        span = f" ({reached[0]} to {reached[-1]})" if len(reached) > 1 else ""
+        return f"{show(median)}{span}" + (f", not reached by {missing}" if len(reached) < len(values) else "")
 
     def to_markdown(self, head: str) -> str:
         head_line = ["", "runs", "updates until off the plateau", "tokens", "CPU seconds"]
@@ -256,7 +257,7 @@ def write_results(stem: Path, experiment: Experiment, seeds: int) -> None:
     print(f"\n{text}")
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".md").write_text(text, "utf-8")
-    details |= {"device": device, "setting": yaml.safe_load(SETTING.read_text("utf-8"))}
+    details |= {"device": device, "setting": yaml.safe_load(experiment.setting.read_text("utf-8"))}
     details |= {"equal tokens": tokens, "equal time": {arm: runs for arm, runs in times.items() if runs != tokens[arm]}}
     stem.with_suffix(".json").write_text(harness.to_json(details) + "\n", "utf-8")
     report.plot(stem.with_suffix(".png"))
@@ -265,7 +266,8 @@ def write_results(stem: Path, experiment: Experiment, seeds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder of the folders `books` and `wikipedia`")
-    parser.add_argument("--arms", nargs="+", help="some of budgets.yaml; all without it")
+    parser.add_argument("--setting", type=Path, default=SETTING, help="a YAML file like budgets.yaml")
+    parser.add_argument("--arms", nargs="+", help="some of the setting; all without it")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--output", type=Path, default=Path("runs/budgets"), help="folder of the runs")
@@ -274,7 +276,7 @@ def main() -> None:
     args = parser.parse_args()
     for name in ("seeds", "jobs"):
         require(getattr(args, name) >= 1, f"--{name}", getattr(args, name), "give 1 or more")
-    experiment = Experiment(args.output, args.data)
+    experiment = Experiment(args.output, args.setting, args.data)
     for arm in (arms := args.arms or list(experiment.arms)):
         if arm not in experiment.arms:
             raise UserError(f"--arms {arm}: there is no such arm{did_you_mean(arm, experiment.arms)}")
