@@ -7,7 +7,8 @@ python benchmarks/budgets.py --data corpora --jobs 2
 2. Each run is `timed_pretrain.py`, on one thread, after `train_tokenizer.py`. All arms train on as many tokens.
 3. An arm whose tokens take another time than those of `flat` is run once more, with all steps scaled so that it takes
    the same: CPU seconds of training, by the medians over seeds.
-4. A table, a JSON file and a plot of the runs that are complete. The same command goes on with those that are not;
+4. `recipe.average` makes the means of checkpoints that the setting names.
+5. A table, a JSON file and a plot of the runs that are complete. The same command goes on with those that are not;
    where one has been stopped, it begins anew.
 """
 
@@ -33,6 +34,7 @@ from matplotlib.figure import Figure
 from recipe.arguments import PretrainArguments, TokenizerArguments
 from recipe.base.errors import UserError, did_you_mean, require, run_script
 from recipe.base.formatting import format_count
+from recipe.run.directory import AVERAGE_FILE, average_path
 from recipe.run.hardware import device_name
 from recipe.run.plots import COLOURS, LINE_STYLES
 
@@ -58,6 +60,7 @@ class Experiment:
         self.folder, self.setting = folder.resolve(), setting
         given = yaml.safe_load(setting.read_text("utf-8").replace("{data}", str(Path(data).resolve())))
         self.tokenizer, self.common, self.arms = given["tokenizer"], given["run"], given["arms"]
+        self.averages = given.get("averages", {})
         self.scripts = harness.Scripts(threads=1)
 
     def run_folder(self, arm: str, seed: int, budget: str) -> Path:
@@ -110,6 +113,31 @@ class Experiment:
     def run_at_equal_time(self, arm: str, seed: int) -> float:
         return self.run(arm, seed, "time")
 
+    def average(self, name: str, seed: int) -> float:
+        """Average checkpoints of a run, unless that is done; returned and raised is what `run` does."""
+        started, folder, steps = time.perf_counter(), *self.averaged(name, seed)
+        if not average_path(folder, steps).exists():
+            command = [sys.executable, "-m", "recipe.average", str(folder), "--steps", ",".join(map(str, steps))]
+            self.scripts.call(command, folder.with_name("average.log"))
+        return time.perf_counter() - started
+
+    def averaged(self, name: str, seed: int) -> tuple[Path, list[int]]:
+        """Folder of the run, and updates of the checkpoints, that a mean is of."""
+        arm, shares = self.averages[name]["arm"], self.averages[name]["shares"]
+        max_steps = (self.common | self.arms[arm])["max_steps"]
+        return self.run_folder(arm, seed, "tokens") / "pretrain", [round(share * max_steps) for share in shares]
+
+    def measure_averages(self, name: str, seeds: int) -> list[dict[str, Any]]:
+        """Held-out losses of the means that there are: `mean`, of the `last` of its checkpoints, at the run's `end`."""
+        measured = []
+        for seed in range(1, seeds + 1):
+            folder, steps = self.averaged(name, seed)
+            if (file := average_path(folder, steps) / AVERAGE_FILE).exists():
+                average = json.loads(file.read_text("utf-8"))
+                losses = {"mean": average["evaluation"]["eval_loss"], "last": average["last_evaluation"]["eval_loss"]}
+                measured.append({"seed": seed, **losses, "end": measure_run(folder)["end"]["eval_loss"]})
+        return measured
+
     def plan_equal_times(self, seeds: int) -> list[tuple[str, int]]:
         """Plan a run of each seed for each arm that takes another time than `flat`, unless it is planned already.
 
@@ -136,13 +164,9 @@ class Experiment:
 
 
 def scale_steps(options: Options, factor: float) -> Options:
-    """Multiply what counts updates, in nested options too; `steps` of a phase that are a share stay as they are."""
+    """Multiply the numbers of updates; shares of the run, below 1, stay as they are."""
     return {
-        name: scale_steps(value, factor)
-        if isinstance(value, dict)
-        else max(1, round(value * factor))
-        if name.endswith("_steps")
-        else value
+        name: round(value * factor) if name.endswith("_steps") and value >= 1 else value
         for name, value in options.items()
     }
 
@@ -183,11 +207,18 @@ class Report:
     Args:
         tokens, times: of each arm what its runs at equal tokens and at equal time came to, see `measure_run`; of an
             arm that takes as long as `flat`, the latter are the former.
+        averages: by name what means of checkpoints came to, see `Experiment.measure_averages`.
     """
 
-    def __init__(self, tokens: dict[str, list[dict[str, Any]]], times: dict[str, list[dict[str, Any]]]) -> None:
+    def __init__(
+        self,
+        tokens: dict[str, list[dict[str, Any]]],
+        times: dict[str, list[dict[str, Any]]],
+        averages: dict[str, list[dict[str, Any]]],
+    ) -> None:
         self.tokens = {arm: runs for arm, runs in tokens.items() if runs}
         self.times = times
+        self.averages = {name: means for name, means in averages.items() if means}
 
     def crossings(self, arm: str, axis: str) -> str:
         """Median and range of where the runs have left the plateau, and how many have not."""
@@ -208,6 +239,11 @@ class Report:
             at_time = [spread([end["eval_loss"] for end in timed], 3)]
             at_time.append(format_count(statistics.median(end["tokens"] for end in timed)))
             lines.append([arm, str(len(runs)), *(self.crossings(arm, axis) for axis in AXES), *at_tokens, *at_time])
+        columns = ("mean", "last", "end")
+        means = [["mean of checkpoints", "runs", "loss of the mean", "of its last checkpoint", "at the end of the run"]]
+        for name, measured in self.averages.items():
+            losses = [spread([mean[column] for mean in measured], 3) for column in columns]
+            means.append([name, str(len(measured)), *losses])
         unigram = spread([run["unigram_loss"] for runs in self.tokens.values() for run in runs], 3)
         notes = [
             "Losses are held out, in nats. Medians over runs with a seed each, and their range. A run is off the "
@@ -216,7 +252,7 @@ class Report:
             "CPU seconds are of training alone, without evaluations, on one thread; other work ran beside it, which "
             "makes them longer by some percent.",
         ]
-        return "\n".join([head, "", *rows_of(lines), "", *notes]) + "\n"
+        return "\n".join([head, "", *rows_of(lines), "", *rows_of(means), "", *notes]) + "\n"
 
     def plot(self, path: Path) -> None:
         """Held-out loss over tokens and over CPU seconds, a line for each run."""
@@ -250,7 +286,8 @@ def write_results(stem: Path, experiment: Experiment, seeds: int) -> None:
     times = {arm: experiment.measure(arm, seeds, "time") or tokens[arm] for arm in experiment.arms}
     if not any(tokens.values()):
         return
-    report = Report(tokens, times)
+    averages = {name: experiment.measure_averages(name, seeds) for name in experiment.averages}
+    report = Report(tokens, times, averages)
     details = harness.header([corpus["path"] for corpus in experiment.common["corpora"]])
     device = device_name(torch.device("cpu"))
     text = report.to_markdown(f"`{details['command']}`, on {device}, a run on one thread.")
@@ -259,6 +296,7 @@ def write_results(stem: Path, experiment: Experiment, seeds: int) -> None:
     stem.with_suffix(".md").write_text(text, "utf-8")
     details |= {"device": device, "setting": yaml.safe_load(experiment.setting.read_text("utf-8"))}
     details |= {"equal tokens": tokens, "equal time": {arm: runs for arm, runs in times.items() if runs != tokens[arm]}}
+    details |= {"averages": averages}
     stem.with_suffix(".json").write_text(harness.to_json(details) + "\n", "utf-8")
     report.plot(stem.with_suffix(".png"))
 
@@ -292,9 +330,13 @@ def main() -> None:
     failed = experiment.scripts.run_all(experiment.run, runs, args.jobs)
     timed = [run for run in experiment.plan_equal_times(args.seeds) if run[0] in arms]
     failed += experiment.scripts.run_all(experiment.run_at_equal_time, timed, args.jobs)
+    means = [(name, seed) for name, mean in experiment.averages.items() for arm, seed in runs if arm == mean["arm"]]
+    failed += experiment.scripts.run_all(experiment.average, means, args.jobs)
     write_results(args.results / "budgets", experiment, args.seeds)
     if failed:
-        sys.exit(f"error: {failed} of {len(runs) + len(timed)} runs failed; the same command tries them again")
+        sys.exit(
+            f"error: {failed} of {len(runs) + len(timed) + len(means)} runs failed; the same command tries them again"
+        )
 
 
 if __name__ == "__main__":

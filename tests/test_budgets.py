@@ -50,10 +50,8 @@ def test_loss_is_crossed_on_a_line_between_evaluations():
 
 
 def test_steps_scale_together_and_shares_stay():
-    options = {"max_steps": 200, "seed": 3, "lr_scheduler_kwargs": {"num_decay_steps": 40}}
-    options["phases"] = [{"steps": 0.5, "train_batch_size": 4}]
-    scaled = budgets.scale_steps(options, 1.25)
-    assert scaled == options | {"max_steps": 250, "lr_scheduler_kwargs": {"num_decay_steps": 50}}
+    options = {"max_steps": 200, "eval_steps": 10, "warmup_steps": 0.06, "seed": 3}
+    assert budgets.scale_steps(options, 1.25) == options | {"max_steps": 250, "eval_steps": 12}
 
 
 def test_median_counts_runs_that_stay_on_the_plateau():
@@ -66,7 +64,7 @@ def test_median_counts_runs_that_stay_on_the_plateau():
         "one": [run(9), run(None)],
     }
     runs |= {"none": [run(None)], "few": [run(None), run(10e3), run(None)]}
-    report = budgets.Report(runs, runs)
+    report = budgets.Report(runs, runs, {})
     assert {arm: report.crossings(arm, "tokens") for arm in runs} == {
         "all": "20K (10K to 30K)",
         "most": "20K (10K to 20K), not reached by 1 of 3",
