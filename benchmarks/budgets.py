@@ -5,10 +5,11 @@ python benchmarks/budgets.py --data corpora --jobs 2
 1. `benchmarks/budgets.yaml` holds what all runs have in common, the paper's flat setting, and the arms, each with only
    what tells it apart.
 2. Each run is `timed_pretrain.py`, on one thread, after `train_tokenizer.py`. All arms train on as many tokens.
-3. An arm whose tokens take another time than those of `flat` is run once more, with all steps scaled so that it takes
+3. At other learning rates some arms run once, to show that theirs was chosen.
+4. An arm whose tokens take another time than those of `flat` is run once more, with all steps scaled so that it takes
    the same: CPU seconds of training, by the medians over seeds.
-4. `recipe.average` makes the means of checkpoints that the setting names.
-5. A table, a JSON file and a plot of the runs that are complete. The same command goes on with those that are not;
+5. `recipe.average` makes the means of checkpoints that the setting names.
+6. A table, a JSON file and a plot of the runs that are complete. The same command goes on with those that are not;
    where one has been stopped, it begins anew.
 """
 
@@ -60,6 +61,11 @@ class Experiment:
         given = yaml.safe_load(setting.read_text("utf-8").replace("{data}", str(Path(data).resolve())))
         self.tokenizer, self.common, self.arms = given["tokenizer"], given["run"], given["arms"]
         self.averages = given.get("averages", {})
+        self.sweep = {
+            f"{arm}, rate {rate}": self.arms[arm] | {"learning_rate": rate}
+            for arm, rates in given.get("rates", {}).items()
+            for rate in rates
+        }
         self.scripts = harness.Scripts(threads=1)
 
     def run_folder(self, arm: str, seed: int, budget: str) -> Path:
@@ -73,7 +79,7 @@ class Experiment:
             UserError: it makes no sense, or the run has begun with another.
         """
         folder = self.run_folder(arm, seed, budget)
-        options = scale_steps(self.common | self.arms[arm], factor)
+        options = scale_steps(self.common | (self.arms | self.sweep)[arm], factor)
         options |= {f"model_config.{name}": value for name, value in options.pop("model_config").items()}
         options |= {
             "output_dir": str(folder / "pretrain"),
@@ -212,6 +218,7 @@ class Report:
         tokens, times: of each arm what its runs at equal tokens and at equal time came to, see `measure_run`; of an
             arm that takes as long as `flat`, the latter are the former.
         averages: by name what means of checkpoints came to, see `Experiment.measure_averages`.
+        sweep: of arms at other rates, as `tokens`.
     """
 
     def __init__(
@@ -219,10 +226,12 @@ class Report:
         tokens: dict[str, list[dict[str, Any]]],
         times: dict[str, list[dict[str, Any]]],
         averages: dict[str, list[dict[str, Any]]],
+        sweep: dict[str, list[dict[str, Any]]],
     ) -> None:
         self.tokens = {arm: runs for arm, runs in tokens.items() if runs}
         self.times = times
         self.averages = {name: means for name, means in averages.items() if means}
+        self.sweep = {arm: runs for arm, runs in sweep.items() if runs}
 
     def crossings(self, arm: str, axis: str) -> str:
         """Median and range of where the runs have left the plateau, and how many have not."""
@@ -248,6 +257,8 @@ class Report:
         for name, measured in self.averages.items():
             losses = [spread([mean[column] for mean in measured], 3) for column in columns]
             means.append([name, str(len(measured)), *losses])
+        rates = [["other rates", "loss at equal tokens"]]
+        rates += [[arm, spread([run["end"]["eval_loss"] for run in runs], 3)] for arm, runs in self.sweep.items()]
         unigram = spread([run["unigram_loss"] for runs in self.tokens.values() for run in runs], 3)
         notes = [
             "Losses are held out, in nats. Medians over runs with a seed each, and their range. A run is off the "
@@ -256,7 +267,7 @@ class Report:
             "CPU seconds are of training alone, without evaluations, on one thread; other work ran beside it, which "
             "makes them longer by some percent.",
         ]
-        return "\n".join([head, "", *rows_of(lines), "", *rows_of(means), "", *notes]) + "\n"
+        return "\n".join([head, "", *rows_of(lines), "", *rows_of(means), "", *rows_of(rates), "", *notes]) + "\n"
 
     def plot(self, path: Path) -> None:
         """Held-out loss over tokens and over CPU seconds, a line for each run."""
@@ -287,11 +298,12 @@ def show(value: float) -> str:
 def write_results(stem: Path, experiment: Experiment, seeds: int) -> None:
     """Markdown, JSON and plot of the runs that are complete."""
     tokens = {arm: experiment.measure(arm, seeds) for arm in experiment.arms}
+    sweep = {arm: experiment.measure(arm, 1) for arm in experiment.sweep}
     times = {arm: experiment.measure(arm, seeds, "time") or tokens[arm] for arm in experiment.arms}
     if not any(tokens.values()):
         return
     averages = {name: experiment.measure_averages(name, seeds) for name in experiment.averages}
-    report = Report(tokens, times, averages)
+    report = Report(tokens, times, averages, sweep)
     details = harness.header([corpus["path"] for corpus in experiment.common["corpora"]])
     device = device_name(torch.device("cpu"))
     text = report.to_markdown(f"`{details['command']}`, on {device}, a run on one thread.")
@@ -300,7 +312,7 @@ def write_results(stem: Path, experiment: Experiment, seeds: int) -> None:
     stem.with_suffix(".md").write_text(text, "utf-8")
     details |= {"device": device, "setting": yaml.safe_load(experiment.setting.read_text("utf-8"))}
     details |= {"equal tokens": tokens, "equal time": {arm: runs for arm, runs in times.items() if runs != tokens[arm]}}
-    details |= {"averages": averages}
+    details |= {"averages": averages, "other rates": sweep}
     stem.with_suffix(".json").write_text(harness.to_json(details) + "\n", "utf-8")
     report.plot(stem.with_suffix(".png"))
 
@@ -325,6 +337,7 @@ def main() -> None:
 
     # Seed by seed, so that whatever time there is gives whole tables.
     runs = [(arm, seed) for seed in range(1, args.seeds + 1) for arm in arms]
+    runs += [(arm, 1) for arm in experiment.sweep if not args.arms]
     for run in runs:
         experiment.plan(*run)
     if args.dry_run:

@@ -38,7 +38,8 @@ MICRO = {
         "eval_steps": 4,
         "save_steps": UPDATES,
     },
-    "arms": {"flat": {}, "higher rate": {"learning_rate": 3e-2}},
+    "arms": {"flat": {}, "short": {"max_seq_length": 16}},
+    "rates": {"flat": [3e-2]},
 }
 
 
@@ -64,7 +65,7 @@ def test_median_counts_runs_that_stay_on_the_plateau():
         "one": [run(9), run(None)],
     }
     runs |= {"none": [run(None)], "few": [run(None), run(10e3), run(None)]}
-    report = budgets.Report(runs, runs, {})
+    report = budgets.Report(runs, runs, {}, {})
     assert {arm: report.crossings(arm, "tokens") for arm in runs} == {
         "all": "20K (10K to 30K)",
         "most": "20K (10K to 20K), not reached by 1 of 3",
@@ -104,6 +105,7 @@ def test_comparison_goes_on_to_its_table(run, tmp_path: Path):
     text = (results / "budgets.md").read_text()
     assert (results / "budgets.png").stat().st_size > 10_000
     assert str(tmp_path) not in json.dumps(report) + text
+    assert "| flat, rate 0.03 |" in text
     for arm in MICRO["arms"]:
         assert f"| {arm} | 1 |" in text
         records = read_lines(folder / arm / "equal-tokens-seed-1" / "pretrain" / "metrics.jsonl")
