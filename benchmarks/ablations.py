@@ -15,10 +15,8 @@ import glob
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ from recipe.base.files import to_yaml, write_atomically
 from recipe.data.corpora import sample_texts
 from recipe.run.hardware import device_name
 
-ROOT = Path(__file__).parent.parent
+ROOT = harness.ROOT
 ROWS = ROOT / "recipe/configs/pretrain/ablations"
 TOKENIZERS = ROOT / "recipe/configs/tokenizer"
 SCALES = Path(__file__).parent / "scales"
@@ -43,10 +41,6 @@ SECTIONS = ("launch", "corpora", "eval_corpora", "tokenizer", "pretrain", "glue"
 LARGEST_ROUNDING = 0.01  # share of a number that rounding may change it by after a division
 
 Options = dict[str, Any]  # by name, those of the model as `model_config.hidden_size`
-
-
-class RunError(Exception):
-    """A script failed or was stopped; the other runs go on."""
 
 
 def read_config(cls: type, *paths: Path) -> Options:
@@ -202,9 +196,8 @@ class Study:
         self.corpora = self.folder / "corpora"
         self.scale = scale
         self.glue_dir = str(Path(glue_dir).resolve()) if glue_dir else None
-        self.environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+        self.scripts = harness.Scripts(threads)
         self.tokenizers: set[Path] = set()  # that the runs need
-        self.children: list[subprocess.Popen] = []
 
     def run_folder(self, row: str, seed: int) -> Path:
         return self.folder / row / f"seed-{seed}"
@@ -265,7 +258,9 @@ class Study:
         for folder in sorted(self.tokenizers):
             if not (folder / "tokenizer.json").exists():
                 config = str(folder.with_suffix(".yaml"))
-                self.call([sys.executable, "train_tokenizer.py", "--config", config], folder.with_suffix(".log"))
+                self.scripts.call(
+                    [sys.executable, "train_tokenizer.py", "--config", config], folder.with_suffix(".log")
+                )
 
     def run(self, row: str, seed: int) -> float:
         """Pretrain and fine-tune.
@@ -279,62 +274,13 @@ class Study:
         folder, started = self.run_folder(row, seed), time.perf_counter()
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", self.scale.launch]
         for step, script in (("pretrain", "pretrain.py"), ("glue", "finetune_glue.py")):
-            if not is_complete(folder / step):
+            if not harness.is_complete(folder / step):
                 print(f"{row}, seed {seed}: {script} begins, log: {folder / step}.log", flush=True)
-                self.call([*launcher, script, "--config", str(folder / f"{step}.yaml")], folder / f"{step}.log")
-            if not is_complete(folder / step):
-                raise RunError(f"{script} was stopped")
+                config = str(folder / f"{step}.yaml")
+                self.scripts.call([*launcher, script, "--config", config], folder / f"{step}.log")
+            if not harness.is_complete(folder / step):
+                raise harness.RunError(f"{script} was stopped")
         return time.perf_counter() - started
-
-    def call(self, command: list[str], log: Path) -> None:
-        """
-        Raises:
-            RunError: the command failed.
-        """
-        with log.open("a", encoding="utf-8") as file:
-            # A group of its own, which a launcher's children are in too: `stop` reaches all of them.
-            child = subprocess.Popen(
-                command, cwd=ROOT, env=self.environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            self.children.append(child)
-            code = child.wait()
-        if code:
-            lines = [line for line in log.read_text("utf-8").splitlines() if line.strip()]
-            raise RunError(f"exit status {code}: {lines[-1] if lines else 'no output'} (see {log})")
-
-    def stop(self) -> None:
-        """Have what runs save and end."""
-        for child in self.children:
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGTERM)
-
-    def run_all(self, runs: list[tuple[str, int]], jobs: int) -> int:
-        """Each (row, seed), `jobs` at a time.
-
-        Returns:
-            how many failed.
-        """
-        pool, failed = ThreadPoolExecutor(jobs), 0
-        futures = {pool.submit(self.run, *run): run for run in runs}
-        try:
-            for number, future in enumerate(as_completed(futures), 1):
-                row, seed = futures[future]
-                try:
-                    line = f"complete after {future.result():,.0f} s"
-                except RunError as error:
-                    failed += 1
-                    line = f"failed: {error}"
-                print(f"[{number}/{len(runs)}] {row}, seed {seed}: {line}", flush=True)
-        except BaseException:  # asked to stop
-            pool.shutdown(wait=False, cancel_futures=True)
-            self.stop()
-            raise
-        return failed
-
-
-def is_complete(folder: Path) -> bool:
-    status = folder / "status.json"
-    return status.exists() and json.loads(status.read_text("utf-8"))["state"] == "complete"
 
 
 def write_results(stem: Path, command: str, table: Table, study: Study, seeds: int) -> None:
@@ -343,7 +289,7 @@ def write_results(stem: Path, command: str, table: Table, study: Study, seeds: i
     runs: dict[str, list[dict[str, Any]]] = {row: [] for row in table.rows}
     for row in table.rows:
         for seed in range(1, seeds + 1):
-            if is_complete(study.run_folder(row, seed) / "glue"):
+            if harness.is_complete(study.run_folder(row, seed) / "glue"):
                 runs[row].append({"seed": seed} | measure_run(study.run_folder(row, seed)))
     if not any(runs.values()):
         return
@@ -395,7 +341,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
     scale.sample(study.corpora)
     study.train_tokenizers()
-    failed = study.run_all(runs, args.jobs)
+    failed = study.scripts.run_all(study.run, runs, args.jobs)
     for name in args.table:
         command = f"python benchmarks/ablations.py --table {name} --scale {scale.path.stem} --seeds {args.seeds}"
         write_results(args.results / f"ablations_{name}_{scale.path.stem}", command, TABLES[name], study, args.seeds)

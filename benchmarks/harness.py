@@ -1,4 +1,4 @@
-"""What the benchmarks share: fresh processes, versions, JSON."""
+"""What the benchmarks share: fresh processes, scripts, versions, JSON."""
 
 import datetime
 import json
@@ -7,9 +7,11 @@ import os
 import platform
 import re
 import shlex
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from accelerate.state import AcceleratorState, GradientState
 
 from recipe.run.hardware import LIBRARIES, git_commit
+
+ROOT = Path(__file__).parent.parent
 
 
 def resolve(paths: list[str]) -> list[str]:
@@ -53,6 +57,73 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     """The function's result, from a fresh process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+class RunError(Exception):
+    """A script failed or was stopped; the other runs go on."""
+
+
+class Scripts:
+    """Scripts of the project that run as child processes and are stopped together.
+
+    Args:
+        threads: OpenMP threads of each, unless the environment says how many.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+        self.children: list[subprocess.Popen] = []
+
+    def call(self, command: list[str], log: Path) -> None:
+        """
+        Raises:
+            RunError: the command failed.
+        """
+        with log.open("a", encoding="utf-8") as file:
+            # A group of its own, which a launcher's children are in too: `stop` reaches all of them.
+            child = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            self.children.append(child)
+            code = child.wait()
+        if code:
+            lines = [line for line in log.read_text("utf-8").splitlines() if line.strip()]
+            raise RunError(f"exit status {code}: {lines[-1] if lines else 'no output'} (see {log})")
+
+    def stop(self) -> None:
+        """Have what runs save and end."""
+        for child in self.children:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGTERM)
+
+    def run_all(self, run: Callable[[str, int], float], runs: list[tuple[str, int]], jobs: int) -> int:
+        """Make each run of a name and a seed, `jobs` at a time; `run` returns the seconds that it took.
+
+        Returns:
+            how many failed, by a `RunError`.
+        """
+        pool, failed = ThreadPoolExecutor(jobs), 0
+        futures = {pool.submit(run, *named): named for named in runs}
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                name, seed = futures[future]
+                try:
+                    line = f"complete after {future.result():,.0f} s"
+                except RunError as error:
+                    failed += 1
+                    line = f"failed: {error}"
+                print(f"[{number}/{len(runs)}] {name}, seed {seed}: {line}", flush=True)
+        except BaseException:  # asked to stop
+            pool.shutdown(wait=False, cancel_futures=True)
+            self.stop()
+            raise
+        return failed
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the run in a folder has come to its end."""
+    status = folder / "status.json"
+    return status.exists() and json.loads(status.read_text("utf-8"))["state"] == "complete"
 
 
 def to_json(values: dict[str, Any]) -> str:
