@@ -29,8 +29,9 @@ from recipe.run.stopping import START_SECONDS
 from recipe.session import Session
 
 MAX_ROLLBACKS = 3  # to the same checkpoint
-# Within so many nats of a unigram model's loss, a model uses no context. On the plateau, losses from 0.01 under to 0.07
-# over it were seen, and a baseline of 250K tokens is 0.1 too high (docs/results.md); a model that leaves it falls fast.
+# Within so many nats of a unigram model's loss, a model hardly uses context. On the plateau, losses were seen from 0.01
+# under to 0.07 over it, and a baseline of 250K tokens is 0.1 too high (docs/results.md); a model that leaves it falls
+# fast.
 PLATEAU_NATS = 0.2
 WAYS_OFF_PLATEAU = (
     "What is known to help: short blocks first or a smaller batch first (`phases`), pre-norm layers (`model_type: "
@@ -188,7 +189,7 @@ def find_plateau(
         return None
     return (
         f"the held-out loss ({eval_loss:.3f}) has been about that of a unigram model ({unigram_loss:.3f}) since update "
-        f"{since:,}: the model does not use context yet"
+        f"{since:,}: the model hardly uses context yet"
     )
 
 

@@ -54,7 +54,7 @@ def test_plateau_is_told_once_in_a_run_and_at_its_end(flags, run_at, tmp_path: P
     assert "that of a unigram model" not in capsys.readouterr().out
     notice = "the held-out loss (7.410) has been about that of a unigram model (7.400) since update 1"
     assert read_notice(tmp_path / "run").startswith(notice)
-    assert f"{notice}: the model does not use context yet." in (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"{notice}: the model hardly uses context yet." in (tmp_path / "run" / "model" / "README.md").read_text()
     run_at(flags | {"max_steps": 6})  # complete, and asked to go on
     assert read_notice(tmp_path / "run").startswith(notice)
 
