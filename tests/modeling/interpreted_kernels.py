@@ -230,7 +230,7 @@ def test_torch_finds_the_operators_well_formed(p):
 
 
 class Ending(nn.Module):
-    """How a layer ends: a projection, dropout, the residual and a norm; then, perhaps, the sum and its norm once more."""
+    """How a layer ends: a projection, dropout, the residual and a norm; perhaps a sum and its norm before."""
 
     def __init__(self, fused: bool, p: float, keeps_sum: bool = False) -> None:
         super().__init__()
