@@ -1,4 +1,4 @@
-"""Pretrain RoBERTa, or BERT or ALBERT, with masked language modelling.
+"""Pretrain RoBERTa, post-norm or pre-norm, or BERT or ALBERT, with masked language modelling.
 
 accelerate launch pretrain.py --config recipe/configs/pretrain/roberta-base.yaml
 """

@@ -106,6 +106,7 @@ BAD = [
     ("[{steps: 10, train_batch_size: [8, 16, 24]}]", "a ramp is its first and its last value"),
     ("[{steps: 1, train_batch_size: [8, 16]}, {steps: 9}]", "a phase of one update has no ramp"),
     ("[{steps: 0.01}, {steps: 0.99}]", "`steps` of phase 1 is 0.01; that is no update of 10"),
+    ("[{steps: .inf}]", "`steps` of phase 1 is inf; give"),
     ("[{steps: 1.5}, {steps: 8.5}]", "`steps` of phase 1 is 1.5; give 1 or more, or a share below 1"),
     ("[{steps: 10, weights: {sample: 0}}]", "`weights` of phase 1 is {'sample': 0.0}; give one of them more than 0"),
     ("[{steps: 10, weights: {simple: 1}}]", "`corpora` are sample; did you mean `sample`?"),
@@ -123,6 +124,18 @@ BAD = [
 def test_bad_phases_are_refused_with_the_way_out(flags, phases, problem):
     with pytest.raises(UserError, match=problem):
         parse_config(PretrainArguments, "test", command_line(flags | {"phases": phases, "max_steps": 10}))
+
+
+def test_shares_of_a_run_by_the_hours_are_refused(flags):
+    flags |= {
+        "phases": "[{steps: 0.5}, {steps: 0.5}]",
+        "schedule_by": "hours",
+        "max_train_hours": 1,
+        "warmup_steps": 0.1,
+    }
+    problem = "`steps` of phase 1 is 0.5; `schedule_by` is hours, of which nobody knows the updates: give so many"
+    with pytest.raises(UserError, match=problem):
+        parse_config(PretrainArguments, "test", command_line(flags))
 
 
 def test_processes_that_do_not_divide_the_batch_of_a_phase_are_refused(flags):

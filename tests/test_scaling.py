@@ -196,7 +196,17 @@ def test_fsdp_gives_the_losses_of_one_process(
 
 
 @pytest.mark.parametrize(
-    "option", [{"gradient_checkpointing": True}, {"max_grad_norm": 0.1}, {"torch_compile": True}], ids=str
+    "option",
+    [
+        {"gradient_checkpointing": True},
+        {"max_grad_norm": 0.1},
+        {"torch_compile": True},
+        pytest.param(
+            {"torch_compile": True, "gradient_checkpointing": True, "model_type": "roberta-prelayernorm"},
+            marks=pytest.mark.long,
+        ),
+    ],
+    ids=str,
 )
 def test_options_go_with_fsdp(exact_flags, run_pretrain, run_fsdp, tmp_path: Path, option: dict[str, object]):
     flags = exact_flags | option

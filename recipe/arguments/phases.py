@@ -12,7 +12,7 @@ from recipe.base.errors import UserError, did_you_mean, require
 if TYPE_CHECKING:
     from recipe.arguments.pretraining import PretrainArguments
 
-Steps = Annotated[int | float, Rule("1 or more, or a share below 1", lambda n: 0 < n < 1 or (n >= 1 and n == int(n)))]
+Steps = Annotated[int | float, Rule("1 or more, or a share below 1", lambda n: 0 < n < 1 or (n > 0 and n % 1 == 0))]
 
 
 @dataclass(kw_only=True)

@@ -306,6 +306,9 @@ class PretrainArguments:
         for name, steps in ({"warmup_steps": warmup} | given).items():
             remedy = "`schedule_by` is hours, of which this is a share: give one below 1, such as 0.06"
             require(not isinstance(steps, int | float) or steps < 1, name, steps, remedy)
+        for number, phase in enumerate(self.phases):
+            remedy = "`schedule_by` is hours, of which nobody knows the updates: give so many; the plan says what fits"
+            require(phase.steps >= 1, "steps", phase.steps, remedy, f" of phase {number + 1}")
         has_scale = warmup or given["lr_scheduler_kwargs.timescale"] or self.lr_scheduler_type != "inverse_sqrt"
         remedy = "by which inverse_sqrt falls: give a share, or it a `timescale`"
         require(bool(has_scale), "warmup_steps", warmup, remedy)

@@ -240,14 +240,14 @@ class MaskedLMObjective(nn.Module):
             parts.attention_output(mixed), residual, parts.attention_output_dropout, parts.attention_norm, seed
         )
         states = States(parts.output(parts.feed_forward(attended)), residual)
-        if parts.output_norm is None:
-            return states
-        return States(self.close(states, parts, parts.output_norm, seeds)[0])
+        if parts.output_norm is not None:
+            states = States(self.close(states, parts, parts.output_norm, seeds)[0])
+        return states
 
     def close(
         self, states: States, parts: LayerParts, norm: nn.LayerNorm, seeds: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Add what a feed-forward part has given to its residual, if it has any, see `add_norm`."""
+        """Add what a feed-forward part has given to its residual, see `add_norm`; embeddings have none yet."""
         if states.residual is None:
             return norm(states.hidden), states.hidden
         seed = None if seeds is None else seeds[1]

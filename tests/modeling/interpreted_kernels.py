@@ -230,24 +230,28 @@ def test_torch_finds_the_operators_well_formed(p):
 
 
 class Ending(nn.Module):
-    """How a layer ends: a projection, dropout, the residual and a norm."""
+    """How a layer ends: a projection, dropout, the residual and a norm; perhaps a sum and its norm before."""
 
-    def __init__(self, fused: bool, p: float) -> None:
+    def __init__(self, fused: bool, p: float, keeps_sum: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.dense, self.norm, self.fused, self.p = nn.Linear(64, 32), make_norm(32), fused, p
+        self.keeps_sum = keeps_sum
 
     def forward(self, inner: torch.Tensor, residual: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
         hidden = self.dense(inner)
+        if self.keeps_sum:
+            hidden, residual = dropout_add_norm_sum(hidden, residual, self.norm, self.p, seed)
         if self.fused:
             return dropout_add_norm(hidden, residual, self.norm, self.p, seed, hidden.dtype)
         return self.norm(residual + hidden)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
-def test_compiled_whole_it_gives_the_same(backend):
+@pytest.mark.parametrize("keeps_sum", [False, True])
+def test_compiled_whole_it_gives_the_same(backend, keeps_sum):
     inner, residual, seed = torch.randn(4, 6, 64), torch.randn(4, 6, 32), seed_of(9)
-    ending = Ending(fused=True, p=0.1)
+    ending = Ending(fused=True, p=0.1, keeps_sum=keeps_sum)
     compiled = torch.compile(ending, fullgraph=True, backend=backend)
     runs = []
     for module in (ending, compiled):

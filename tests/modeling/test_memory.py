@@ -1,9 +1,11 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from transformers import AlbertConfig, RobertaConfig
+from transformers import AlbertConfig, RobertaConfig, RobertaPreLayerNormConfig
 
 from recipe.modeling import kernels
 from recipe.modeling.memory import LINEAR_FROM_ROWS, USABLE_FRACTION, BytesInUse, compute_memory
@@ -73,6 +75,18 @@ def test_layers_that_hand_on_float32_take_more():
         return compute_memory(make_objective, 64, 128, "bf16", True, bf16_residual).activations
 
     assert activations(bf16_residual=False) > 1.1 * activations(bf16_residual=True)
+
+
+def test_pre_norm_layers_keep_one_sum_and_hand_on_two_tensors():
+    def activations(config: RobertaConfig | RobertaPreLayerNormConfig, gradient_checkpointing: bool) -> int:
+        make = partial(make_objective, gradient_checkpointing, config)
+        return compute_memory(make, 64, 128, "bf16", on_gpu=True).activations
+
+    config = RobertaPreLayerNormConfig(**ROBERTA_DEFAULTS, **SIZES, vocab_size=5000)
+    assert activations(config, False) == pytest.approx(activations(CONFIG, False), rel=0.05)
+    handed_on = 2 * 64 * 128 * SIZES["hidden_size"]
+    more = activations(config, True) - activations(CONFIG, True)
+    assert SIZES["num_hidden_layers"] / 2 < more / handed_on < SIZES["num_hidden_layers"] + 2
 
 
 def test_memory_of_a_gpu_is_computed_without_triton_and_for_widths_beyond_the_kernel(monkeypatch):

@@ -93,6 +93,18 @@ def test_metadata_pass_the_validation_of_the_hub_library(run):
     assert re.search(r"\| CoLA .*\| *61\.2 \|.*\| *63\.6 \| *-2\.4 \|", text)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "title", "space"),
+    [("roberta", "RoBERTa", ""), ("roberta-prelayernorm", "Pre-norm RoBERTa", ""), ("albert", "ALBERT", " ")],
+)
+def test_architecture_is_named_and_its_mask_shown_as_it_is_read(run, model_type: str, title: str, space: str):
+    change(run, model_type=model_type)
+    text = build_card(run, run / "model")
+    assert f"\n{title} with 2 layers" in text
+    assert f"France is{space}{{fill_mask.tokenizer.mask_token}}." in text
+    assert model_type in ModelCard(text).data.tags
+
+
 def test_share_of_random_or_swapped_parts_is_told(run):
     assert "Of the pairs" not in build_card(run, run / "model")
     records = read_lines(run / "metrics.jsonl")
