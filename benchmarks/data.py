@@ -296,13 +296,13 @@ def resume(args: argparse.Namespace) -> dict[str, Any]:
         data = cached_data(settings(args, token_store_dir=folder), tokenizer)
         # As many blocks as five large corpora have, each standing for one that is there.
         sizes = [len(packed) for packed in data.packed]
-        fabricated = BlockOrder([size * 1000 for size in sizes], [0] * len(sizes), None, seed=42)
+        fabricated = BlockOrder([size * 1000 for size in sizes], [np.zeros(0, np.int64)] * len(sizes), None, seed=42)
 
         def located(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             corpora, visits, blocks = fabricated.locate(positions)
             return corpora, visits, blocks % np.array(sizes)[corpora]
 
-        data.order.locate = located
+        data.stretches[0].order.locate = located
 
         def first_update(block: int) -> float:
             update = block // data.args.train_batch_size

@@ -28,7 +28,7 @@ from sklearn.metrics import roc_auc_score
 
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.base.errors import run_script
-from recipe.data.batches import Rank, Resume
+from recipe.data.batches import Rank, Resume, Row
 from recipe.data.cached import CachedData
 from recipe.data.preprocessor import Preprocessor
 from recipe.data.streamed import StreamedData
@@ -46,8 +46,8 @@ def settings(tokenizer: str, corpus: str, **changes: Any) -> tuple[PretrainArgum
 
 
 def examples(data: CachedData, visit: int) -> list[dict[str, Any]]:
-    blocks = np.random.default_rng(0).permutation(int(data.num_train[0]))[:MAX_BLOCKS]
-    return [data.example(0, visit, int(block)) for block in blocks]
+    blocks = np.random.default_rng(0).permutation(len(data.packed[0]))[:MAX_BLOCKS].tolist()
+    return [data.example(Row(0, visit, block, data.args.max_seq_length)) for block in blocks]
 
 
 def auc(features: Any, labels: np.ndarray, classifier: Any) -> float:
@@ -93,7 +93,7 @@ def cues(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                         "corpus": Path(corpus).name,
                         "tokenizer": Path(tokenizer).name,
                         "length": length,
-                        "blocks": int(data.num_train[0]),
+                        "blocks": len(data.packed[0]),
                         "lengths_auc": auc(lengths, labels, HistGradientBoostingClassifier()),
                         "borders_auc": auc(borders, labels, LogisticRegression(max_iter=300)),
                         "negatives": round(float(labels.mean()), 3),
@@ -109,11 +109,11 @@ def cost(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             changes = {"packing": packing, "objective": OBJECTIVES.get(packing, "masked_lm"), "max_seq_length": length}
             given, preprocessor = settings(args.tokenizers[0], args.corpora[0], token_store_dir=args.stores, **changes)
             data = CachedData(given, preprocessor, process_index=1)
-            where = list(zip(*(array.tolist() for array in data.order.locate(np.arange(2000))), strict=True))
+            where = [row for update in range(8) for row in data.rows(update)][:2000]
             times = []
             for _ in range(5):
                 started = time.perf_counter()
-                read = [data.example(*one) for one in where]
+                read = [data.example(row) for row in where]
                 between = time.perf_counter()
                 for at in range(0, len(read), 32):
                     preprocessor.collator(read[at : at + 32])

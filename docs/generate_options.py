@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 
 from recipe.arguments import CorpusArguments, GlueArguments, PretrainArguments, TokenizerArguments
+from recipe.arguments.phases import PhaseArguments
 from recipe.arguments.reference import list_options
 
 LINE_CHARACTERS = 120
@@ -15,6 +16,7 @@ SECTIONS = {
     PretrainArguments: "`pretrain.py`",
     GlueArguments: "`finetune_glue.py`",
     CorpusArguments: "An entry of `corpora` and of `eval_corpora`",
+    PhaseArguments: "An entry of `phases`",
 }
 INTRODUCTION = """\
 An option is a field of a dataclass in `recipe/arguments/`. Its value is the default below, unless the YAML file of

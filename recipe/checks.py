@@ -141,10 +141,9 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
         remarks.append(check_model(check))
     with tried.trying("batch") as remarks:
         args.check_lanes(world_size)
-        accumulation = args.gradient_accumulation_steps(world_size)
+        args.check_processes(world_size)
         check.fits_world_size = True
-        times = "once" if accumulation == 1 else f"{accumulation} times"
-        remarks.append(f"{world_size} x {args.per_device_train_batch_size} blocks, {times} an update")
+        remarks.append(args.describe_micro_batches(world_size, 0, args.max_steps - 1))
     with tried.trying("schedule") as remarks:
         schedule = args.lr_scheduler_type, args.lr_scheduler_kwargs, args.warmup_steps, args.max_steps
         rates = preview_rates(args.learning_rate, *schedule)

@@ -109,7 +109,9 @@ class TrainingLog:
         counts = update.counts
         divisors = [counts[counted] for counted in self.measures.values()]
         measured = dict(zip(self.measures, zip(outcome.sums, divisors, strict=True), strict=True))
-        self.session.state.count(measured, counts.corpora, counts["digest"], outcome.skipped)
+        state = self.session.state
+        length = self.session.args.timeline.at(state.step + state.updates_left_out).max_seq_length
+        state.count(measured, counts.corpora, length, counts["digest"], outcome.skipped)
         self.watch.count(counts.tokens, update.ended)
 
     def corpora(self, counts: Counts) -> dict[str, dict[str, float]]:
@@ -119,26 +121,26 @@ class TrainingLog:
     def log_training(self, update: Update, outcome: Outcome) -> None:
         """Log the means since the last line, and the throughput."""
         session, args, state = self.session, self.session.args, self.session.state
-        length = args.seq_length(state.step - 1)
-        flops = model_flops_per_token(session.unwrapped.model.config, length, args.mlm_probability, args.predicts_pairs)
+        settings = args.timeline.at(state.step - 1 + state.updates_left_out)
+        lengths = settings.max_seq_length, settings.mlm_probability
+        flops = model_flops_per_token(session.unwrapped.model.config, *lengths, args.predicts_pairs)
         rates = self.watch.rates(flops / self.reachable_flops)
         if rates["mfu"] > 1:  # the machine was busy when that was measured
             reached = rates["mfu"] * self.reachable_flops
             self.reachable_flops = max(reached, self.measure_reachable_flops())
             rates["mfu"] = round(reached / self.reachable_flops, 4)
         rates["peak_memory"] = peak_memory(session.accelerator.device)
-        settings = {"learning_rate": update.learning_rate, "grad_norm": outcome.grad_norm}
-        record = train_record(state, settings, rates, self.corpora(update.counts), args.positions(state.step))
+        made_with = {"learning_rate": update.learning_rate, "grad_norm": outcome.grad_norm}
+        made_with |= settings._asdict() if args.phases else {}
+        record = train_record(state, made_with, rates, self.corpora(update.counts))
         session.report(record | self.said_once, format_train_line(record, args.max_steps))
         self.said_once = {}
         self.watch = self.watch.go_on()
 
     def log_data(self, counts: Counts) -> None:
         """Log what has been seen of each corpus."""
-        args, state = self.session.args, self.session.state
-        self.session.run.log(
-            [format_data_line(state, self.corpora(counts), args.positions(state.step), args.max_steps)]
-        )
+        state, max_steps = self.session.state, self.session.args.max_steps
+        self.session.run.log([format_data_line(state, self.corpora(counts), max_steps)])
 
     def evaluate(self) -> Exception | None:
         """Evaluate on the held-out blocks, and log it; return an error on all ranks if one of them has failed."""
@@ -216,7 +218,7 @@ def evaluate(
                 totals = totals + torch.stack(objective(**to_device(arrange(batch), accelerator.device)))
                 bar.update()
     except torch.OutOfMemoryError as error:
-        size = batches.micro_batch_size
+        size = max(batches.sizes(0))
         failure = UserError(
             f"`per_device_eval_batch_size` is {size}, and the device's memory is too small for it ({error}); give "
             "less, and go on with --resume_from_checkpoint latest"

@@ -6,14 +6,15 @@
 4. If there was a problem, an error comes last.
 """
 
-import itertools
 import json
 import math
 import os
 import re
 from dataclasses import asdict, dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedConfig
@@ -22,9 +23,8 @@ from recipe.arguments import PretrainArguments
 from recipe.arguments.checks import divisors
 from recipe.arguments.pretraining import describe_schedule
 from recipe.base.errors import UserError, did_you_mean
-from recipe.base.formatting import count_of, format_bytes, format_count, format_duration
+from recipe.base.formatting import format_bytes, format_count, format_duration
 from recipe.checks import CorpusSize, check_run
-from recipe.data.batches import given_weights
 from recipe.modeling.memory import USABLE_FRACTION, compute_memory
 from recipe.modeling.model import build_model, count_parameters, model_flops_per_token
 from recipe.modeling.objectives import OBJECTIVES, MaskedLMObjective, try_kernels, why_nothing_compiles
@@ -143,7 +143,7 @@ def print_plan(args: PretrainArguments, accelerator: Accelerator, run: RunDirect
         for line in describe_plan(args, config, hardware.count):
             print(line)
         described = describe_passes(args, check.sizes), describe_preparation(args, check.sizes)
-        print("\n".join([*itertools.chain(*described), describe_time(args, config, hardware)]))
+        print("\n".join([*chain(*described), describe_time(args, config, hardware)]))
     if tried.problems:
         raise UserError(f"{tried.problems} of the above {'are problems' if tried.problems > 1 else 'is a problem'}")
     print("next: the same command without --dry_run" + (", on such hardware" if args.gpu else ""))
@@ -172,7 +172,8 @@ def check_memory(args: PretrainArguments, config: PreTrainedConfig, hardware: Ha
         remedy = f"give --per_device_train_batch_size {largest} or less" if largest else "train a smaller model"
         remedy += "" if args.gradient_checkpointing else ", or --gradient_checkpointing true"
         raise UserError(f"`per_device_train_batch_size` is {rows}, which takes {text}; {remedy}")
-    share, room = args.train_batch_size // hardware.count, memory.largest_micro_batch(SURE_FRACTION * hardware.memory)
+    largest_batch = max(stage.train_batch_size for stage in args.timeline.stages)
+    share, room = largest_batch // hardware.count, memory.largest_micro_batch(SURE_FRACTION * hardware.memory)
     fitting = max(n for n in divisors(share) if n <= max(rows, room))
     if hardware.is_gpu and memory.total < hardware.memory / 4 and fitting >= 2 * rows:
         text += f"; most of it stays empty: --per_device_train_batch_size {fitting} fits too, for the same updates"
@@ -199,27 +200,39 @@ def describe_plan(args: PretrainArguments, config: PreTrainedConfig, num_process
     """Describe the model's size, the batch arithmetic, and positions, updates and FLOPs in all, a line each."""
     with torch.device("meta"):
         parameters = count_parameters(build_model(config, None, args.predicts_pairs))
-    accumulation = args.gradient_accumulation_steps(num_processes)
-    processes = count_of(num_processes, "process", "processes")
+    timeline = args.timeline
     return [
         f"model: {config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{config.vocab_size:,} entries, {format_count(parameters)} parameters",
-        f"update: {args.train_batch_size:,} blocks of {args.max_seq_length} = {processes} x "
-        f"{args.per_device_train_batch_size} a micro-batch x {accumulation} accumulated",
-        f"run: {args.max_steps:,} updates, {format_count(args.positions(args.max_steps))} positions, "
+        *describe_phases(args, num_processes),
+        f"run: {args.max_steps:,} updates, {format_count(timeline.positions(args.max_steps))} positions, "
         f"{format_count(count_flops(args, config))} FLOPs; "
         f"learning rate {describe_schedule(asdict(args))}",
     ]
 
 
+def describe_phases(args: PretrainArguments, num_processes: int) -> list[str]:
+    """Describe the updates of each phase, and how processes and micro-batches share them; a line each."""
+    timeline, lines = args.timeline, []
+    for number, (first, end) in enumerate(timeline.bounds):
+        shared = args.describe_micro_batches(num_processes, first, end - 1)
+        if not args.phases:
+            return [f"update: {args.train_batch_size:,} blocks of {args.max_seq_length} = {shared}"]
+        share = (timeline.positions(end) - timeline.positions(first)) / timeline.positions(args.max_steps)
+        described = f"phase {number + 1}: {timeline.describe_phase(number)}"
+        lines.append(f"{described}; {share:.1%} of the run's positions; an update is {shared}")
+    return lines
+
+
 def count_flops(args: PretrainArguments, config: PreTrainedConfig) -> float:
     """Count the FLOPs of the whole run."""
-    short = args.positions(min(args.max_steps, args.seq_length_warmup_steps))
-    long = args.positions(args.max_steps) - short
-    return sum(
-        positions * model_flops_per_token(config, length, args.mlm_probability, args.predicts_pairs)
-        for positions, length in ((short, args.seq_length(0)), (long, args.max_seq_length))
-    )
+    timeline, flops = args.timeline, 0.0
+    for first, end in pairwise([*(stage.first for stage in timeline.stages), args.max_steps]):
+        settings = timeline.at((first + end - 1) // 2)
+        lengths = settings.max_seq_length, settings.mlm_probability
+        positions = timeline.positions(end) - timeline.positions(first)
+        flops += positions * model_flops_per_token(config, *lengths, args.predicts_pairs)
+    return flops
 
 
 def describe_passes(args: PretrainArguments, sizes: list[CorpusSize]) -> list[str]:
@@ -229,12 +242,17 @@ def describe_passes(args: PretrainArguments, sizes: list[CorpusSize]) -> list[st
         args: of the run.
         sizes: of its corpora.
     """
-    blocks = [size.blocks for size in sizes[: len(args.corpora)]]
-    weights = given_weights(args.corpora) or blocks
+    timeline, blocks = args.timeline, np.array([size.blocks for size in sizes[: len(args.corpora)]])
+    positions = np.zeros_like(blocks)  # of each corpus
+    ends = [*(stretch.first for stretch in timeline.stretches[1:]), args.max_steps]
+    for stretch, end in zip(timeline.stretches, ends, strict=True):
+        weights = np.array(stretch.weights or blocks)
+        share = weights / (weights.sum() or math.nan)
+        positions += share * (timeline.positions(end) - timeline.positions(stretch.first))
     passes, lines = [], []
-    for corpus, size, weight in zip(args.corpora, blocks, weights, strict=True):
-        share = weight / (sum(weights) or math.nan)
-        times = share * args.max_steps * args.train_batch_size / (size or math.nan)
+    for number, corpus in enumerate(args.corpora):
+        share = positions[number] / positions.sum()
+        times = positions[number] / (blocks[number] * args.max_seq_length or math.nan)
         text = f"{corpus.name} {format_count(times)} times, {share:.1%} of the blocks"
         passes.append(f"{corpus.name} unknown" if math.isnan(times) else text)
         if times > MAX_PASSES:
@@ -262,7 +280,7 @@ def describe_preparation(args: PretrainArguments, sizes: list[CorpusSize]) -> li
 def describe_time(args: PretrainArguments, config: PreTrainedConfig, hardware: Hardware) -> str:
     """Estimate the hours of training at a measured or assumed MFU; what comes before it is not counted."""
     flops = count_flops(args, config)
-    mfu, source = find_mfu(hardware, flops / args.positions(args.max_steps))
+    mfu, source = find_mfu(hardware, flops / args.timeline.positions(args.max_steps))
     seconds = flops / (hardware.count * hardware.flops * mfu) * (RECOMPUTE_FACTOR if args.gradient_checkpointing else 1)
     hours = hardware.count * seconds / 3600
     precision = "float32" if hardware.precision == "no" else hardware.precision

@@ -200,7 +200,7 @@ def compare_packings(preprocessor: "Preprocessor", options: argparse.Namespace, 
     characters = CHARACTERS_PER_POSITION * preprocessor.args.max_seq_length
     page: list[Line] = []
     for packing in PACKINGS:
-        args = replace(preprocessor.args, packing=packing, objective="masked_lm", seq_length_warmup_steps=0)
+        args = replace(preprocessor.args, packing=packing, objective="masked_lm", phases=[])
         changed = Preprocessor(args, preprocessor.tokenizer)
         examples, origins = read_heads(changed, 1, 2 * options.rows * characters, characters)
         batch = unmasked(collate(changed.collator, examples))

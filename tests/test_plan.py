@@ -67,10 +67,12 @@ def test_plan_for_gpus_counts_hours_and_price(plan):
 def test_every_problem_is_named_with_how_to_mend_it(plan, texts, tmp_path: Path):
     good = write_jsonl(tmp_path / "good.jsonl", texts)
     corpora = [{"name": "bad", "path": "no/such.jsonl"}, {"name": "good", "path": str(good)}]
-    lines, error = plan(corpora=json.dumps(corpora), tokenizer_name="no/such", train_batch_size=9)
+    lines, error = plan(
+        corpora=json.dumps(corpora), tokenizer_name="no/such", train_batch_size=9, num_gpus=2, gpu="h200"
+    )
     assert "no/such.jsonl does not exist" in lines["problem  corpus bad"]
     assert "make one by train_tokenizer.py" in lines["problem  tokenizer"]
-    assert "`train_batch_size` (9) is not a multiple" in lines["problem  batch"]
+    assert "`train_batch_size` is 9; which 2 processes do not divide: give 10" in lines["problem  batch"]
     assert "tokens" in lines["ok       corpus good"]
     assert error == "3 of the above are problems"
 

@@ -70,8 +70,8 @@ def test_roles_are_those_of_ids_and_labels(flags, tokenizer_dirs, packing: str, 
     roles, parts = find_roles(batch, preprocessor.collator)
     data = CachedData(args, preprocessor, 0)
     seen = set()
-    for row, where in enumerate(zip(*data.locate(np.arange(8)), strict=True)):
-        example = data.example(*map(int, where))
+    for row, where in enumerate(data.rows(0)):
+        example = data.example(where)
         text = example["input_ids"].tolist()
         part = 0
         part_of_span = np.repeat(np.arange(len(example["spans"])), example["spans"])

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import recipe.training
-from recipe.base.errors import UserError
 from recipe.run.metrics import TrainState
 from testing.helpers import PYTHONPATH, ROOT, SMALL_MODEL, command_line, learning, read_lines
 from tests.test_pretrain import STREAMED, assert_same_run
@@ -158,11 +157,6 @@ def test_spikes_are_logged_alone_by_default(flags, run_spiking, tmp_path: Path, 
     plain = run_spiking(flags | {"output_dir": tmp_path / "plain"}).seen
     assert run_spiking(flags, spiking={plain[24]}).seen == plain
     assert "1 loss_spikes" in capsys.readouterr().out
-
-
-def test_rollback_and_short_blocks_do_not_go_together(flags, run_pretrain):
-    with pytest.raises(UserError, match="`seq_length_warmup_steps` is 2; it counts updates by their data"):
-        run_pretrain(flags | {"roll_back_loss_spikes": True, "seq_length_warmup_steps": 2})
 
 
 def test_rollback_goes_to_a_checkpoint_of_another_folder_too(flags, run_spiking, run_pretrain, tmp_path: Path):

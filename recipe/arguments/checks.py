@@ -63,17 +63,18 @@ def rules(kind: Any) -> Iterator[Rule]:
 
 
 def check_values(arguments: Any, owner: str = "") -> None:
-    """Raise a `UserError` if a value, or an element of a list, breaks a rule of its annotation, or is not finite.
+    """Raise a `UserError` if a value, or one in a list or dictionary, breaks a rule of its annotation or is not finite.
 
     `owner` tells one such dataclass from others in the error, such as ` of corpus 'books'`.
     """
     for f in fields(arguments):
         value, own_rules = getattr(arguments, f.name), list(rules(f.type))
-        for item in value if isinstance(value, list) else [value]:
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        for item in items:
             is_limited = isinstance(item, int | float) and SEED not in own_rules
             for rule in [*own_rules, FINITE] if is_limited else own_rules:
                 if item is not None and not rule.accepts(item):
-                    verb = "holds" if isinstance(value, list) else "is"
+                    verb = "holds" if isinstance(value, list | dict) else "is"
                     raise UserError(f"`{f.name}`{owner} {verb} {item!r:.100}; give {rule}")
 
 

@@ -15,8 +15,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, get_loader, set_parsing_settings
 
 from recipe.arguments.checks import rules
-from recipe.arguments.corpus import CorpusArguments
-from recipe.arguments.reference import describe_type, format_help
+from recipe.arguments.reference import ENTRIES, describe_type, entry_of, format_help
 from recipe.base.errors import UserError, describe_error, did_you_mean
 from recipe.base.files import check_yaml, is_path, read_yaml_text
 
@@ -94,10 +93,11 @@ def explain(error: Exception, cls: type, flags: list[str], sources: dict[str, st
         on_line = name not in sources or any(flag.startswith(f"--{name}") for flag in flags)
         return "on the command line" if on_line else f"in {sources[name]}"
 
-    keys = re.findall(r'Parser key "([^"]+)"', text)  # with that of a field of a corpus after that of the corpora
+    keys = re.findall(r'Parser key "([^"]+)"', text)  # with that of a field of an entry after that of the list
     owner, place = cls, f" ({source(keys[0].split('.')[0])})" if keys else ""
-    if len(keys) > 1 or "given class_path 'recipe." in text:
-        owner, place = CorpusArguments, f" in `{keys[0]}`{place}"
+    entry = next((entry_of(f.type) for f in fields(cls) if keys and f.name == keys[0]), None)
+    if entry and (len(keys) > 1 or "given class_path 'recipe." in text):
+        owner, place = entry, f" in `{keys[0]}`{place}"
     if unknown := re.search(r"Option '([^']+)' is not accepted|[Uu]nrecognized arguments: --([^\s=]+)", text):
         name = unknown[1] or unknown[2]
         known = [f.name for f in fields(owner)]
@@ -107,12 +107,17 @@ def explain(error: Exception, cls: type, flags: list[str], sources: dict[str, st
         return f"there is no field `{name}`{place or f' ({source(name)})'}{hint}"
     if missing := re.search(r"arguments are required: (.+)", text):
         read = f" (read: {files}; an overlay comes after the file it changes, each by a --config)" if files else ""
-        where = f"{place}, for each corpus" if keys else f", as a flag or in the YAML of --config{read}"
+        where = (
+            f"{place}, for each {ENTRIES[owner][1]}"
+            if owner in ENTRIES
+            else f", as a flag or in the YAML of --config{read}"
+        )
         return f"{missing[1]} must be given{where}"
-    if wrong := re.search(r"given class_path '([^']+)'(?! *: Parser)|dot import path string: (.*)", text):
-        path = wrong[1] or wrong[2]
-        return f"`{keys[0]}`{place}: {path!r} is no corpus; write {{name: ..., path: {path}}}"
-    if keys and (wrong := re.search(r"(?:Got|Given) value: (.*)", text)):
+    wrong = re.search(r"given class_path '([^']+)'(?! *: Parser)|dot import path string: (.*)", text)
+    if entry and wrong:
+        path, (_, one, example) = wrong[1] or wrong[2], ENTRIES[entry]
+        return f"`{keys[0]}`{place}: {path!r} is no {one}; write {example.replace('path: ...', f'path: {path}')}"
+    if keys and (wrong := re.search(r"(?:Got|Given) value: (.*?)(?: Subclass types|$)", text)):
         return f"`{keys[-1]}`{place} is {wrong[1]}; {describe_values(owner, keys[-1], wrong[1])}"
     if alone := re.search(r"argument (--\S+): expected one argument|unrecognized arguments: (.*)", text):
         return f"{alone[1]} has no value after it" if alone[1] else f"{alone[2]}: an option is written --name value"
@@ -124,12 +129,14 @@ def describe_values(owner: type, name: str, value: str) -> str:
     field = next((f for f in fields(owner) if f.name == name), None)
     if field is None:
         return "it takes another kind of value"
-    if field.type == list[CorpusArguments]:
+    if entry := entry_of(field.type):
+        many, _, example = ENTRIES[entry]
         path = value if re.fullmatch(r"[^\[{,:\s]+", value) else "..."
-        return f"it takes a list of corpora: write '[{{name: ..., path: {path}}}]'"
+        return f"it takes a list of {many}: write '[{example.replace('path: ...', f'path: {path}')}]'"
     kind = describe_type(field.type)
     null = "null or " if NoneType in typing.get_args(field.type) else ""
-    return f"it takes {null}{', '.join([kind, *map(str, rules(field.type))])}{did_you_mean(value, kind.split(' | '))}"
+    bounds = dict.fromkeys(map(str, rules(field.type)))
+    return f"it takes {null}{', '.join([kind, *bounds])}{did_you_mean(value, kind.split(' | '))}"
 
 
 def parse_config(cls: type[Arguments], description: str, arguments: list[str] | None = None) -> Arguments:

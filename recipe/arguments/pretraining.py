@@ -1,5 +1,6 @@
 """Options of `pretrain.py`."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,6 +23,7 @@ from recipe.arguments.checks import (
 )
 from recipe.arguments.corpus import CorpusArguments, check_corpora
 from recipe.arguments.languages import check_language
+from recipe.arguments.phases import PhaseArguments, Timeline
 from recipe.base.errors import UserError, require
 from recipe.base.formatting import count_of
 
@@ -109,9 +111,6 @@ class PretrainArguments:
     `eval_corpora` do not."""
     max_seq_length: SequenceLength = identity(default=512)
     """Length of a block in tokens, `<s>` and `</s>` included (paper: 512)."""
-    seq_length_warmup_steps: NonNegativeInt = identity(default=0)
-    """Number of updates at the start that read only the first quarter of each block, with as many blocks an update as
-    later ones: faster, but fewer tokens are seen. For `full_sentences` and `contiguous` only."""
     mlm_probability: Share = identity(default=0.15)
     """Share of the tokens to predict: 80 % become `<mask>`, 10 % a random token, 10 % stay (paper, section 2.3)."""
     eval_mlm_probability: Share = identity(default=0.15)
@@ -142,9 +141,10 @@ class PretrainArguments:
     Null: the weights are new."""
 
     train_batch_size: PositiveInt = identity(default=8192)
-    """Number of blocks in an update, over all processes and micro-batches (paper: 8192)."""
+    """Number of blocks in an update, over all processes and micro-batches (paper: 8192). Processes must divide it."""
     per_device_train_batch_size: PositiveInt = 32
-    """Number of blocks in a micro-batch, which one device holds at once; the accumulation is derived from it."""
+    """Number of blocks in a micro-batch, which one device holds at once; of shorter blocks (`phases`) as many more. The
+    accumulation is derived from it."""
     per_device_eval_batch_size: PositiveInt = 32
     """Number of blocks in a micro-batch of the evaluation."""
     torch_compile: bool = False
@@ -159,6 +159,9 @@ class PretrainArguments:
     Null: float32."""
     max_steps: PositiveInt = 500_000
     """Number of updates of the whole run (paper: 500K)."""
+    phases: list[PhaseArguments] = field(default_factory=list)
+    """Parts of the run, in their order, with a `max_seq_length`, `train_batch_size`, `mlm_probability` or `weights` of
+    their own; their `steps` add up to `max_steps`. Empty: the run is one. A resume may change what is to come."""
     max_train_hours: PositiveFloat | None = None
     """Hours after its start by which a process has saved a checkpoint and stopped, to be resumed: the time limit of a
     queue. Null: no limit."""
@@ -250,19 +253,13 @@ class PretrainArguments:
                 "`model_name_or_path` is given too, and a pretrained model keeps its own tokenizer: leave this one out"
             )
             require(self.model_name_or_path is None, "tokenizer_name", self.tokenizer_name, remedy)
-        for name in ("mlm_probability", "eval_mlm_probability"):
-            share, length = getattr(self, name), self.max_seq_length
-            remedy = f"that is less than one masked token in a block of `max_seq_length` ({length}): raise either"
-            require(share * (length - 2) >= 1, name, share, remedy)
+        self.timeline = Timeline(self)
+        share, length = self.eval_mlm_probability, self.max_seq_length
+        remedy = f"that is less than one masked token in a block of `max_seq_length` ({length}): raise either"
+        require(share * (length - 2) >= 1, "eval_mlm_probability", share, remedy)
         fitting = OBJECTIVE_PACKINGS.get(self.objective, (self.packing,))
         misfit = f"{self.objective}, which cannot use blocks of `packing` {self.packing}"
         require(self.packing in fitting, "objective", misfit, f"give it {' or '.join(fitting)}")
-        if self.seq_length_warmup_steps:
-            name, steps = "seq_length_warmup_steps", self.seq_length_warmup_steps
-            remedy = f"blocks of `packing` {self.packing} cannot be cut: give it {' or '.join(ONE_PART_PACKINGS)}"
-            require(self.packing in ONE_PART_PACKINGS, name, steps, remedy)
-            remedy = "it counts updates by their data, of which `roll_back_loss_spikes` skips some: switch either off"
-            require(not self.roll_back_loss_spikes, name, steps, remedy)
         remedy = f"`max_steps` is {self.max_steps}, and the learning rate would never reach its peak: lower it"
         require(self.warmup_steps <= self.max_steps, "warmup_steps", self.warmup_steps, remedy)
         remedy = "`lr_scheduler_type` is constant, which has none: give it constant_with_warmup, or no warmup"
@@ -278,12 +275,16 @@ class PretrainArguments:
             for (name, value), reason in NOT_STREAMED.items():
                 if getattr(self, name) == value:
                     raise UserError(f"`{name}` {reason}: change it, or switch `streaming` off")
-            if self.train_batch_size % self.num_lanes:
-                nearest = min(divisors(self.train_batch_size), key=lambda n: abs(n - self.num_lanes))
-                raise UserError(
-                    f"`num_lanes` ({self.num_lanes}) does not divide `train_batch_size` ({self.train_batch_size}); the "
-                    f"nearest number that does is {nearest}"
-                )
+            remedy = "a stream of other `packing` cannot change its length: give one length, or switch `streaming` off"
+            lengths = self.timeline.lengths
+            require(len(lengths) == 1 or self.packing in ONE_PART_PACKINGS, "packing", self.packing, remedy)
+            for stage in self.timeline.stages:
+                if (size := stage.train_batch_size) % self.num_lanes:
+                    nearest = min(divisors(size), key=lambda n: abs(n - self.num_lanes))
+                    raise UserError(
+                        f"`num_lanes` ({self.num_lanes}) does not divide `train_batch_size` ({size})"
+                        f"{self.timeline.owner(stage)}; the nearest number that does is {nearest}"
+                    )
 
     @property
     def predicts_pairs(self) -> bool:
@@ -293,17 +294,7 @@ class PretrainArguments:
     @property
     def masked_share(self) -> float:
         """Largest share of a row that is masked, in training or evaluation."""
-        return max(self.mlm_probability, self.eval_mlm_probability)
-
-    def seq_length(self, update: int) -> int:
-        """Return the number of positions of a block in an update; updates count from 0."""
-        return self.max_seq_length // 4 if update < self.seq_length_warmup_steps else self.max_seq_length
-
-    def positions(self, updates: int) -> int:
-        """Return the number of positions in the first updates, as many as given."""
-        short = min(updates, self.seq_length_warmup_steps)
-        lengths = short * self.seq_length(0) + (updates - short) * self.max_seq_length
-        return self.train_batch_size * lengths
+        return max(self.timeline.masked_share, self.eval_mlm_probability)
 
     def check_lanes(self, num_processes: int) -> None:
         """Raise a `UserError` if processes times workers do not divide `num_lanes`."""
@@ -311,7 +302,8 @@ class PretrainArguments:
         if not self.streaming or self.num_lanes % (num_processes * workers) == 0:
             return
         remedies = ["`streaming: false`"]
-        if fitting := [n for n in divisors(self.train_batch_size) if n % (num_processes * workers) == 0]:
+        sizes = [stage.train_batch_size for stage in self.timeline.stages]
+        if fitting := [n for n in divisors(math.gcd(*sizes)) if n % (num_processes * workers) == 0]:
             nearest = min(fitting, key=lambda n: abs(n - self.num_lanes))
             remedies.insert(0, f"--num_lanes {nearest}, which begins another experiment")
         if self.num_lanes % num_processes == 0:
@@ -322,20 +314,31 @@ class PretrainArguments:
             f"`dataloader_num_workers` = {num_processes * workers}; give {', or '.join(remedies)}"
         )
 
-    def gradient_accumulation_steps(self, num_processes: int) -> int:
-        """Return the number of micro-batches of one process in an update; raise a `UserError` if it is not whole."""
-        size = self.per_device_train_batch_size
-        if self.train_batch_size % (size * num_processes):
-            share, rest = divmod(self.train_batch_size, num_processes)
-            remedy = f"choose a `train_batch_size` that {num_processes} processes divide"
-            if not rest:
-                nearest = max(n for n in divisors(share) if n < size)
-                remedy = f"the nearest smaller `per_device_train_batch_size` is {nearest}"
-            raise UserError(
-                f"`train_batch_size` ({self.train_batch_size}) is not a multiple of `per_device_train_batch_size` "
-                f"({size}) x {count_of(num_processes, 'process', 'processes')} = {size * num_processes}; {remedy}"
-            )
-        return self.train_batch_size // (size * num_processes)
+    def micro_batch_sizes(self, num_processes: int, update: int) -> list[int]:
+        """Return the blocks of each micro-batch that a process has of an update; the last one may be smaller.
+
+        A micro-batch has as many positions whatever the length of its blocks.
+        """
+        settings = self.timeline.at(update)
+        size = self.per_device_train_batch_size * (self.max_seq_length // settings.max_seq_length)
+        whole, rest = divmod(settings.train_batch_size // num_processes, size)
+        return [size] * whole + [rest] * (rest > 0)
+
+    def describe_micro_batches(self, num_processes: int, first: int, last: int) -> str:
+        """Describe how the processes share updates from the `first` to the `last`, which may be a ramp."""
+        sizes = [self.micro_batch_sizes(num_processes, update) for update in (first, last)]
+        rows, times = (dict.fromkeys(map(of, sizes)) for of in (max, len))
+        text = f"{count_of(num_processes, 'process', 'processes')} x {' to '.join(map(str, rows))} a micro-batch x "
+        text += f"{' to '.join(map(str, times))} accumulated"
+        return text + (f", of which the last has {sizes[-1][-1]}" if sizes[-1][-1] < sizes[-1][0] else "")
+
+    def check_processes(self, num_processes: int) -> None:
+        """Raise a `UserError` if the processes do not divide the batch of each phase."""
+        for stage in self.timeline.stages:
+            size = stage.train_batch_size
+            larger = -(-size // num_processes) * num_processes
+            remedy = f"which {num_processes} processes do not divide: give {larger}, or another number of processes"
+            require(size % num_processes == 0, "train_batch_size", size, remedy, self.timeline.owner(stage))
 
 
 def describe_schedule(arguments: dict[str, Any]) -> str:

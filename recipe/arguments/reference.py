@@ -13,7 +13,13 @@ from docstring_parser import parse_from_object
 
 from recipe.arguments.checks import rules
 from recipe.arguments.corpus import CorpusArguments
+from recipe.arguments.phases import PhaseArguments
 
+# What the entries of lists are: the dataclass of their fields, and how they are written.
+ENTRIES = {
+    CorpusArguments: ("corpora", "corpus", "{name: ..., path: ...}"),
+    PhaseArguments: ("phases", "phase", "{steps: ..., max_seq_length: ...}"),
+}
 MAX_HELP_CHARACTERS = 100  # of a line; longer ones are tiring to read
 
 
@@ -37,8 +43,8 @@ def describe_type(kind: Any) -> str:
         return " | ".join(map(str, parts))
     if get_origin(kind) is list:
         return f"list of {describe_type(parts[0])}"
-    if kind is CorpusArguments:
-        return "corpora"
+    if kind in ENTRIES:
+        return ENTRIES[kind][0]
     if get_origin(kind) is dict:
         return "fields and values"
     return " or ".join(map(describe_type, parts)) if parts else kind.__name__
@@ -55,7 +61,7 @@ def list_options(arguments: type) -> Iterator[Option]:
     documented = {option.arg_name: option.description or "" for option in parse_from_object(arguments).params}
     groups = getattr(arguments, "GROUPS", {})
     for field in fields(arguments):
-        facts = [describe_type(field.type), *map(str, rules(field.type))]
+        facts = [describe_type(field.type), *dict.fromkeys(map(str, rules(field.type)))]
         if field.default is not MISSING:
             facts.append(f"default: {describe_default(field.default)}")
         elif field.default_factory is not MISSING:
@@ -65,6 +71,17 @@ def list_options(arguments: type) -> Iterator[Option]:
         description = " ".join(documented[field.name].split())
         is_identity = field.metadata.get("identity", False)
         yield Option(field.name, facts, is_identity, description, groups.get(field.name))
+
+
+def entry_of(kind: Any) -> type | None:
+    """Return the dataclass of the entries of a list, given its annotation; None for any other."""
+    return next((entry for entry in ENTRIES if kind == list[entry]), None)  # type: ignore[valid-type]
+
+
+def entries_of(arguments: type) -> list[type]:
+    """Return the dataclasses of the entries of its lists."""
+    found = [entry_of(field.type) for field in fields(arguments)]
+    return list(dict.fromkeys(entry for entry in found if entry))
 
 
 def format_help(arguments: type, description: str) -> str:
@@ -88,11 +105,13 @@ def format_help(arguments: type, description: str) -> str:
     ]
     lines += ["", wrap(introduction, ""), "", "--config FILE", "--help", "--print_config"]
     lines += ["    Print the options with all their values, as YAML, and stop."]
-    for kind in (arguments, CorpusArguments):
-        is_corpus = kind is CorpusArguments
-        lines += ["", "An entry of a list of corpora, as in {name: books, path: books/}:"] if is_corpus else []
+    for kind in (arguments, *entries_of(arguments)):
+        is_entry = kind in ENTRIES
+        if is_entry:
+            many, _, example = ENTRIES[kind]
+            lines += ["", f"An entry of a list of {many}, as in {example}:"]
         for option in list_options(kind):
             lines += ["", f"{option.group}:"] if option.group else []
-            facts = f"{'' if is_corpus else '--'}{option.name}  ({'; '.join(option.facts)})"
+            facts = f"{'' if is_entry else '--'}{option.name}  ({'; '.join(option.facts)})"
             lines += [wrap(facts, "  "), wrap(option.description, "      ")]
     return "\n".join(lines) + "\n"

@@ -126,7 +126,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean `{near[0]}`?" if near else ""
 
 
-def require(condition: bool, name: str, value: Any, remedy: str) -> None:
-    """Raise a `UserError` about the field `name` unless the condition holds."""
+def require(condition: bool, name: str, value: Any, remedy: str, owner: str = "") -> None:
+    """Raise a `UserError` about the field `name` unless the condition holds; `owner` is as in `check_values`."""
     if not condition:
-        raise UserError(f"`{name}` is {value}; {remedy}")
+        raise UserError(f"`{name}`{owner} is {value}; {remedy}")

@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import repeat
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -107,42 +108,43 @@ class UpdateData:
     lanes: dict[tuple[int, int], Buffer] = field(default_factory=dict)
 
 
+class Row(NamedTuple):
+    """Which block a row of an update is."""
+
+    corpus: int
+    visit: int
+    block: int
+    max_seq_length: int
+
+
 @dataclass
 class MicroBatches(torch.utils.data.Dataset):
-    """Micro-batch `k` of one process, counted from the start of the run."""
+    """The micro-batches of one process, each by its update and its number there."""
 
-    locate: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]  # (n,) places -> corpora, visits, blocks
-    example: Callable[[int, int, int], dict[str, Any]]  # corpus, visit, block -> example for the collator
+    rows: Callable[[int], list[Row]]  # of a whole update
+    example: Callable[[Row], dict[str, Any]]  # for the collator
     collator: Callable[[int], DynamicMaskingCollator]  # of an update
-    batch_size: int  # blocks in an update
-    micro_batch_size: int  # blocks in a micro-batch of one process
-    rank: Rank  # of the process; it takes every `world_size`-th micro-batch of an update
-    # The blocks of one update: locating them all at once costs little more than a micro-batch's.
+    sizes: Callable[[int], list[int]]  # blocks of each of the micro-batches that a process has of an update
+    rank: Rank  # of the process; of the blocks of an update, each process takes a micro-batch in turn
+    # The rows of one update: locating them all at once costs little more than a micro-batch's.
     update: int = -1
-    located: list[tuple[int, int, int]] = field(default_factory=list)
+    located: list[Row] = field(default_factory=list)
 
-    @property
-    def per_update(self) -> int:
-        """Micro-batches of this process in an update."""
-        return self.batch_size // (self.micro_batch_size * self.rank.world_size)
-
-    def __getitem__(self, k: int) -> Batch | UserError:
+    def __getitem__(self, place: tuple[int, int]) -> Batch | UserError:
         """Return a micro-batch; or an error as it is, since one raised in a worker would bring its traceback along."""
         try:
-            return self.micro_batch(k)
+            return self.micro_batch(*place)
         except UserError as error:
             return error
 
-    def micro_batch(self, k: int) -> Batch:
+    def micro_batch(self, update: int, number: int) -> Batch:
         """Make a micro-batch, or raise a `UserError` if what is stored of its blocks is damaged."""
-        update, number = divmod(k, self.per_update)
         if update != self.update:
-            positions = np.arange(update * self.batch_size, (update + 1) * self.batch_size)
-            self.located = list(zip(*(array.tolist() for array in self.locate(positions)), strict=True))
+            self.located = self.rows(update)
             self.update = update
-        first = (number * self.rank.world_size + self.rank.index) * self.micro_batch_size
-        rows = self.located[first : first + self.micro_batch_size]
-        return self.collator(update)([self.example(*where) for where in rows])
+        sizes = self.sizes(update)
+        first = self.rank.world_size * sum(sizes[:number]) + self.rank.index * sizes[number]
+        return self.collator(update)([self.example(row) for row in self.located[first : first + sizes[number]]])
 
     def iterate(
         self, first_update: int, last_update: int, num_workers: int
@@ -152,26 +154,28 @@ class MicroBatches(torch.utils.data.Dataset):
         They go from `first_update` to before `last_update`. Workers are forked from the thread that calls this, and
         stay one update ahead.
         """
+        updates = range(first_update, last_update)
+        most = max(len(self.sizes(update)) for update in (first_update, last_update - 1)) if updates else 1
         loader = DataLoader(
             self,
-            sampler=range(first_update * self.per_update, last_update * self.per_update),
+            sampler=((update, number) for update in updates for number in range(len(self.sizes(update)))),
             batch_size=None,
             collate_fn=to_numpy,  # type: ignore[arg-type]  # given one item where there is no batch size
             num_workers=num_workers,
             worker_init_fn=start_worker,
-            prefetch_factor=max(2, -(-self.per_update // num_workers)) if num_workers else None,
+            prefetch_factor=max(2, -(-most // num_workers)) if num_workers else None,
             # DataLoader draws a seed for its workers; not from the generator that dropout uses.
             generator=torch.Generator(),
         )
         with starting_workers("dataloader_num_workers"):
             items = iter(loader)
 
-        def collect() -> tuple[list[Batch], np.ndarray]:
-            arrays = [unless_error(next(items)) for _ in range(self.per_update)]
+        def collect(update: int) -> tuple[list[Batch], np.ndarray]:
+            arrays = [unless_error(next(items)) for _ in self.sizes(update)]
             rows = np.concatenate([batch.pop("rows") for batch in arrays])
             return [{name: torch.from_numpy(array) for name, array in batch.items()} for batch in arrays], rows
 
-        return (collect() for _ in range(first_update, last_update))
+        return map(collect, updates)
 
 
 @contextmanager
@@ -254,8 +258,8 @@ class TrainingData(ABC):
         """Return lines for the log: what there is of each corpus."""
 
     @abstractmethod
-    def block(self, corpus: int, visit: int, number: int) -> Block:
-        """Return a block, as it is in a visit, by the numbers of its corpus and of itself."""
+    def block(self, row: Row) -> Block:
+        """Return the block of a row, as it is in its visit."""
 
     @abstractmethod
     def train_updates(
@@ -319,25 +323,24 @@ class TrainingData(ABC):
         self.eval_corpora = corpora - len(self.corpora) if self.args.eval_corpora else corpora
         self.eval_blocks = blocks
 
-    def example(self, corpus: int, visit: int, number: int) -> dict[str, Any]:
+    def example(self, row: Row) -> dict[str, Any]:
         """Return a block as the collator takes it; `EMPTY_BLOCK` gives one with nothing to predict."""
-        block = self.preprocessor.empty_block if number == EMPTY_BLOCK else self.block(corpus, visit, number)
-        return self.preprocessor.example(block, corpus, visit, number)
-
-    def locate_eval(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return corpus, visit and block of held-out blocks; empty ones follow the last."""
-        missing = max(0, int(positions[-1]) + 1 - len(self.eval_blocks))
-        corpora = np.pad(self.eval_corpora, (0, missing))[positions]
-        blocks = np.pad(self.eval_blocks, (0, missing), constant_values=EMPTY_BLOCK)[positions]
-        return corpora, np.full_like(blocks, EVAL_VISIT), blocks
+        block = self.preprocessor.empty_block if row.block == EMPTY_BLOCK else self.block(row)
+        return self.preprocessor.example(block, row.corpus, row.visit, row.block)
 
     def eval_batches(self, rank: Rank) -> MicroBatches:
-        """Return all held-out blocks as one update, with as many micro-batches in every process."""
-        size = self.args.per_device_eval_batch_size
-        rows = size * rank.world_size
-        num_rows = -(-len(self.eval_blocks) // rows) * rows
-        collator = self.preprocessor.collator_of_eval
-        return MicroBatches(self.locate_eval, self.example, collator, num_rows, size, rank)
+        """Return all held-out blocks as one update, with as many micro-batches in every process; empty ones are last.
+
+        They have the length of the run, whatever a phase trains with, so that all evaluations are of the same tokens.
+        """
+        size, length = self.args.per_device_eval_batch_size, self.args.max_seq_length
+        count = -(-len(self.eval_blocks) // (size * rank.world_size))
+        missing = size * rank.world_size * count - len(self.eval_blocks)
+        corpora = np.pad(self.eval_corpora, (0, missing)).tolist()
+        blocks = np.pad(self.eval_blocks, (0, missing), constant_values=EMPTY_BLOCK).tolist()
+        rows = list(map(Row, corpora, repeat(EVAL_VISIT), blocks, repeat(length)))
+        collator = self.preprocessor.eval_collator
+        return MicroBatches(lambda _: rows, self.example, lambda _: collator, lambda _: [size] * count, rank)
 
     def unigram_loss(self) -> float:
         """Return the cross-entropy, in nats, of the held-out targets under the frequencies of some training blocks.

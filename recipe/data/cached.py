@@ -3,13 +3,16 @@
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
+from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 
 from recipe.arguments import CorpusArguments, PretrainArguments
+from recipe.arguments.phases import Stretch
 from recipe.arguments.pretraining import PAIR_PACKINGS
 from recipe.base.errors import UserError
 from recipe.base.hashing import Purpose, pass_key
@@ -20,18 +23,18 @@ from recipe.data.batches import (
     MicroBatches,
     Rank,
     Resume,
+    Row,
     TrainingData,
     UpdateData,
     apportion_eval_blocks,
     as_it_is,
-    given_weights,
 )
 from recipe.data.hygiene import find_copies
 from recipe.data.integrity import Verification
 from recipe.data.packed_corpus import PackedCorpus
 from recipe.data.packing import Block
 from recipe.data.preprocessor import Preprocessor
-from recipe.data.sampling import BlockOrder, permute
+from recipe.data.sampling import BlockOrder, draw_held_out, permute
 from recipe.data.token_store import TokenStore
 
 TRAINED_ON_DAMAGE = (
@@ -73,6 +76,15 @@ def count_held_out(args: PretrainArguments, num_blocks: Sequence[float]) -> list
     return held_out
 
 
+class OrderedStretch(NamedTuple):
+    """The order of updates in a row whose blocks have one length, and whose corpora have the same weights."""
+
+    max_seq_length: int
+    first_block: int  # of the run
+    passes: np.ndarray  # (corpora,) float, over each corpus before it
+    order: BlockOrder
+
+
 class CachedData(TrainingData):
     """Training and held-out blocks of a run, from token stores on disk; all processes make what is missing of these.
 
@@ -91,12 +103,20 @@ class CachedData(TrainingData):
         self.stores = [find_store(args, preprocessor, corpus) for corpus in self.corpora]
         for store in self.stores:
             store.build(process_index, args.preprocessing_num_workers, args.max_unreadable_documents)
-        copies = self.find_copies()
-        self.packed = [
-            PackedCorpus(store, preprocessor.format, copies.get(number)) for number, store in enumerate(self.stores)
-        ]
+        copies, num_corpora = self.find_copies(), len(args.corpora)
+        # Of every corpus the blocks of the run's own length, and of those to train on the ones of other lengths.
+        self.views = {
+            length: [
+                PackedCorpus(store, preprocessor.format_of(length), copies.get(number))
+                for number, store in enumerate(self.stores[: None if length == args.max_seq_length else num_corpora])
+            ]
+            for length in sorted({args.max_seq_length, *args.timeline.lengths})
+        }
+        views = [view for same in self.views.values() for view in same]
+        for view in views:
+            view.build(process_index)
+        self.packed = self.views[args.max_seq_length]
         for packed in self.packed:
-            packed.build(process_index)
             check_tokens(packed.store.corpus, packed.counts["tokens"], args.max_seq_length)
             if args.packing in PAIR_PACKINGS:
                 first = np.arange(min(LABELLED_BLOCKS, len(packed)))
@@ -105,25 +125,67 @@ class CachedData(TrainingData):
                 preprocessor.check_pairs(packed.store.corpus, self.pair_labels[-1], packed.counts["documents"])
 
         sizes = [len(packed) for packed in self.packed]
-        train_sizes, eval_sizes = sizes[: len(args.corpora)], sizes[len(args.corpora) :]
-        is_apart = bool(args.eval_corpora)
-        held_out = count_held_out(args, train_sizes)
-        self.order = BlockOrder(train_sizes, held_out, given_weights(args.corpora), args.seed)
-        self.num_train = self.order.num_train
-        corpora, blocks = self.order.held_out()
-        if is_apart:
+        train_sizes, eval_sizes = sizes[:num_corpora], sizes[num_corpora:]
+        held = draw_held_out(train_sizes, count_held_out(args, train_sizes), args.seed)
+        if args.eval_corpora:
             held_out = apportion_eval_blocks(args.eval_blocks, args.eval_corpora, eval_sizes)
-            held_out = list(map(min, held_out, eval_sizes))
-            corpora, blocks = BlockOrder(eval_sizes, held_out, None, args.seed).held_out()
-            corpora += len(args.corpora)
-        self.hold_out(corpora, blocks)
-        files = [file for packed in self.packed for file in packed.files_of_others()]
+            held += draw_held_out(eval_sizes, list(map(min, held_out, eval_sizes)), args.seed)
+        self.hold_out(np.repeat(np.arange(len(held)), [len(blocks) for blocks in held]), np.concatenate(held))
+        self.left_out = {length: self.leave_out(views, held) for length, views in self.views.items()}
+        self.stretches: list[OrderedStretch] = []
+        for stretch in args.timeline.stretches:
+            self.stretches.append(self.plan_order(stretch))
+        files = [file for view in views for file in view.files_of_others()]
         self.verification = Verification(files if verifies else [])
         if args.prepare_only:
             self.verification.run(threading.Event())
             self.verification.report()
-        for number, packed in enumerate(self.packed):
-            packed.hold_out(blocks[corpora == number])
+
+    def leave_out(self, views: list[PackedCorpus], held: list[np.ndarray]) -> list[np.ndarray]:
+        """Hold blocks out of views, given those of the run's length, and return those that are not trained on.
+
+        In views of another length, these are the blocks that have a token of held-out ones.
+        """
+        pairs = zip(views, self.packed, held, strict=False)
+        left_out = [own if view is base else view.sharing_text(base, own) for view, base, own in pairs]
+        for view, blocks in zip(views, left_out, strict=True):
+            view.hold_out(blocks)
+        for view, blocks in list(zip(views, left_out, strict=True))[: len(self.names)]:
+            if len(blocks) == len(view):
+                raise UserError(
+                    f"`eval_blocks` ({self.args.eval_blocks}) take text of all blocks of {view.format.max_seq_length} "
+                    f"tokens of corpus {view.store.corpus.name!r}; lower it, or give `eval_corpora`"
+                )
+        return left_out
+
+    def plan_order(self, stretch: Stretch) -> "OrderedStretch":
+        """Plan the order of a stretch of the run, after those before it.
+
+        Where the weights alone change, each corpus goes on where it is. Blocks of another length begin with the next
+        pass over their corpora, since they share the text of blocks that have been passed.
+        """
+        args, length, num_corpora = self.args, stretch.max_seq_length, len(self.names)
+        sizes, left_out = list(map(len, self.views[length][:num_corpora])), self.left_out[length][:num_corpora]
+        first_block, passes = args.timeline.blocks(stretch.first), self.passes(stretch.first)
+        starts = np.zeros(num_corpora, np.int64)
+        if self.stretches:
+            before = self.stretches[-1]
+            starts = before.order.passed(first_block - before.first_block)
+            if length != before.max_seq_length:
+                num_train = np.array(sizes) - [len(blocks) for blocks in left_out]
+                starts = -(-starts // before.order.num_train) * num_train
+        return OrderedStretch(
+            length, first_block, passes, BlockOrder(sizes, left_out, stretch.weights, args.seed, starts)
+        )
+
+    def passes(self, update: int) -> np.ndarray:
+        """Return (corpora,) float: how often each corpus has been read before an update."""
+        if not update:
+            return np.zeros(len(self.names))
+        stretch = self.stretches[self.args.timeline.stretch(update - 1)]
+        order = stretch.order
+        passed = order.passed(self.args.timeline.blocks(update) - stretch.first_block)
+        return stretch.passes + (passed - order.starts) / order.num_train
 
     def find_copies(self) -> dict[int, list[np.ndarray]]:
         """Find, for each corpus to train on and each of its shards, which documents are copies of earlier ones."""
@@ -134,14 +196,19 @@ class CachedData(TrainingData):
         shards = iter(np.split(is_copy, np.cumsum([len(shard) for corpus in checksums for shard in corpus])[:-1]))
         return {number: [next(shards) for _ in corpus] for number, corpus in enumerate(checksums)}
 
-    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return corpus, visit and block of the run's positions; with static masks, visits repeat."""
-        corpora, visits, blocks = self.order.locate(positions)
-        return corpora, visits % STATIC_VISITS if self.args.masking == "static" else visits, blocks
+    def rows(self, update: int) -> list[Row]:
+        """Return the rows of an update; with static masks, visits repeat."""
+        timeline = self.args.timeline
+        stretch = self.stretches[timeline.stretch(update)]
+        positions = np.arange(timeline.blocks(update), timeline.blocks(update + 1)) - stretch.first_block
+        corpora, visits, blocks = stretch.order.locate(positions)
+        visits = visits % STATIC_VISITS if self.args.masking == "static" else visits
+        return list(map(Row, corpora.tolist(), visits.tolist(), blocks.tolist(), repeat(stretch.max_seq_length)))
 
-    def block(self, corpus: int, visit: int, number: int) -> Block:
+    def block(self, row: Row) -> Block:
         """Read a block from its corpus's packed store."""
-        return self.packed[corpus].block(number, pass_key(Purpose.PARTNER, self.args.seed, corpus, visit))
+        key = pass_key(Purpose.PARTNER, self.args.seed, row.corpus, row.visit)
+        return self.views[row.max_seq_length][row.corpus].block(row.block, key)
 
     def identity(self) -> dict[str, list[Any]]:
         """Return documents, tokens, blocks and a digest of the texts of each corpus: a resume recognises its data."""
@@ -153,8 +220,7 @@ class CachedData(TrainingData):
     def describe(self) -> list[str]:
         """Return a line for each corpus: its documents, tokens and blocks, and what was dropped."""
         lines = []
-        blocks_seen = self.args.max_steps * self.args.train_batch_size * self.order.quotas / self.order.quotas.sum()
-        passes = float((blocks_seen / self.num_train).max())
+        passes = float(self.passes(self.args.max_steps).max())
         if self.args.masking == "static" and passes <= STATIC_VISITS:
             lines.append(
                 f"warning: `masking` is static, which repeats after {STATIC_VISITS} passes, and `max_steps` makes "
@@ -179,13 +245,13 @@ class CachedData(TrainingData):
         return lines
 
     def corpora_record(self, counts: list[list[int]], streams: np.ndarray) -> dict[str, dict[str, float]]:
-        """Return per-corpus totals so far; passes follow from the blocks, and `streams` is empty in this mode."""
+        """Return per-corpus totals so far; passes are as the process of rank 0 reports them."""
         return {
             name: dict(zip(COUNTED, seen, strict=True))
-            | {"passes": round(seen[0] / int(self.num_train[number]), 4)}
+            | {"passes": round(int(stream[-1]) / 1e6, 4)}
             | self.packed[number].left_out
             | self.pair_record(number)
-            for number, (name, seen) in enumerate(zip(self.names, counts, strict=True))
+            for number, (name, seen, stream) in enumerate(zip(self.names, counts, streams, strict=True))
         }
 
     def train_updates(
@@ -197,10 +263,11 @@ class CachedData(TrainingData):
         prepare: Callable[[UpdateData], UpdateData] = as_it_is,
     ) -> Generator[UpdateData]:
         """Yield what a process has of each update, by its number alone; data is there soon or never."""
-        sizes = self.args.train_batch_size, self.args.per_device_train_batch_size
-        batches = MicroBatches(self.locate, self.example, self.preprocessor.train_collator, *sizes, rank)
+        sizes = partial(self.args.micro_batch_sizes, rank.world_size)
+        batches = MicroBatches(self.rows, self.example, self.preprocessor.train_collator, sizes, rank)
         updates = batches.iterate(resume.first_update, last_update, self.args.dataloader_num_workers)
-        made = (prepare(UpdateData(share, Counts.of_rows(rows, len(self.names)))) for share, rows in updates)
+        numbered = enumerate(updates, resume.first_update)
+        made = (prepare(UpdateData(share, self.count(rows, update, rank))) for update, (share, rows) in numbered)
         with self.verification.running(), closing(one_ahead(made, is_stopping)) as ahead:
             for update in ahead:
                 try:
@@ -209,14 +276,20 @@ class CachedData(TrainingData):
                     raise UserError(f"{error}. {TRAINED_ON_DAMAGE}") from None
                 yield update
 
+    def count(self, rows: np.ndarray, update: int, rank: Rank) -> Counts:
+        """Count what a process has of an update, and one of them the passes over each corpus after it."""
+        counts = Counts.of_rows(rows, len(self.names))
+        if rank.index == 0:
+            counts.streams[:, -1] = np.round(self.passes(update + 1) * 1e6)
+        return counts
+
     def name_rows(self, update: int) -> list[str]:
         """Say of each row of an update which block of which corpus it is, and in which visit."""
-        size = self.args.train_batch_size
-        located = zip(*self.locate(np.arange(update * size, (update + 1) * size)), strict=True)
-        return [f"{self.names[corpus]}, block {block:,}, visit {visit + 1}" for corpus, visit, block in located]
+        return [f"{self.names[row.corpus]}, block {row.block:,}, visit {row.visit + 1}" for row in self.rows(update)]
 
     def sample_blocks(self) -> Iterator[np.ndarray]:
         """Yield the ids of the first blocks in the order of training."""
-        positions = np.arange(min(UNIGRAM_TOKENS // self.args.max_seq_length, int(self.num_train.sum())))
-        for where in zip(*self.locate(positions), strict=True):
-            yield self.block(*where).input_ids
+        stretch = self.stretches[0]
+        count = min(UNIGRAM_TOKENS // stretch.max_seq_length, int(stretch.order.num_train.sum()))
+        for where in zip(*stretch.order.locate(np.arange(count)), strict=True):
+            yield self.block(Row(*where, stretch.max_seq_length)).input_ids

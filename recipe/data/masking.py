@@ -43,7 +43,7 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
     Departure from fairseq: `<s>` and `</s>` are never masked.
     """
 
-    max_seq_length: int = 512  # tokens in a row; shorter blocks are padded, longer ones of one part cut
+    max_seq_length: int = 512  # tokens in a row; shorter blocks are padded
     seed: int = 0
     packing: str = "full_sentences"  # decides what a batch has beside ids and labels
     # Number of a row's first position. Padding has the number before it (RoBERTa: the pad token's id), if there is one.
@@ -71,7 +71,6 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
             shared by documents that do not see each other, or `token_type_ids` of pairs, beside (batch,) `pair_label`.
             `rows`: (batch, 6) int64, see `ROW`, for counting; not for the model.
         """
-        examples = [self.cut(example) for example in examples]
         lengths = np.array([len(example["input_ids"]) for example in examples])
         corpora, blocks, visits, documents = (
             np.array([example[name] for example in examples]) for name in ("corpus", "block", "visit", "documents")
@@ -100,15 +99,6 @@ class DynamicMaskingCollator(DataCollatorForLanguageModeling):
         rows = [corpora, lengths, documents, is_masked.sum(1), pairs, digests.astype(np.int64)]
         batch["rows"] = np.stack(rows, axis=1)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
-
-    def cut(self, example: dict[str, Any]) -> dict[str, Any]:
-        """Cut a block that is too long to its head, between `<s>` and `</s>` as the whole was."""
-        if len(example["input_ids"]) <= self.max_seq_length:
-            return example
-        head = example["input_ids"][: self.max_seq_length].copy()
-        head[-1] = self.tokenizer.sep_token_id
-        documents = int(np.count_nonzero(head[:-1] == head[-1]))
-        return example | {"input_ids": head, "spans": np.array([len(head)], np.int32), "documents": documents}
 
     def mask_tokens(self, input_ids: np.ndarray, row_keys: np.ndarray) -> np.ndarray:
         """Mask (batch, length) int64 tokens in place by the (batch,) uint64 keys of the rows, and return the labels."""

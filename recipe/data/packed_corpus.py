@@ -188,6 +188,16 @@ class PackedCorpus:
         self.held_numbers, self.held_pairs = numbers[order], Pairs(*(array[order] for array in pairs))
         self.held_places = {number: place for place, number in enumerate(self.held_numbers.tolist())}
 
+    def sharing_text(self, other: "PackedCorpus", numbers: np.ndarray) -> np.ndarray:
+        """Return the blocks, ascending, that have a token of some blocks of another view of the same store."""
+        found: list[np.ndarray] = [np.zeros(0, np.int64)]
+        of_shard: dict[int, list[np.ndarray]] = {}
+        for shard, own in map(other.find, numbers.tolist()):
+            of_shard.setdefault(shard, []).append(other.shards[shard].segments_of(own))
+        for shard, segments in of_shard.items():
+            found.append(self.first_blocks[shard] + self.shards[shard].blocks_in(np.concatenate(segments)))
+        return np.sort(np.concatenate(found))
+
     def find(self, number: int) -> tuple[int, int]:
         """Return the shard of a block, and its number there."""
         shard = bisect.bisect_right(self.first_blocks, number) - 1
@@ -293,6 +303,20 @@ class ShardBlocks:
         if min(starts) < low or min(lengths) < 0 or max(map(operator.add, starts, lengths)) > high:
             raise damaged_store(self.files[1].path, f"block {number} reaches beyond the tokens from {low} to {high}")
         return segments
+
+    def blocks_in(self, segments: np.ndarray) -> np.ndarray:
+        """Return the blocks that have a token in segments of `SEGMENT`, which do not overlap; ascending."""
+        segments = np.sort(segments, order="start")
+        starts, found = self.segments["start"], []
+        for unit in set((np.searchsorted(self.unit_starts, segments["start"], side="right") - 1).tolist()):
+            # Within a unit, segments are in the order of their blocks, which need not be that of the text.
+            first, last = np.searchsorted(starts, self.unit_starts[unit : unit + 2])
+            own = self.segments[first:last]
+            before = np.searchsorted(segments["start"], own["start"] + own["length"]) - 1  # the last that starts before
+            reached = segments["start"][before] + segments["length"][before]
+            hit = first + np.flatnonzero((before >= 0) & (reached > own["start"]))
+            found.append(np.searchsorted(self.block_ends, hit, side="right"))
+        return np.unique(np.concatenate(found))
 
     def pairs(self, first: int, last: int) -> Pairs:
         """Describe the blocks from `first` to before `last`, or to the end of the shard."""

@@ -4,6 +4,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -50,7 +51,6 @@ class Preprocessor:
             packing=args.packing,
             first_position=first_position(args.model_type, tokenizer.pad_token_id),
         )
-        self.warmup_collator = replace(self.collator, max_seq_length=args.seq_length(0))
         self.eval_collator = replace(self.collator, mlm_probability=args.eval_mlm_probability)
         joins_sentences = args.packing in PAIR_PACKINGS
         self.encoder = DocumentEncoder(tokenizer, args.sentence_splitter, args.language, joins_sentences)
@@ -62,12 +62,14 @@ class Preprocessor:
         self.empty_block = Block(ids, np.array([len(ids)], np.int32), -100, 0)  # with nothing to predict
 
     def train_collator(self, update: int) -> DynamicMaskingCollator:
-        """Return the collator of an update, which cuts blocks short while the sequence length warms up."""
-        return self.warmup_collator if update < self.args.seq_length_warmup_steps else self.collator
+        """Return the collator of an update; updates count from 0."""
+        settings, collator = self.args.timeline.at(update), copy(self.collator)  # whose checks need not be made again
+        collator.max_seq_length, collator.mlm_probability = settings.max_seq_length, settings.mlm_probability
+        return collator
 
-    def collator_of_eval(self, _: int) -> DynamicMaskingCollator:
-        """Return the collator of held-out blocks."""
-        return self.eval_collator
+    def format_of(self, max_seq_length: int) -> BlockFormat:
+        """Return the format of blocks of some length."""
+        return replace(self.format, max_seq_length=max_seq_length)
 
     def example(self, block: Block, corpus: int, visit: int, number: int) -> dict[str, Any]:
         """Return a block as the collator takes it. Half of the pairs whose order is to be told are swapped."""

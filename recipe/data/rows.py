@@ -40,7 +40,8 @@ def read_update(preprocessor: Preprocessor, update: int) -> tuple[Batch, list[st
 
     In cached mode, token stores are made where they are missing. In streaming mode, all updates before are made too.
     """
-    args = replace(preprocessor.args, per_device_train_batch_size=preprocessor.args.train_batch_size)
+    size = preprocessor.args.timeline.at(update).train_batch_size
+    args = replace(preprocessor.args, per_device_train_batch_size=size)
     data = open_data(args, preprocessor, verifies=False)
     resume = Resume(update, skipped_updates=update if args.streaming else 0)
     with closing(data.train_updates(Rank(), resume, update + 1, lambda: False)) as updates:

@@ -48,8 +48,9 @@ def apportion(total: int, weights: Sequence[float]) -> list[int]:
 
 
 def quotas_by_weight(weights: Sequence[float]) -> list[int]:
-    """Split a period of positions by weight, with a place for every corpus, whatever its weight."""
-    return [1 + extra for extra in apportion(PERIOD_POSITIONS - len(weights), weights)]
+    """Split a period of positions by weight, with a place for every corpus that has one, however small."""
+    extras = apportion(PERIOD_POSITIONS - len(weights), weights)
+    return [extra + (weight > 0) for extra, weight in zip(extras, weights, strict=True)]
 
 
 def interleave(quotas: list[int]) -> np.ndarray:
@@ -64,23 +65,36 @@ def interleave(quotas: list[int]) -> np.ndarray:
     return corpus[np.argsort(due, kind="stable")]
 
 
+def draw_held_out(num_blocks: Sequence[int], num_held_out: Sequence[int], seed: int) -> list[np.ndarray]:
+    """Draw the blocks of each corpus that are kept for evaluation: their numbers, ascending, (held,) int64 each."""
+    drawn = zip(num_blocks, num_held_out, strict=True)
+    return [np.sort(permute(np.arange(n), size, Purpose.HELD_OUT, seed, c)) for c, (size, n) in enumerate(drawn)]
+
+
 class BlockOrder:
-    """The order of a run: position -> (corpus, visit, block), and the held-out blocks.
+    """The order of updates in a row whose blocks have one length: position -> (corpus, visit, block).
 
     Args:
         num_blocks: blocks of each corpus.
-        num_held_out: blocks of each corpus that are kept for evaluation; fewer than it has.
+        left_out: for each corpus the blocks that are not trained on, ascending; fewer than it has.
         weights: relative shares, or None for shares by size, under which all corpora end their passes together (in
-            runs of over 65,536 blocks a pass: nearly).
+            runs of over 65,536 blocks a pass: nearly). A corpus of weight 0 has no blocks.
+        seed: of the run.
+        starts: (corpora,) how many blocks of each corpus were passed before the first position, 0 by default.
     """
 
     def __init__(
-        self, num_blocks: list[int], num_held_out: list[int], weights: Sequence[float] | None, seed: int
+        self,
+        num_blocks: Sequence[int],
+        left_out: Sequence[np.ndarray],
+        weights: Sequence[float] | None,
+        seed: int,
+        starts: np.ndarray | None = None,
     ) -> None:
-        self.num_blocks = np.array(num_blocks, np.int64)
-        self.num_held_out = np.array(num_held_out, np.int64)
-        self.num_train = self.num_blocks - self.num_held_out
+        self.left_out = left_out
+        self.num_train = np.array(num_blocks, np.int64) - np.array([len(blocks) for blocks in left_out], np.int64)
         self.seed = seed
+        self.starts = np.zeros_like(self.num_train) if starts is None else starts
         sizes = self.num_train.tolist()
         is_one_pass = weights is None and sum(sizes) <= PERIOD_POSITIONS
         quotas = sizes if is_one_pass else quotas_by_weight(sizes if weights is None else weights)
@@ -91,53 +105,53 @@ class BlockOrder:
         self.rank[np.argsort(self.pattern, kind="stable")] = np.concatenate([np.arange(quota) for quota in quotas])
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Find the blocks at positions of the run, (n,) integers, 0 or more, without end.
+        """Find the blocks at positions, (n,) integers, 0 or more, without end.
 
         Returns:
             (n,) int64 each: corpus, visit (which pass over that corpus), block (its number in that corpus).
         """
         cycle, place = np.divmod(np.asarray(positions, np.int64), len(self.pattern))
         corpora = self.pattern[place]
-        visits, within = np.divmod(cycle * self.quotas[corpora] + self.rank[place], self.num_train[corpora])
+        passed = self.starts[corpora] + cycle * self.quotas[corpora] + self.rank[place]
+        visits, within = np.divmod(passed, self.num_train[corpora])
         blocks = np.empty_like(within)
         for corpus in np.unique(corpora):
             own = corpora == corpus
             size = int(self.num_train[corpus])
             shuffled = permute(within[own], size, Purpose.PASS, self.seed, corpus, visits[own])
-            blocks[own] = self._split(corpus, self.num_held_out[corpus] + shuffled)
+            blocks[own] = pass_over(self.left_out[corpus], shuffled)
         return corpora, visits, blocks
 
-    def held_out(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the (corpus, block) of every held-out block, (n,) int64 each."""
-        corpora = np.repeat(np.arange(len(self.num_held_out)), self.num_held_out)
-        blocks = [self._split(c, np.arange(held)) for c, held in enumerate(self.num_held_out)]
-        return corpora, np.concatenate(blocks)
+    def passed(self, num_positions: int) -> np.ndarray:
+        """Return (corpora,) int64: how many blocks of each corpus have been passed after so many positions."""
+        cycles, rest = divmod(num_positions, len(self.pattern))
+        return self.starts + cycles * self.quotas + np.bincount(self.pattern[:rest], minlength=len(self.quotas))
 
-    def _split(self, corpus: int, index: np.ndarray) -> np.ndarray:
-        """Shuffle a corpus's blocks once for the run: the first ones are held out, the others trained on."""
-        return permute(index, int(self.num_blocks[corpus]), Purpose.HELD_OUT, self.seed, corpus)
+
+def pass_over(left_out: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Return the numbers that the given ones have, counted without those left out, when these are counted too."""
+    return index + np.searchsorted(left_out - np.arange(len(left_out)), index, side="right")
 
 
 class LaneOrder:
     """The order of a streamed run, whose blocks come from lanes in turn: a round is one block of each.
 
-    Lanes are the parts that the corpora are dealt to; the shares of the corpora are relative.
+    Lanes are the parts that the corpora are dealt to.
     """
 
-    def __init__(self, num_lanes: int, shares: Sequence[float], seed: int) -> None:
+    def __init__(self, num_lanes: int, seed: int) -> None:
         self.num_lanes = num_lanes
         self.seed = seed
-        self.pattern = interleave(quotas_by_weight(shares))
 
-    def corpora(self, number: int) -> np.ndarray:
-        """Return (lanes,) int64: which corpus each lane's block of a round is from.
+    def corpora(self, number: int, pattern: np.ndarray) -> np.ndarray:
+        """Return (lanes,) int64: which corpus each lane's block of a round is from, given `interleave` of the quotas.
 
         The quota pattern runs on from round to round, each time dealt out from another lane on: a fixed one would leave
         a lane with always the same corpus.
         """
         first = int(hash64(Purpose.ROTATION, self.seed, number) % np.uint64(self.num_lanes))
         place = np.roll(np.arange(self.num_lanes), first)
-        return self.pattern[(number * self.num_lanes + place) % len(self.pattern)]
+        return pattern[(number * self.num_lanes + place) % len(pattern)]
 
     def deal(self, corpus: int, visit: int, lane: int, num_shards: int) -> list[tuple[int, int, int]]:
         """Say what a lane reads in one pass over a corpus.

@@ -3,8 +3,9 @@
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from recipe.data.batches import (
     Counts,
     Rank,
     Resume,
+    Row,
     TrainingData,
     UpdateData,
     apportion_eval_blocks,
@@ -31,8 +33,17 @@ from recipe.data.corpora import corpus_bytes, open_source
 from recipe.data.hygiene import nothing_left
 from recipe.data.packing import Block
 from recipe.data.preprocessor import Preprocessor
-from recipe.data.sampling import LaneOrder, apportion, permute
-from recipe.data.streaming import REFILL_CHARACTERS, CorpusReader, LaneBuffers, Packets, Schedule, from_tensors
+from recipe.data.sampling import LaneOrder, apportion, interleave, permute, quotas_by_weight
+from recipe.data.streaming import (
+    REFILL_CHARACTERS,
+    Buffer,
+    CorpusReader,
+    LaneBuffers,
+    Packets,
+    ReaderKey,
+    Schedule,
+    from_tensors,
+)
 from recipe.data.token_store import LEFT_OUT
 
 # Of training text, that the unigram baseline is counted on, and that are tokenised for it: 0.03 nats more than on 23M,
@@ -64,18 +75,19 @@ class StreamedData(TrainingData):
             np.repeat(np.arange(len(self.held)), [len(blocks) for blocks in self.held]),
             np.concatenate([np.arange(len(blocks)) for blocks in self.held]),
         )
-        order = LaneOrder(args.num_lanes, self.quotas, args.seed)
-        self.schedule = Schedule(order, buffer_sizes, args.train_batch_size // args.num_lanes)
+        patterns = [interleave(quotas_by_weight(shares.tolist())) for shares in self.shares]
+        self.schedule = Schedule(args.timeline, LaneOrder(args.num_lanes, args.seed), patterns, buffer_sizes)
 
     @property
-    def quota_shares(self) -> np.ndarray:
-        """(corpora,) shares of the blocks that are trained on, in sum 1."""
-        return np.array(self.quotas) / np.sum(self.quotas)
+    def shares(self) -> np.ndarray:
+        """(stretches, corpora) shares of the blocks that are trained on, in sum 1 in each stretch of the run."""
+        shares = np.array([stretch.weights or self.quotas for stretch in self.args.timeline.stretches])
+        return shares / shares.sum(axis=1, keepdims=True)
 
     def buffer_sizes(self) -> list[int]:
         """Return, for each corpus, how many blocks each lane holds back, from a sample of the corpus."""
         sizes = []
-        for reader, share in zip(self.readers, self.quota_shares, strict=False):
+        for reader, share in zip(self.readers, self.shares.max(axis=0), strict=False):
             blocks, texts = reader.pack_sample(REFILL_CHARACTERS, REFILL_CHARACTERS)
             if not texts:
                 raise nothing_left(reader.source.corpus, "all documents are empty, malformed or contaminated")
@@ -122,9 +134,9 @@ class StreamedData(TrainingData):
             )
         return held
 
-    def block(self, corpus: int, visit: int, number: int) -> Block:
+    def block(self, row: Row) -> Block:
         """Return a held-out block; those that are trained on have no number here."""
-        return self.held[corpus][number]
+        return self.held[row.corpus][row.block]
 
     def identity(self) -> dict[str, list[Any]]:
         """Return the shards of each corpus, and digests of its held-out blocks and of pieces of its files."""
@@ -144,9 +156,9 @@ class StreamedData(TrainingData):
     def describe(self) -> list[str]:
         """Return lines for the log: shards of each corpus, what sharing them costs, and how far a resume reads."""
         lines, lanes = [], self.args.num_lanes
-        for number, (reader, share) in enumerate(zip(self.readers, self.quota_shares, strict=False)):
-            source = reader.source
-            line = f"corpus {source.corpus.name}: {share:.1%} of the blocks, {source.num_shards:,} shards"
+        for number, (reader, shares) in enumerate(zip(self.readers, self.shares.T.tolist(), strict=False)):
+            source, share = reader.source, ", then ".join(f"{share:.1%}" for share, _ in groupby(shares))
+            line = f"corpus {source.corpus.name}: {share} of the blocks, {source.num_shards:,} shards"
             if source.num_shards < lanes:
                 line += (
                     f" for {lanes} lanes: each is read by {lanes / source.num_shards:.3g} of them, which take turns at "
@@ -185,28 +197,52 @@ class StreamedData(TrainingData):
         """Return a generator over what a process has of each update, the next of which is made ahead.
 
         It is none itself: worker processes are forked from the thread that asks, not from the one that makes updates.
+        Where the length of blocks changes, new ones begin.
         """
         own = list(range(rank.index, self.args.num_lanes, rank.world_size))
-        lanes = LaneBuffers(self.readers, self.schedule, own, from_tensors(resume.lanes, own))
-        updates = range(resume.first_update - resume.skipped_updates, last_update)
+        first = resume.first_update - resume.skipped_updates
+        changes = [update for update in self.args.timeline.length_changes if first < update < last_update]
+        parts = [range(*bounds) for bounds in pairwise([first, *changes, last_update])]
+        opened = self.open_part(parts[0], own, from_tensors(resume.lanes, own))
+
+        def go_on() -> Generator[UpdateData]:
+            (lanes, made), skipped = opened, resume.skipped_updates
+            for number, updates in enumerate(parts):
+                if number:
+                    lanes, made = self.open_part(updates, own, lanes.buffers)
+                with closing(one_ahead(map(prepare, itertools.islice(made, skipped, None)), is_stopping)) as ahead:
+                    yield from ahead
+                skipped = max(0, skipped - len(updates))
+
+        return go_on()
+
+    def open_part(
+        self, updates: range, own: list[int], buffers: dict[ReaderKey, Buffer]
+    ) -> tuple[LaneBuffers, Iterator[UpdateData]]:
+        """Return the lanes of a process, and an iterator over updates in a row whose blocks have one length."""
+        args = self.args
+        block_format = self.preprocessor.format_of(args.timeline.at(updates.start).max_seq_length)
+        readers = [reader._replace(format=block_format) for reader in self.readers]
+        lanes = LaneBuffers(readers, self.schedule, own, buffers)
+        if updates.start in args.timeline.length_changes:
+            lanes.unpack()
         loader = DataLoader(
             lanes.pump(updates),
             batch_size=None,
-            num_workers=self.args.dataloader_num_workers,
+            num_workers=args.dataloader_num_workers,
             collate_fn=identity_collate,
             worker_init_fn=start_worker,
             generator=torch.Generator(),
         )
         with starting_workers("dataloader_num_workers"):
             packets = iter(loader)
-        made = self.collate(lanes, packets, updates)
-        return one_ahead(map(prepare, itertools.islice(made, resume.skipped_updates, None)), is_stopping)
+        return lanes, self.collate(lanes, packets, updates)
 
     def collate(
         self, lanes: LaneBuffers, packets: Iterator[Packets | UserError], updates: range
     ) -> Iterator[UpdateData]:
         """Draw, mask and count each update, from what the workers send."""
-        preprocessor, size = self.preprocessor, self.args.per_device_train_batch_size
+        preprocessor, num_processes = self.preprocessor, self.args.num_lanes // len(lanes.lanes)
         for update in updates:
             arrived: Packets = {}
             for _ in range(max(1, self.args.dataloader_num_workers)):
@@ -220,7 +256,8 @@ class StreamedData(TrainingData):
                 for corpus, number, block in lanes.draw(update, arrived)
             ]
             collator = preprocessor.train_collator(update)
-            batches = [collator(examples[at : at + size]) for at in range(0, len(examples), size)]
+            sizes = self.args.micro_batch_sizes(num_processes, update)
+            batches = [collator(examples[end - size : end]) for size, end in zip(sizes, accumulate(sizes), strict=True)]
             rows = np.concatenate([batch.pop("rows").numpy() for batch in batches])
             counts = Counts.of_rows(rows, len(self.names))
             for (_, corpus), buffer in lanes.buffers.items():
@@ -235,7 +272,7 @@ class StreamedData(TrainingData):
 
     def sample_blocks(self) -> Iterator[np.ndarray]:
         """Yield the ids of blocks at the heads of what is trained on of each corpus."""
-        shares = apportion(UNIGRAM_TOKENS // self.args.max_seq_length, self.quotas)
+        shares = apportion(UNIGRAM_TOKENS // self.args.max_seq_length, self.shares[0].tolist())
         for reader, wanted in zip(self.readers, shares, strict=False):
             for shard in range(reader.source.num_shards if wanted else 0):
                 blocks, _, _ = reader.read_head(shard, wanted)

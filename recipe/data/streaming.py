@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, default_convert, get_worker_info
 
+from recipe.arguments.phases import Timeline
 from recipe.arguments.pretraining import ONE_PART_PACKINGS
 from recipe.base.errors import UserError
 from recipe.base.hashing import Purpose, hash64
@@ -89,6 +90,8 @@ class LaneReaderState:
     last_characters: int = 0  # of the documents of the pass before
     empty_passes: int = 0  # passes without a document, in a row
     made: int = 0  # blocks in all passes
+    made_before: int = 0  # of these, blocks of another length than now, not all of which were drawn
+    passes_before: float = 0.0  # how many were drawn in such blocks
     passes: float = 0.0  # how many were read, the running one in part
     counts: Counter[str] = field(default_factory=Counter)  # of the document filter
 
@@ -149,6 +152,23 @@ class CorpusReader(NamedTuple):
         ]
         order = sorted(range(len(made)), key=lambda number: made[number]["start"][0])
         return [blocks[number] for number in order], rest
+
+    def unpack(self, blocks: list[Block], rest: Remainder) -> Remainder:
+        """Return the text of blocks of one part, in order, and what follows it; their ends end sentences."""
+        ids: list[np.ndarray] = []
+        document_ends, sentence_ends, size = [], [], 0
+        for block in blocks:
+            is_end = block.input_ids[1:] == self.format.sep_token_id
+            ids.append(block.input_ids[1:][~is_end])
+            ends = (np.flatnonzero(is_end) - np.arange(is_end.sum()) + size).tolist()
+            sentence_ends += ends
+            document_ends += ends[: block.documents]  # all but the last end a document, and the last one may
+            size += len(ids[-1])
+        return Remainder(
+            np.concatenate([*ids, rest.input_ids]),
+            np.concatenate([np.array(document_ends, np.int64), rest.document_ends + size]),
+            np.concatenate([np.array(sentence_ends, np.int64), rest.sentence_ends + size]),
+        )
 
     def pack_sample(self, max_characters: int, max_document_characters: int) -> tuple[list[Block], list[str]]:
         """Pack the first documents of the corpus, each cut at its limit, up to `max_characters`; return those too."""
@@ -264,14 +284,17 @@ class LaneReader:
 class Schedule:
     """When each buffer is drawn from and refilled: the same for the worker that fills and the process that draws."""
 
+    timeline: Timeline
     order: LaneOrder
+    patterns: list[np.ndarray]  # of each stretch of the run, in which corpora take their turns
     buffer_sizes: list[int]  # for each corpus, blocks that a buffer holds before one is drawn
-    rounds: int  # of an update
 
     def draws(self, update: int, lanes: list[int]) -> Iterator[ReaderKey]:
         """Yield the buffer that each of an update's blocks from these lanes is drawn from."""
-        for number in range(update * self.rounds, (update + 1) * self.rounds):
-            corpora = self.order.corpora(number).tolist()
+        pattern = self.patterns[self.timeline.stretch(update)]
+        first, last = (self.timeline.blocks(n) // self.order.num_lanes for n in (update, update + 1))
+        for number in range(first, last):
+            corpora = self.order.corpora(number, pattern).tolist()
             for lane in lanes:
                 yield lane, corpora[lane]
 
@@ -321,13 +344,15 @@ class Buffer:
 
     @property
     def drawn(self) -> int:
-        """Return how many blocks have been drawn."""
+        """Return how many blocks have been drawn, or packed again in another length."""
         return self.state.made - len(self.blocks)
 
     @property
     def passes(self) -> float:
         """Return how often the lane's part of its corpus has been drawn."""
-        return self.state.passes * self.drawn / max(1, self.state.made)
+        state = self.state
+        made, drawn = state.made - state.made_before, self.drawn - state.made_before
+        return state.passes_before + (state.passes - state.passes_before) * drawn / max(1, made)
 
     def receive(self, blocks: Blocks, state: LaneReaderState) -> None:
         """Add new blocks, after which the reader is in this state."""
@@ -372,6 +397,15 @@ class LaneBuffers:
             number, block = buffer.draw(self.schedule.order.seed, lane, corpus)
             drawn.append((corpus, number * self.schedule.order.num_lanes + lane, block))
         return drawn
+
+    def unpack(self) -> None:
+        """Put what is in the buffers back before the text that is read, to be packed into blocks of another length."""
+        for (_, corpus), buffer in self.buffers.items():
+            buffer.blocks.sort(key=lambda numbered: numbered[0])
+            rest = self.readers[corpus].unpack([block for _, block in buffer.blocks], buffer.state.remainder)
+            made, passes = buffer.state.made, buffer.passes
+            buffer.state = replace(buffer.state, remainder=rest, made_before=made, passes_before=passes)
+            buffer.blocks = []
 
     def snapshot(self) -> dict[ReaderKey, Buffer]:
         """Return a copy of the buffers that later draws do not change."""

@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import safe_open
 
+from recipe.arguments.phases import Timeline
 from recipe.arguments.pretraining import describe_schedule
 from recipe.base.errors import raising_damaged_file
 from recipe.base.files import to_yaml, write_atomically
@@ -218,8 +219,6 @@ def procedure(run: Run) -> list[str]:
     """Report the objective, the schedule and the optimizer."""
     config = run.config
     blocks = f"{config['packing']}, {config['max_seq_length']} tokens"
-    if config["seq_length_warmup_steps"]:
-        blocks += f"; of each the first quarter for {config['seq_length_warmup_steps']:,} updates"
     betas = f"{config['adam_beta1']:g} and {config['adam_beta2']:g}"
     rows = {
         "objective": OBJECTIVE_TITLES[config["objective"]],
@@ -232,6 +231,12 @@ def procedure(run: Run) -> list[str]:
         "gradients": f"clipped to a norm of {config['max_grad_norm']:g}" if config["max_grad_norm"] else "not clipped",
         "seed": config["seed"],
     }
+    if config["phases"]:
+        timeline = Timeline.of_record(config)
+        rows = {name: value for name, value in rows.items() if name != "batch"}
+        rows["masks"] = config["masking"]
+        rows["blocks"] = f"{config['packing']}, in phases"
+        rows |= {f"phase {n + 1}": timeline.describe_phase(n) for n in range(len(timeline.bounds))}
     if changes := run.environment["changes"]:
         rows["changed on the way"] = "; ".join(
             f"after {one['step']:,} updates {one['name'].replace('_', ' ')} from {one['before']} to {one['after']}"

@@ -39,6 +39,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recipe.arguments.phases import Timeline
 from recipe.base.errors import UserError, describe_error, raising_damaged_file
 from recipe.base.files import check_free_space, read_json, replace_folder
 from recipe.base.hashing import file_checksum
@@ -46,7 +47,7 @@ from recipe.base.model_files import describe_run_path
 from recipe.base.progress import print_line
 from recipe.run.directory import MANIFEST, STATE_FILES, checkpoint_path, checkpoint_step, list_checkpoints
 
-FORMAT = 5
+FORMAT = 6
 REQUIRED_FILES = {"config.json", "model.safetensors", "optimizer.pt", "state.json"}
 # The arguments that may change at a resume and that weights depend on.
 PROCEDURE = ["max_steps", "learning_rate", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"]
@@ -269,6 +270,20 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], path: Path) -
         raise UserError("\n".join([f"{path} is of another experiment:", *lines, remedy]))
 
 
+def check_phases(state: dict[str, Any], arguments: dict[str, Any], path: Path) -> None:
+    """Refuse a run whose phases make an update otherwise that is done in the checkpoint at `path`."""
+    with reading(path, "state.json"):
+        before, now = Timeline.of_record(state["arguments"]), Timeline.of_record(arguments)
+        done = state["step"] + state["train_state"]["updates_left_out"]
+        update = before.differs_at(now, done)
+    if update is not None:
+        was, would_be = (t.describe_phase(t.at(update).phase - 1) for t in (before, now))
+        raise UserError(
+            f"{path} is of another experiment: update {update + 1:,}, which is done, was of a phase with {was}, and "
+            f"would be of one with {would_be}; give `phases` that leave the first {done:,} updates as they were"
+        )
+
+
 def differences(saved: dict[str, Any], current: dict[str, Any], of: str = "") -> Iterator[str]:
     """Describe, a line each, the current fields that differ from the saved ones, also within fields of fields."""
     for name, now in current.items():
@@ -327,6 +342,7 @@ def open_checkpoint(
         if type(state["step"]) is not int or state["step"] != state["train_state"]["step"]:
             raise ValueError(f"`step` is {state['step']!r} and that of `train_state` {state['train_state']['step']!r}")
     check_identity(state["identity"], identity, path)
+    check_phases(state, arguments, path)
     if state["step"] > arguments["max_steps"]:
         raise UserError(f"`max_steps` ({arguments['max_steps']}) is less than the updates done in {path}; give more")
     lines += describe_changes(state["arguments"], arguments)

@@ -35,6 +35,7 @@ class TrainState:
     # Of what the objective measures, the sums since the last line of the log and what to divide them by.
     window: dict[str, list[float]] = field(default_factory=dict)
     corpora: list[list[int]] = field(default_factory=list)  # of each corpus, blocks, tokens and documents seen
+    positions: int = 0  # of all blocks seen, padding included
     data_digest: int = 0  # of which blocks were seen and what was masked in them, in the order of updates
 
     @classmethod
@@ -69,17 +70,19 @@ class TrainState:
         return sum(tokens for _, tokens, _ in self.corpora)
 
     def count(
-        self, measured: dict[str, tuple[float, int]], corpora: np.ndarray, digest: int, skipped: str | None
+        self, measured: dict[str, tuple[float, int]], corpora: np.ndarray, length: int, digest: int, skipped: str | None
     ) -> None:
         """Take in one update; one that was skipped, as `nonfinite` or `overflow`, is counted without its measures.
 
         Args:
             measured: for each of the objective's measures, the sum and what to divide it by.
             corpora: (corpora, 3) blocks, tokens and documents of the update.
+            length: of its blocks, padding included.
             digest: of its blocks and masks.
         """
         self.step += 1
         self.corpora = (np.array(self.corpora or np.zeros_like(corpora)) + corpora).tolist()
+        self.positions += int(corpora[:, 0].sum()) * length
         self.data_digest = int(hash64(self.data_digest, digest))
         self.nonfinite_updates += skipped == "nonfinite"
         self.overflows += skipped == "overflow"
@@ -108,9 +111,10 @@ class TrainState:
         vars(self).update(vars(saved) | kept)
         return left_out
 
-    def padding_share(self, positions: int) -> float:
-        """Return the share of padding among all positions so far."""
-        return 1 - self.tokens / positions
+    @property
+    def padding_share(self) -> float:
+        """The share of padding among all positions so far."""
+        return 1 - self.tokens / self.positions
 
     def take_means(self) -> dict[str, float | None]:
         """Return the means since the last call, losses in nats; None if every update was skipped."""
@@ -167,30 +171,27 @@ class Stopwatch:
 
 def train_record(
     state: TrainState,
-    update: dict[str, float],
+    made_with: dict[str, float],
     rates: dict[str, float],
     corpora: dict[str, dict[str, float]],
-    positions: int,
 ) -> dict[str, Any]:
     """Make a training line of metrics.jsonl; it ends the window of `state`.
 
     Args:
-        update: `learning_rate` and `grad_norm` of the last update.
+        made_with: `learning_rate` and `grad_norm` of the last update, and its settings where there are phases.
         rates: see `Stopwatch.rates`, and `peak_memory` in bytes.
         corpora: of each corpus what has been seen, `blocks` and `passes` among it.
-        positions: of all updates so far, padding included.
     """
     epoch = sum(seen["passes"] * seen["blocks"] for seen in corpora.values()) / state.blocks
     return {
         "step": state.step,
         **state.take_means(),
-        "learning_rate": update["learning_rate"],
-        "grad_norm": update["grad_norm"] if math.isfinite(update["grad_norm"]) else None,  # JSON has no NaN
+        **{name: value if math.isfinite(value) else None for name, value in made_with.items()},  # JSON has no NaN
         "tokens": state.tokens,
         "epoch": round(epoch, 4),
         **{name: getattr(state, name) for name in COUNTERS},
         **rates,
-        "padding_share": round(state.padding_share(positions), 4),
+        "padding_share": round(state.padding_share, 4),
         "data_digest": f"{state.data_digest:016x}",
         "corpora": corpora,
     }
@@ -238,13 +239,13 @@ def format_train_line(record: dict[str, Any], max_steps: int) -> str:
     )
 
 
-def format_data_line(state: TrainState, corpora: dict[str, dict[str, float]], positions: int, max_steps: int) -> str:
+def format_data_line(state: TrainState, corpora: dict[str, dict[str, float]], max_steps: int) -> str:
     """Format what has been seen of each corpus, see `train_record`, as a line of the log."""
     seen = ", ".join(
         f"{name} {format_count(corpus['tokens'])} ({corpus['passes']:.2f} passes)" for name, corpus in corpora.items()
     )
     step = f"step {state.step:>{len(str(max_steps))}}/{max_steps}"
-    text = f"{step}  tokens seen: {seen}; padding {state.padding_share(positions):.1%}"
+    text = f"{step}  tokens seen: {seen}; padding {state.padding_share:.1%}"
     return textwrap.fill(text, LINE_CHARACTERS, subsequent_indent=" " * len(f"{step}  "), break_on_hyphens=False)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINE_STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 PANELS = ("learning_rate", "grad_norm", "tokens_per_second")  # below the loss
-DRAWN_FIELDS = ("loss", "eval_loss", "unigram_loss", "resumed_from", *PANELS)
+DRAWN_FIELDS = ("loss", "eval_loss", "unigram_loss", "resumed_from", "phase", *PANELS)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 MAX_TICKS = 12  # of the perplexity, before only powers of ten are shown
 SMOOTHING_DIVISOR = 50  # a smoothed line is the mean over the number of log lines divided by this
@@ -44,6 +44,11 @@ class Curves:
         """Return the tokens and the values of the lines that have the field, (lines,) each."""
         lines = [line for line in self.metrics if line.get(field) is not None]
         return np.array([line["tokens"] for line in lines], float), np.array([line[field] for line in lines], float)
+
+    def phases(self) -> list[float]:
+        """List how many tokens had been seen where a phase began, as the lines of the log tell; not of the first."""
+        tokens, numbers = self.series("phase")
+        return [before for before, now, then in zip(tokens, numbers, numbers[1:], strict=False) if now != then]
 
     def resumes(self) -> list[float]:
         """List how many tokens had been seen where the run was resumed."""
@@ -125,15 +130,17 @@ def plot_runs(runs: list[Curves], path: Path) -> None:
     panels["tokens_per_second"].set(ylabel="tokens/s", ylim=(0, None))
     panels["tokens_per_second"].yaxis.set_major_formatter(format_tick)
     panels["loss"].set(ylabel="masked-LM loss (nats a token)", title=runs[0].name if is_alone else None)
+    marks: dict[str, Any] = {}
+    if is_alone:
+        marks["resumed"] = runs[0].resumes(), {"color": "0.6", "linestyle": (0, (1, 2)), "linewidth": 1, "zorder": 0}
+        marks["next phase"] = runs[0].phases(), {"color": "0.6", "linestyle": "-", "linewidth": 1, "zorder": 0}
     for axes in panels.values():
-        if is_alone:
-            for tokens in runs[0].resumes():
-                axes.axvline(tokens, color="0.6", linestyle=(0, (1, 2)), linewidth=1, zorder=0)
+        for name, (places, style) in marks.items():
+            for tokens in places:
+                axes.axvline(tokens, **style, label=name if axes is panels["loss"] and tokens == places[0] else None)
         axes.set(xlabel="tokens", xlim=(0, None))
         axes.xaxis.set_major_formatter(format_tick)
         axes.grid(alpha=0.3)
-    if is_alone and runs[0].resumes():
-        panels["loss"].plot([], [], color="0.6", linestyle=(0, (1, 2)), linewidth=1, label="resumed")  # for the legend
     crop_beginning(panels["loss"], runs)
     add_perplexity(panels["loss"])
     figure.legend(*panels["loss"].get_legend_handles_labels(), loc="outside upper center", ncols=2)

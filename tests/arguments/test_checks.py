@@ -29,7 +29,7 @@ NUMBERS: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
         "max_steps": ([0, 2**48], [24_000]),
         "warmup_steps": ([-1], [0]),
         **dict.fromkeys(
-            ["seq_length_warmup_steps", "eval_blocks", "max_unreadable_documents", "dataloader_num_workers"],
+            ["eval_blocks", "max_unreadable_documents", "dataloader_num_workers"],
             ([-1, 2**48], [0]),
         ),
         **dict.fromkeys(["weight_decay", "max_grad_norm"], ([-1e-9, NAN, INFINITY], [0])),

@@ -210,12 +210,6 @@ def test_switch_may_stand_alone(config_file):
         ),
         ({"train_batch_size": 0}, [], ["train_batch_size", "0", "1 or more"]),
         ({"warmup_steps": 11, "max_steps": 10}, [], ["warmup_steps", "11", "max_steps", "10"]),
-        ({"seq_length_warmup_steps": -1}, [], ["seq_length_warmup_steps", "-1", "0 or more"]),
-        (
-            {"seq_length_warmup_steps": 5, "packing": "doc_sentences"},
-            [],
-            ["seq_length_warmup_steps", "doc_sentences", "full_sentences or contiguous"],
-        ),
         ({"mlm_probability": 1.5}, [], ["mlm_probability", "1.5"]),
         ({"tokenizer_name": None}, [], ["tokenizer_name", "missing"]),
         ({"model_name_or_path": "m"}, [], ["tokenizer_name", "model_name_or_path", "keeps its own tokenizer"]),
@@ -303,21 +297,22 @@ def test_divisors_are_all_there_are(number):
 
 def test_accumulation_is_derived(config_file):
     args = parse("--config", config_file(), "--per_device_train_batch_size=32")
-    assert args.gradient_accumulation_steps(8) == 32
-    assert args.gradient_accumulation_steps(64) == 4
-    with pytest.raises(UserError, match=r"8192.*32.*3 processes"):
-        args.gradient_accumulation_steps(3)
+    assert args.micro_batch_sizes(8, 0) == [32] * 32
+    assert args.micro_batch_sizes(64, 0) == [32] * 4
+    with pytest.raises(UserError, match=r"`train_batch_size` is 8192; which 3 processes do not divide: give 8193"):
+        args.check_processes(3)
 
 
-def test_indivisible_micro_batch_gets_a_suggestion(config_file):
-    args = parse("--config", config_file(train_batch_size=96, per_device_train_batch_size=20))
-    with pytest.raises(UserError, match="nearest smaller `per_device_train_batch_size` is 16"):
-        args.gradient_accumulation_steps(2)
+@pytest.mark.parametrize(("size", "expected"), [(20, [20, 20, 8]), (48, [48]), (64, [48]), (1, [1] * 48)])
+def test_the_last_micro_batch_has_what_is_left(config_file, size, expected):
+    args = parse("--config", config_file(train_batch_size=96, per_device_train_batch_size=size))
+    args.check_processes(2)
+    assert args.micro_batch_sizes(2, 0) == expected
 
 
 PRETRAINING_IDENTITY = """
     corpora tokenizer_name language sentence_splitter deduplicate decontaminate_against packing objective masking
-    eval_corpora eval_blocks max_seq_length seq_length_warmup_steps mlm_probability eval_mlm_probability streaming
+    eval_corpora eval_blocks max_seq_length mlm_probability eval_mlm_probability streaming
     num_lanes shuffle_buffer_size model_type model_config model_name_or_path train_batch_size seed"""
 
 

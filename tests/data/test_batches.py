@@ -11,7 +11,7 @@ import torch
 
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.base.errors import UserError
-from recipe.data.batches import Counts, Rank, Resume, TrainingData, noticing_dead_workers
+from recipe.data.batches import Counts, Rank, Resume, Row, TrainingData, noticing_dead_workers
 from recipe.data.modes import open_data
 from recipe.data.preprocessor import Preprocessor
 from testing.helpers import never, write_jsonl
@@ -69,17 +69,18 @@ def parts_of(example: dict) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("packing", ["segment_pair", "sentence_pair", "sentence_order"])
 def test_every_pass_has_the_same_parts_in_other_pairs_and_none_of_what_is_held_out(make_data, packing):
     data = make_data(packing=packing)
-    size = int(data.num_train[0])
-    _, visits, blocks = data.locate(np.arange(3 * size))
+    order = data.stretches[0].order
+    _, visits, blocks = order.locate(np.arange(3 * int(order.num_train[0])))
     passes = [
-        [data.example(0, visit, block) for block in np.sort(blocks[visits == visit]).tolist()] for visit in range(3)
+        [data.example(Row(0, visit, block, 32)) for block in np.sort(blocks[visits == visit]).tolist()]
+        for visit in range(3)
     ]
     parts = [sorted(part for example in one for part in parts_of(example)) for one in passes]
     assert parts[0] == parts[1] == parts[2]
-    held_out = [data.example(0, -1, block) for block in data.eval_blocks.tolist()]
+    held_out = [data.example(Row(0, -1, block, 32)) for block in data.eval_blocks.tolist()]
     together = sorted(parts[0] + [part for example in held_out for part in parts_of(example)])
     whole = make_data(packing=packing, eval_blocks=0)
-    everything = [whole.example(0, 7, block) for block in range(len(whole.packed[0]))]
+    everything = [whole.example(Row(0, 7, block, 32)) for block in range(len(whole.packed[0]))]
     assert sorted(part for example in everything for part in parts_of(example)) == together
     changed = [a["input_ids"].tolist() != b["input_ids"].tolist() for a, b in zip(*passes[:2], strict=True)]
     assert np.mean(changed) > 0.3
@@ -88,32 +89,12 @@ def test_every_pass_has_the_same_parts_in_other_pairs_and_none_of_what_is_held_o
 @pytest.mark.parametrize("packing", ["full_sentences", "segment_pair", "sentence_order"])
 @pytest.mark.parametrize(("masking", "texts_and_masks"), [("dynamic", 40), ("static", 10)])
 def test_static_data_repeats_after_ten_visits(make_data, packing, masking, texts_and_masks):
-    data = make_data(packing=packing, masking=masking, eval_blocks=0)
-    positions = np.arange(40 * int(data.num_train[0]))
-    _, visits, blocks = data.locate(positions)
-    collator = data.preprocessor.collator
-    batches = [collator([data.example(0, visit, 5)]) for visit in visits[blocks == 5].tolist()]
+    size = len(make_data(packing=packing, masking=masking, eval_blocks=0).packed[0])
+    data = make_data(packing=packing, masking=masking, eval_blocks=0, train_batch_size=size)
+    rows = [row for update in range(40) for row in data.rows(update) if row.block == 5]
+    batches = [data.preprocessor.collator([data.example(row)]) for row in rows]
     seen = Counter(str((batch["input_ids"].tolist(), batch["labels"].tolist())) for batch in batches)
     assert list(seen.values()) == [40 // texts_and_masks] * texts_and_masks
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_blocks_are_cut_in_the_length_warmup_and_whole_after_it(make_data, streaming):
-    mode = {"streaming": True, "num_lanes": 4, "shuffle_buffer_size": 8} if streaming else {}
-    changes = mode | {"packing": "contiguous", "dataloader_num_workers": 0}
-    plain, data = (make_data(**changes, seq_length_warmup_steps=steps) for steps in (0, 2))
-    whole, cut = (list(d.train_updates(Rank(), Resume(), 4, never)) for d in (plain, data))
-    assert [share.micro_batches[0]["input_ids"].shape[1] for share in cut] == [8, 8, 32, 32]
-    assert [share.counts.tokens for share in cut] == [8 * 8, 8 * 8, 8 * 32, 8 * 32]
-    for one, other in zip(whole, cut, strict=True):
-        texts = [text_of(batch) for share in (one, other) for batch in share.micro_batches]
-        length = texts[1].shape[1] - 1
-        assert torch.equal(texts[0][:, :length], texts[1][:, :length])
-    assert [a.counts.array.tolist() for a in whole[2:]] == [b.counts.array.tolist() for b in cut[2:]]
-    # As many blocks as ever, so that a resume in the middle finds its place.
-    if not streaming:
-        [resumed] = data.train_updates(Rank(), Resume(1), 2, never)
-        assert resumed.counts.array.tolist() == cut[1].counts.array.tolist()
 
 
 @pytest.mark.parametrize("packing", ["full_sentences", "segment_pair", "sentence_order"])
@@ -129,12 +110,12 @@ def test_iteration_goes_on_from_any_update(make_data, packing):
 
 def test_counts_are_those_of_the_rows(make_data, texts):
     data = make_data(train_batch_size=1, per_device_train_batch_size=1, dataloader_num_workers=0, eval_blocks=0)
-    blocks = int(data.num_train[0])
-    one_pass = sum(share.counts.array for share in data.train_updates(Rank(), Resume(), blocks, never))
-    counts = Counts(1, one_pass)
+    blocks = len(data.packed[0])
+    shares = list(data.train_updates(Rank(), Resume(), blocks, never))
+    counts = Counts(1, sum(share.counts.array for share in shares))
     assert counts.corpora.tolist() == [[blocks, counts.corpora[0, 1], len(texts)]]
     assert counts.corpora[0, 1] >= data.packed[0].counts["tokens"] + 2 * blocks
-    seen = data.corpora_record(counts.corpora.tolist(), counts.streams)["sample"]
+    seen = data.corpora_record(counts.corpora.tolist(), shares[-1].counts.streams)["sample"]
     assert seen == {"blocks": blocks, "tokens": counts.corpora[0, 1], "documents": len(texts), "passes": 1.0} | {
         "empty": 0,
         "unreadable": 0,
@@ -252,9 +233,10 @@ def test_every_held_out_block_is_evaluated_once(make_data, num_processes):
 def test_eval_corpora_are_used_whole_for_evaluation_alone(make_data, tmp_path: Path, texts):
     path = write_jsonl(tmp_path / "eval.jsonl", texts[:10])
     data = make_data(eval_corpora=[CorpusArguments(name="other", path=str(path))], eval_blocks=10_000)
-    assert data.order.num_held_out.tolist() == [0]
+    assert data.left_out[data.args.max_seq_length][0].tolist() == []
     assert len(data.eval_blocks) == len(data.packed[1])
-    assert (data.locate_eval(np.arange(len(data.eval_blocks)))[0] == -1).all()  # the last corpus
+    rows = data.eval_batches(Rank()).rows(0)
+    assert {row.corpus for row in rows[: len(data.eval_blocks)]} == {-1}  # the last corpus
 
 
 def test_held_out_masks_are_the_same_for_other_training_text_and_masks(make_data, tmp_path: Path, texts, corpus_file):
@@ -278,9 +260,8 @@ def test_held_out_masks_are_the_same_for_other_training_text_and_masks(make_data
 def test_unigram_loss_is_that_of_the_counts(make_data):
     data = make_data()
     counts = np.ones(len(data.preprocessor.tokenizer))
-    for n in range(int(data.num_train.sum())):
-        corpus, _, block = (int(array[0]) for array in data.order.locate(np.array([n])))
-        np.add.at(counts, data.packed[corpus].block(block).input_ids, 1)
+    for block in set(range(len(data.packed[0]))) - set(data.eval_blocks.tolist()):
+        np.add.at(counts, data.packed[0].block(block).input_ids, 1)
     counts[data.preprocessor.tokenizer.all_special_ids] = 0
     labels = np.concatenate([b["labels"].numpy().ravel() for b in next(data.eval_batches(Rank()).iterate(0, 1, 0))[0]])
     expected = -np.log((counts / counts.sum())[labels[labels != -100]]).mean()
@@ -302,7 +283,7 @@ def test_weights_of_the_config_are_kept(make_data, tmp_path: Path, texts):
         CorpusArguments(name=name, path=str(write_jsonl(tmp_path / f"{name}.jsonl", texts)), weight=weight)
         for name, weight in (("a", 3), ("b", 1))
     ]
-    corpora_of = make_data(corpora=corpora).order.locate(np.arange(10_000))[0]
+    corpora_of = make_data(corpora=corpora).stretches[0].order.locate(np.arange(10_000))[0]
     assert (corpora_of == 0).mean() == pytest.approx(0.75, abs=0.001)
 
 
@@ -328,7 +309,7 @@ def test_description_counts_documents_and_tokens(make_data, texts):
     ("masking", "passes", "is_warned"), [("static", 8, True), ("static", 12, False), ("dynamic", 8, False)]
 )
 def test_static_data_that_never_repeats_is_told(make_data, masking, passes, is_warned):
-    blocks = int(make_data(train_batch_size=1, per_device_train_batch_size=1).num_train[0])
+    blocks = len(make_data().packed[0]) - 10
     changes = {"train_batch_size": 1, "per_device_train_batch_size": 1, "max_steps": passes * blocks}
     line = make_data(masking=masking, warmup_steps=1, **changes).describe()[0]
     assert ("static, which repeats after 10 passes, and `max_steps` makes 8: " in line) == is_warned

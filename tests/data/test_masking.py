@@ -2,7 +2,6 @@ import json
 import math
 import shutil
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -60,18 +59,6 @@ def test_every_row_masks_its_share_to_within_one(tokenizer, collator):
     assert set(counts.tolist()) == {int(exact), int(exact) + 1}
     assert counts.float().mean().item() == pytest.approx(exact, abs=0.05)
     assert counts.max() <= math.ceil(0.15 * LENGTH)
-
-
-def test_long_blocks_are_cut(tokenizer, collator):
-    [example] = make_examples(tokenizer, 1)
-    batch = replace(collator, max_seq_length=40)([example])
-    text = torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])[0].tolist()
-    assert text == [*example["input_ids"][:39].tolist(), tokenizer.sep_token_id]
-    assert "attention_mask" not in batch
-    rows = replace(collator, max_seq_length=LENGTH // 2 + 2)([example])["rows"][0].tolist()
-    counted = dict(zip(ROW, rows, strict=True))
-    assert (counted["tokens"], counted["documents"]) == (LENGTH // 2 + 2, 1)
-    assert len(example["input_ids"]) == LENGTH
 
 
 def test_special_tokens_are_neither_masked_nor_inserted(tokenizer, collator):

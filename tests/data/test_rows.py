@@ -13,6 +13,7 @@ from recipe.data.preprocessor import Preprocessor
 from recipe.data.rows import collate, has_update, read_heads, read_update
 from testing.helpers import command_line, write_jsonl
 
+PHASES = "[{steps: 2, max_seq_length: 32, train_batch_size: [4, 8]}, {steps: 1, mlm_probability: 0.3}]"
 STREAMED = {"streaming": True, "num_lanes": 2, "shuffle_buffer_size": 16, "eval_blocks": 4}
 
 
@@ -22,8 +23,15 @@ def prepared(flags: dict[str, object], tokenizer) -> Preprocessor:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, STREAMED, {"packing": "doc_sentences"}, {"packing": "segment_pair"}, {"seq_length_warmup_steps": 2}],
-    ids=["cached", "streaming", "doc_sentences", "segment_pair", "warmup"],
+    [
+        {},
+        STREAMED,
+        {"packing": "doc_sentences"},
+        {"packing": "segment_pair"},
+        {"phases": PHASES},
+        STREAMED | {"phases": PHASES},
+    ],
+    ids=["cached", "streaming", "doc_sentences", "segment_pair", "phases", "streamed phases"],
 )
 def test_update_is_what_training_reads(
     flags, run_pretrain, tokenizer, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object]
@@ -42,7 +50,7 @@ def test_update_is_what_training_reads(
     assert len(read) == 3
     for update in (0, 2):
         batch, origins = read_update(Preprocessor(saved, tokenizer), update)
-        assert len(origins) == 8
+        assert len(origins) == len(batch["input_ids"])
         for name, tensor in read[update].items():
             assert batch[name].tolist() == tensor.tolist()
 

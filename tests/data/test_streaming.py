@@ -14,7 +14,7 @@ from recipe.data.batches import Counts, Rank, Resume
 from recipe.data.corpora import LocalSource, SourceError
 from recipe.data.modes import open_data
 from recipe.data.preprocessor import Preprocessor
-from recipe.data.sampling import LaneOrder
+from recipe.data.sampling import LaneOrder, interleave, quotas_by_weight
 from recipe.data.streamed import StreamedData
 from recipe.data.streaming import LaneReader, LaneReaderState, from_tensors, to_arrays, to_tensors
 from testing.helpers import make_text, never, write_jsonl
@@ -147,8 +147,8 @@ def test_lane_reader_packs_the_documents_that_its_lane_is_dealt(make_data, token
 
 
 def test_shares_hold_over_any_stretch_and_in_every_lane():
-    order = LaneOrder(8, [3.0, 1.0, 0.02], seed=1)
-    rounds = np.concatenate([order.corpora(number)[None] for number in range(6000)])
+    order, pattern = LaneOrder(8, seed=1), interleave(quotas_by_weight([3.0, 1.0, 0.02]))
+    rounds = np.concatenate([order.corpora(number, pattern)[None] for number in range(6000)])
     flat = rounds.ravel()
     shares = np.array([3.0, 1.0, 0.02]) / 4.02
     for start in (0, 1, 77, 12_345, 37_999):
@@ -156,7 +156,8 @@ def test_shares_hold_over_any_stretch_and_in_every_lane():
         assert np.abs(found - shares).max() < 0.001
     # Equal shares are not all due at the same places.
     many = np.array([90.0] + [1.0] * 10) / 100
-    flat = np.concatenate([LaneOrder(64, many.tolist(), seed=2).corpora(number) for number in range(800)])
+    order, pattern = LaneOrder(64, seed=2), interleave(quotas_by_weight(many.tolist()))
+    flat = np.concatenate([order.corpora(number, pattern) for number in range(800)])
     for start in (0, 33, 20_001):
         assert np.abs(np.bincount(flat[start : start + 10_000], minlength=11) / 10_000 - many).max() < 0.001
     by_lane = np.stack([np.bincount(lane, minlength=3) for lane in rounds.T]) / len(rounds)

@@ -10,23 +10,23 @@ from recipe.run.metrics import Stopwatch, TrainState, eval_record, format_eval_l
 def test_window_is_the_mean_over_tokens_and_leaves_out_skipped_updates():
     state = TrainState()
     seen = np.array([[2, 60, 1], [1, 40, 3]])
-    state.count({"loss": (10.0, 2)}, seen, 1, None)
-    state.count({"loss": (math.nan, 5)}, seen, 1, "nonfinite")
-    state.count({"loss": (2.0, 4)}, seen, 1, None)
-    state.count({"loss": (1.0, 4)}, seen, 1, "overflow")
+    state.count({"loss": (10.0, 2)}, seen, 50, 1, None)
+    state.count({"loss": (math.nan, 5)}, seen, 50, 1, "nonfinite")
+    state.count({"loss": (2.0, 4)}, seen, 50, 1, None)
+    state.count({"loss": (1.0, 4)}, seen, 50, 1, "overflow")
     assert state.corpora == [[8, 240, 4], [4, 160, 12]]
     assert state.blocks == 12
-    assert state.padding_share(600) == pytest.approx(1 / 3)
+    assert state.padding_share == pytest.approx(1 / 3)
     assert (state.step, state.tokens, state.nonfinite_updates, state.overflows) == (4, 400, 1, 1)
     assert state.take_means() == {"loss": 2.0}
-    state.count({"loss": (1.0, 4)}, seen, 1, "nonfinite")
+    state.count({"loss": (1.0, 4)}, seen, 50, 1, "nonfinite")
     assert state.take_means() == {"loss": None}
 
 
 def test_skipped_updates_in_a_row_are_counted():
     state = TrainState()
     for skipped in ("nonfinite", "nonfinite", None, "overflow", "nonfinite"):
-        state.count({"loss": (1.0, 1)}, np.array([[1, 1, 1]]), 1, skipped)
+        state.count({"loss": (1.0, 1)}, np.array([[1, 1, 1]]), 1, 1, skipped)
     assert state.skipped_in_a_row == 2
 
 
@@ -35,7 +35,7 @@ def test_digest_tells_the_order_of_updates():
     for order in [(1, 2, 3), (2, 1, 3), (1, 2, 3)]:
         state = TrainState()
         for digest in order:
-            state.count({"loss": (1.0, 1)}, np.array([[1, 1, 1]]), digest, None)
+            state.count({"loss": (1.0, 1)}, np.array([[1, 1, 1]]), 1, digest, None)
         digests.append(state.data_digest)
     assert digests[0] == digests[2] != digests[1]
 
@@ -49,7 +49,7 @@ def test_eval_record_has_the_perplexity_of_its_loss():
 
 
 def test_lines_are_aligned():
-    state = TrainState(step=5, corpora=[[1000, 234_567, 9], [2000, 1_000_000, 9]])
+    state = TrainState(step=5, corpora=[[1000, 234_567, 9], [2000, 1_000_000, 9]], positions=3000 * 512)
     state.window = {"loss": [30.0, 10]}
     watch = Stopwatch()
     watch.count(1000, watch.started + 0.5)
@@ -57,7 +57,7 @@ def test_lines_are_aligned():
         name: {"blocks": blocks, "passes": passes} for name, blocks, passes in (("a", 1000, 2), ("b", 2000, 0.5))
     }
     rates = watch.rates(1 / 1e6) | {"peak_memory": 12_345_678_901}
-    record = train_record(state, {"learning_rate": 6e-4, "grad_norm": 1.25}, rates, corpora, 3000 * 512)
+    record = train_record(state, {"learning_rate": 6e-4, "grad_norm": 1.25}, rates, corpora)
     assert (record["tokens_per_second"], record["mfu"], record["seconds_per_update"]) == (2000, 0.002, 0.5)
     assert "memory 12.3 GB" in format_train_line(record, 100_000)
     assert record["epoch"] == 1.0
