@@ -12,19 +12,19 @@ from torch.nn import functional as F
 
 from recipe.modeling.adapters import LayerParts
 from recipe.modeling.attention import Sequences, check_kernel
-from recipe.modeling.objectives import MaskedLMObjective, Places, take
+from recipe.modeling.objectives import MaskedLMObjective, Places, States, take
 
 
 class LastLayerEverywhere(MaskedLMObjective):
     """The objective with the head at masked positions, and all of the last layer."""
 
     def run_layer(
-        self, layer: Any, hidden: Tensor, where: Any, seeds: Tensor | None, slots: Tensor | None = None
-    ) -> Tensor:
+        self, layer: Any, states: States, where: Any, seeds: Tensor | None, slots: Tensor | None = None
+    ) -> States:
         if isinstance(where, Sequences):
             where = where._replace(query_bounds=where.key_bounds)
-        hidden = super().run_layer(layer, hidden, where, seeds)
-        return hidden if slots is None else take(hidden, slots)
+        hidden, residual = super().run_layer(layer, states, where, seeds)
+        return States(take(hidden, slots), None if residual is None else take(residual, slots))
 
 
 class HeadEverywhere(MaskedLMObjective):
@@ -43,8 +43,8 @@ class HeadEverywhere(MaskedLMObjective):
 
 
 class OneProduct(MaskedLMObjective):
-    """The objective with a layer's queries, keys and values by one product, of weights put together in each step, so
-    that the model stays plain.
+    """The objective of a post-norm model with a layer's queries, keys and values by one product, of weights put
+    together in each step, so that the model stays plain.
     """
 
     def __init__(self, model: nn.Module, masked_share: float, gradient_checkpointing: bool = False) -> None:
@@ -53,16 +53,16 @@ class OneProduct(MaskedLMObjective):
         self.adapter.parts = lambda layer: layer if isinstance(layer, LayerParts) else parts(layer)
 
     def run_layer(
-        self, layer: Any, hidden: Tensor, where: Any, seeds: Tensor | None, slots: Tensor | None = None
-    ) -> Tensor:
+        self, layer: Any, states: States, where: Any, seeds: Tensor | None, slots: Tensor | None = None
+    ) -> States:
         parts = self.adapter.parts(layer)
         if slots is None:
             projections = parts.query, parts.key, parts.value
             weight = torch.cat([projection.weight for projection in projections])
             bias = torch.cat([projection.bias for projection in projections])
-            query, key, value = F.linear(hidden, weight, bias).chunk(3, -1)
+            query, key, value = F.linear(states.hidden, weight, bias).chunk(3, -1)
             parts = parts._replace(query=lambda _: query, key=lambda _: key, value=lambda _: value)
-        return super().run_layer(parts, hidden, where, seeds, slots)
+        return super().run_layer(parts, states, where, seeds, slots)
 
 
 class ResidualInBf16(MaskedLMObjective):

@@ -145,8 +145,7 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
         check.fits_world_size = True
         remarks.append(args.describe_micro_batches(world_size, 0, args.max_steps - 1))
     with tried.trying("schedule") as remarks:
-        schedule = args.lr_scheduler_type, args.lr_scheduler_kwargs, args.warmup_steps, args.max_steps
-        rates = preview_rates(args.learning_rate, *schedule)
+        rates = preview_rates(args.learning_rate, *args.schedule)
         remarks.append(f"{args.lr_scheduler_type}, up to {max(rates):.3g}, at the end {rates[-1]:.3g}")
     # All that is local comes before a checkpoint is downloaded, or a repository made.
     check_corpora(check)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from recipe.arguments import PretrainArguments
 from recipe.base.errors import UserError
 from recipe.base.progress import progress_bar
 from recipe.data.batches import Batch, Counts, MicroBatches, TrainingData, UpdateData
@@ -17,6 +18,7 @@ from recipe.modeling.model import model_flops_per_token
 from recipe.run.hardware import matmul_flops, peak_memory
 from recipe.run.metrics import (
     Stopwatch,
+    TrainState,
     eval_record,
     format_data_line,
     format_eval_line,
@@ -27,6 +29,13 @@ from recipe.run.stopping import START_SECONDS
 from recipe.session import Session
 
 MAX_ROLLBACKS = 3  # to the same checkpoint
+# Within so many nats of a unigram model's loss, a model uses no context. On the plateau, losses from 0.01 under to 0.07
+# over it were seen, and a baseline of 250K tokens is 0.1 too high (docs/results.md); a model that leaves it falls fast.
+PLATEAU_NATS = 0.2
+WAYS_OFF_PLATEAU = (
+    "What is known to help: short blocks first or a smaller batch first (`phases`), pre-norm layers (`model_type: "
+    "roberta-prelayernorm`), more updates, more `warmup_steps` or a lower `learning_rate`; see docs/running.md"
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,7 @@ class TrainingLog:
         state = self.session.state
         length = self.session.args.timeline.at(state.step + state.updates_left_out).max_seq_length
         state.count(measured, counts.corpora, length, counts["digest"], outcome.skipped)
+        state.train_milliseconds = counts["milliseconds"]
         self.watch.count(counts.tokens, update.ended)
 
     def corpora(self, counts: Counts) -> dict[str, dict[str, float]]:
@@ -133,7 +143,8 @@ class TrainingLog:
         made_with = {"learning_rate": update.learning_rate, "grad_norm": outcome.grad_norm}
         made_with |= settings._asdict() if args.phases else {}
         record = train_record(state, made_with, rates, self.corpora(update.counts))
-        session.report(record | self.said_once, format_train_line(record, args.max_steps))
+        max_seconds = math.inf if args.schedule_by == "steps" else args.schedule_length / 1000
+        session.report(record | self.said_once, format_train_line(record, args.max_steps, max_seconds))
         self.said_once = {}
         self.watch = self.watch.go_on()
 
@@ -148,9 +159,37 @@ class TrainingLog:
         means, failure = evaluate(session.accelerator, session.objective, self.eval_batches)
         if failure:
             return failure
-        record = eval_record(session.state, dict(zip(self.measures, means, strict=True)), self.unigram_loss)
+        state = session.state
+        record = eval_record(state, dict(zip(self.measures, means, strict=True)), self.unigram_loss)
+        notice = find_plateau(session.args, state, record["eval_loss"], self.unigram_loss)
+        record |= {"notice": notice} if notice else {}
         session.report(record, format_eval_line(record, session.args.max_steps))
+        if notice and not state.plateau_said:
+            state.plateau_said = True
+            session.run.log([f"warning: {notice}. {WAYS_OFF_PLATEAU}"])
         return None
+
+
+def find_plateau(
+    args: PretrainArguments, state: TrainState, eval_loss: float | None, unigram_loss: float
+) -> str | None:
+    """Take in a held-out loss, in nats; once warmup is over, tell since when it has been about that of a unigram model.
+
+    A loss that is so once may be passing: it takes two evaluations in a row, or the last of the run. The baseline is
+    NaN where there is none, as on all processes but the main one.
+    """
+    if eval_loss is None or not abs(eval_loss - unigram_loss) < PLATEAU_NATS:
+        state.plateau_since = 0
+        return None
+    state.plateau_since = since = state.plateau_since or state.step
+    _, _, warmup, _ = args.schedule
+    is_warm = args.schedule_position(state.step, state.train_milliseconds) > warmup
+    if not is_warm or (since == state.step and not args.is_over(state.step, state.train_milliseconds)):
+        return None
+    return (
+        f"the held-out loss ({eval_loss:.3f}) has been about that of a unigram model ({unigram_loss:.3f}) since update "
+        f"{since:,}: the model does not use context yet"
+    )
 
 
 class SpikeGuard:
@@ -221,7 +260,7 @@ def evaluate(
         size = max(batches.sizes(0))
         failure = UserError(
             f"`per_device_eval_batch_size` is {size}, and the device's memory is too small for it ({error}); give "
-            "less, and go on with --resume_from_checkpoint latest"
+            "less; a run goes on with --resume_from_checkpoint latest"
         )
     except Exception as error:  # whatever it is, the other ranks have to know
         failure = error

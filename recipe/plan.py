@@ -201,11 +201,12 @@ def describe_plan(args: PretrainArguments, config: PreTrainedConfig, num_process
     with torch.device("meta"):
         parameters = count_parameters(build_model(config, None, args.predicts_pairs))
     timeline = args.timeline
+    at_most = "at most " if args.schedule_by == "hours" else ""
     return [
         f"model: {config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}, "
         f"{config.vocab_size:,} entries, {format_count(parameters)} parameters",
         *describe_phases(args, num_processes),
-        f"run: {args.max_steps:,} updates, {format_count(timeline.positions(args.max_steps))} positions, "
+        f"run: {at_most}{args.max_steps:,} updates, {format_count(timeline.positions(args.max_steps))} positions, "
         f"{format_count(count_flops(args, config))} FLOPs; "
         f"learning rate {describe_schedule(asdict(args))}",
     ]
@@ -255,13 +256,13 @@ def describe_passes(args: PretrainArguments, sizes: list[CorpusSize]) -> list[st
         times = positions[number] / (blocks[number] * args.max_seq_length or math.nan)
         text = f"{corpus.name} {format_count(times)} times, {share:.1%} of the blocks"
         passes.append(f"{corpus.name} unknown" if math.isnan(times) else text)
-        if times > MAX_PASSES:
+        if times > MAX_PASSES and args.schedule_by == "steps":
             steps = max(1, round(args.max_steps * PAPER_PASSES / times))
             lines.append(
                 f"warning: {format_count(times)} passes over corpus {corpus.name}, and more than {PAPER_PASSES} teach "
                 f"little: `max_steps` {steps:,} makes as many; or give more text, or this corpus less `weight`"
             )
-    return ["passes: " + "; ".join(passes), *lines]
+    return [f"passes{', at most' if args.schedule_by == 'hours' else ''}: " + "; ".join(passes), *lines]
 
 
 def describe_preparation(args: PretrainArguments, sizes: list[CorpusSize]) -> list[str]:
@@ -282,12 +283,19 @@ def describe_time(args: PretrainArguments, config: PreTrainedConfig, hardware: H
     flops = count_flops(args, config)
     mfu, source = find_mfu(hardware, flops / args.timeline.positions(args.max_steps))
     seconds = flops / (hardware.count * hardware.flops * mfu) * (RECOMPUTE_FACTOR if args.gradient_checkpointing else 1)
+    an_update, fitting = seconds / args.max_steps, ""
+    if args.schedule_by == "hours":
+        updates = args.schedule_length / 1000 / an_update
+        fitting = f"; {args.max_train_hours:g} hours are about {updates:,.0f} updates"
+        if updates > args.max_steps:
+            fitting += f", and `max_steps` ({args.max_steps:,}) would end the run before its schedule: give more"
+        seconds = min(seconds, args.schedule_length / 1000)
     hours = hardware.count * seconds / 3600
     precision = "float32" if hardware.precision == "no" else hardware.precision
     line = (
-        f"time: {format_duration(seconds)} on {hardware.count} x {hardware.name}, {seconds / args.max_steps:.3g} s an "
+        f"time: {format_duration(seconds)} on {hardware.count} x {hardware.name}, {an_update:.3g} s an "
         f"update, at {mfu:.0%} ({source}) of the "
-        f"{hardware.flops / 1e12:.3g} TFLOP/s that large {precision} matrix products sustain"
+        f"{hardware.flops / 1e12:.3g} TFLOP/s that large {precision} matrix products sustain{fitting}"
     )
     if hardware.is_gpu:
         line += f"; {hours:,.0f} GPU-hours"

@@ -90,9 +90,8 @@ class Session:
 
     def build_scheduler(self) -> LambdaLR:
         """Build the schedule of the learning rate, standing where training is."""
-        args, optimizer = self.args, self.optimizer.optimizer
-        schedule = args.lr_scheduler_type, args.lr_scheduler_kwargs, args.warmup_steps, args.max_steps
-        return build_scheduler(optimizer, *schedule, self.state.step)
+        position = self.args.schedule_position(self.state.step, self.state.train_milliseconds)
+        return build_scheduler(self.optimizer.optimizer, *self.args.schedule, position)
 
     def resume_data(self, lanes: dict[str, Any], skipped_updates: int = 0) -> Resume:
         """Say where in the data training goes on, from its state and the lanes of a checkpoint."""
@@ -105,6 +104,7 @@ class Session:
         """
         args, state = self.args, self.state
         self.last_saved_step = step = state.step
+        is_last = args.is_over(step, state.train_milliseconds)
         copied = self.writer.copy(self.objective, self.optimizer.optimizer, keep=self.accelerator.is_main_process)
         all_lanes = gather_object([to_arrays(lanes)])
         if copied is None:
@@ -131,7 +131,7 @@ class Session:
             self.run.saved_step = step
             self.run.write_status("running", self.state.step)
             self.plot()
-            if step < args.max_steps:  # the last one is pushed when the run is complete
+            if not is_last:  # which is pushed when the run is complete
                 self.publisher.publish(path, is_last=False)
 
         self.writer.start(step, write, after_save)

@@ -24,12 +24,13 @@ from recipe.data.batches import Batch, Counts, Resume, TrainingData, UpdateData,
 from recipe.modeling.memory import full_rows, largest_micro_batch
 from recipe.modeling.model import count_parameters
 from recipe.modeling.objectives import MaskedLMObjective
+from recipe.modeling.optimizer import set_rate
 from recipe.monitoring import SpikeGuard, TrainingLog, Update, to_device
 from recipe.run.checkpoint import BYTES_PER_PARAMETER
 from recipe.run.directory import LostFolderError
 from recipe.run.launch import sum_over_hosts
 from recipe.run.metrics import Stopwatch
-from recipe.run.stopping import StopRequest, handling_stop_signals
+from recipe.run.stopping import StopRequest, TrainingClock, handling_stop_signals
 from recipe.run.watchdog import Watchdog
 from recipe.session import Session
 
@@ -39,7 +40,7 @@ SLOW_DISK_BYTES_PER_SECOND = 1e8  # taken for the first checkpoint
 def train(session: Session, data: TrainingData, resume: Resume) -> bool:
     """Train from `session.state.step` to `max_steps`, logging, evaluating and saving on the way.
 
-    A run that begins evaluates before its first update, too.
+    By hours, training ends with them. A run that begins evaluates before its first update, too.
 
     Returns:
         whether the run is complete; False when it was asked to stop, with a checkpoint of the last update.
@@ -70,19 +71,35 @@ class Trainer:
         args, accelerator, done = session.args, session.accelerator, session.state.step
         self.session, self.data = session, data
         self.log, self.spikes = TrainingLog(session, data), SpikeGuard(session)
-        self.request = StopRequest(args.max_train_hours, accelerator.is_main_process)
-        self.bar = progress_bar("training", args.max_steps, "updates", accelerator.is_main_process, done)
+        by_steps = args.schedule_by == "steps"
+        self.request = StopRequest(args.max_train_hours if by_steps else None, accelerator.is_main_process)
+        total = args.max_steps if by_steps else None
+        self.bar = progress_bar("training", total, "updates", accelerator.is_main_process, done)
         self.watchdog = Watchdog(accelerator)
         self.slow_write = BYTES_PER_PARAMETER * count_parameters(session.unwrapped.model) / SLOW_DISK_BYTES_PER_SECOND
         self.prepare = preparation(session.unwrapped, accelerator.device)
         self.scheduler = session.build_scheduler()
         self.enqueued: Update | None = None  # the newest update, until it is read
         self.read: Update | None = None  # the newest update that has been read
+        self.clock: TrainingClock | None = None  # from the end of the first update on, which may wait for a compiler
 
     @property
     def step(self) -> int:
         """The number of updates that are done or enqueued."""
         return self.session.state.step + (self.enqueued is not None)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last update of the run is done or enqueued."""
+        state = self.session.state
+        began = self.enqueued.counts["milliseconds"] if self.enqueued else state.train_milliseconds
+        return self.session.args.is_over(self.step, began)
+
+    def milliseconds(self) -> int:
+        """Return how long the run has trained by the clock of the main process; 0 on the others."""
+        if not self.session.accelerator.is_main_process:
+            return 0
+        return self.clock.milliseconds() if self.clock else self.session.state.train_milliseconds
 
     def open_data(self, resume: Resume) -> None:
         """Begin to read the data at some place."""
@@ -92,9 +109,10 @@ class Trainer:
     def run(self) -> bool:
         """Make updates until all are made or the run is to stop; see `train`."""
         args = self.session.args
-        while self.step < args.max_steps:
+        while not self.is_over:
+            began = self.milliseconds()
             with self.log.watch.waiting():
-                local, counts, failure = next_update(self.session, self.updates, self.request, self.watchdog)
+                local, counts, failure = next_update(self.session, self.updates, self.request, self.watchdog, began)
             if local is None:
                 if counts["lost"] and failure:
                     raise failure
@@ -103,20 +121,25 @@ class Trainer:
                 continue
             if not self.enqueue(local, counts):
                 continue
-            is_last = self.step == args.max_steps
-            evaluates = bool(args.eval_blocks) and (self.step % args.eval_steps == 0 or is_last)
-            saves = self.step % args.save_steps == 0 or is_last
+            evaluates = bool(args.eval_blocks) and (self.step % args.eval_steps == 0 or self.is_over)
+            saves = self.step % args.save_steps == 0 or self.is_over
             if (evaluates or saves or self.read is None) and self.settle():
                 self.pause(evaluates, saves)
             self.request.update_done(self.session.writer.seconds or self.slow_write)
+        seconds = self.session.state.train_milliseconds / 1000
+        if args.schedule_by == "hours" and seconds * 1000 < args.schedule_length:
+            used = f"when {seconds / 3600:.3g} of {args.max_train_hours:g} hours were used"
+            line = f"warning: `max_steps` ({args.max_steps:,}) came {used}, before the end of the schedule: give more"
+            self.session.run.log([line])
         return True
 
     def enqueue(self, local: UpdateData, counts: Counts) -> bool:
         """Have the device make an update, and meanwhile read the one before it; return whether that one is kept."""
         self.watchdog.at(f"update {self.step + 1:,}")
-        started, learning_rate = time.monotonic(), float(self.scheduler.get_last_lr()[0])
+        started = time.monotonic()
+        position = self.session.args.schedule_position(self.step, counts["milliseconds"])
+        learning_rate = set_rate(self.scheduler, position)
         result = update_weights(self.session, self.step, local, counts)
-        self.scheduler.step()
         before, self.enqueued = self.enqueued, Update(local, counts, learning_rate, started, result)
         return before is None or self.take_in(before)
 
@@ -131,6 +154,7 @@ class Trainer:
         outcome = update.wait(session.accelerator.scaler is not None)
         if self.read is None:
             self.log.log_start(update)
+            self.clock = TrainingClock(state.train_milliseconds)
         self.read = update
         self.log.count(update, outcome)
         self.bar.update()
@@ -139,7 +163,7 @@ class Trainer:
         if checkpoint := self.spikes.find_rollback(outcome, update.counts["masked"]):
             self.go_back(checkpoint)
             return False
-        if state.step % args.logging_steps == 0 or state.step == args.max_steps:
+        if state.step % args.logging_steps == 0 or args.is_over(state.step, state.train_milliseconds):
             self.log.log_training(update, outcome)
         return True
 
@@ -148,13 +172,12 @@ class Trainer:
         self.enqueued = None
         self.updates.close()
         self.open_data(self.session.roll_back(checkpoint))
-        self.scheduler = self.session.build_scheduler()
         self.log.watch = Stopwatch()
         self.bar.update(self.session.state.step - self.bar.n)
 
     def pause(self, evaluates: bool = False, saves: bool = False) -> None:
         """Evaluate and save; raise what an evaluation has failed with once all is saved."""
-        failure, is_last = None, self.session.state.step == self.session.args.max_steps
+        failure, is_last = None, self.is_over
         with self.log.watch.paused():
             if evaluates:
                 self.watchdog.at("evaluating")
@@ -168,8 +191,11 @@ class Trainer:
 
     def save(self) -> None:
         """Begin to write a checkpoint of the newest update, unless there is one."""
-        if self.read and self.session.state.step != self.session.last_saved_step:
+        state, now = self.session.state, self.milliseconds()
+        if self.read and state.step != self.session.last_saved_step:
             self.watchdog.at("saving")
+            if not self.session.args.is_over(state.step, now):  # or the last update, still to come, would seem done
+                state.train_milliseconds = max(state.train_milliseconds, now)
             self.log.log_data(self.read.counts)
             self.session.save(self.read.lanes)
 
@@ -207,9 +233,11 @@ def preparation(objective: MaskedLMObjective, device: torch.device) -> Callable[
 
 
 def next_update(
-    session: Session, updates: Iterator[UpdateData], request: StopRequest, watchdog: Watchdog
+    session: Session, updates: Iterator[UpdateData], request: StopRequest, watchdog: Watchdog, milliseconds: int
 ) -> tuple[UpdateData | None, Counts, Exception | None]:
     """Wait for what this process has of the next update, and sum its counts over all processes.
+
+    The main process counts the `milliseconds` that the run has trained, the others 0, so that all have its time.
 
     Returns:
         this process's part, None on all ranks if any of them has no more data or was asked to stop, so that none is
@@ -229,6 +257,7 @@ def next_update(
         reason = "lost" if isinstance(error, LostFolderError) else "failed"
         failure, counts = error, Counts.without_data(num_corpora, reason)
     watchdog.at("the count of an update's data")
+    counts["milliseconds"] = milliseconds
     counts = Counts(num_corpora, sum_over_hosts(counts.array))
     if counts["failed"] or counts["lost"]:
         own = f"rank {accelerator.process_index} on {platform.node()}: {failure}" if failure else ""

@@ -78,7 +78,7 @@ def read_lines(path: Path) -> list[dict]:
 def learning(path: Path) -> list[dict]:
     """metrics.jsonl without what the machine decides, or where the run was resumed."""
     timed = {"resumed_from", "tokens_per_second", "mfu", "peak_memory", "data_wait_share"}
-    timed |= {"seconds_to_first_update", "seconds_per_update"}
+    timed |= {"seconds_to_first_update", "seconds_per_update", "train_seconds"}
     return [{name: value for name, value in line.items() if name not in timed} for line in read_lines(path)]
 
 

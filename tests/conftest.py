@@ -59,6 +59,7 @@ def tokenizer_dirs(texts: list[str], tokenizer_dir: Path, tmp_path_factory: pyte
     folders = {"roberta": tokenizer_dir, "bert": tmp_path_factory.mktemp("bert")}
     wordpiece = train_wordpiece([texts], 300, 2, do_lower_case=True, max_document_characters=10_000)
     save_tokenizer(wordpiece, folders["bert"], False, model_max_length=64, do_lower_case=True)
+    folders["roberta-prelayernorm"] = tokenizer_dir
     folders["albert"] = tmp_path_factory.mktemp("albert")
     unigram = train_unigram([texts], 200, do_lower_case=False, max_document_characters=10_000)
     save_tokenizer(unigram, folders["albert"], False, model_max_length=64)

@@ -18,7 +18,7 @@ BELOW = {  # what the modules of each package may import of the recipe, beside t
 }
 PACKAGES = set(BELOW)
 # Beside the packages: the top floor, lowest first.
-MODULES = ["demo", "show", "checks", "plan", "session", "monitoring", "training"]
+MODULES = ["demo", "show", "checks", "plan", "session", "monitoring", "training", "average"]
 HEAVY = {"torch", "transformers", "datasets", "evaluate", "accelerate"}
 
 

@@ -114,23 +114,31 @@ def test_operators_keep_the_rules_of_torch(kernel: str):
     norm = nn.LayerNorm(HEADS * HEAD_SIZE, device="cuda")
     seed = torch.zeros((), dtype=torch.int64, device="cuda")
     arguments = hidden, residual, norm.weight, norm.bias, seed, round(DROPOUT * 2**32), norm.eps, torch.bfloat16
-    torch.library.opcheck(kernels.dropout_add_norm_forward, arguments, test_utils=utils, rtol=0.02, atol=0.02)
+    for keeps_sum in (False, True):
+        forward, every = kernels.dropout_add_norm_forward, (*arguments, keeps_sum)
+        torch.library.opcheck(forward, every, test_utils=utils, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("width", [96, 768, 1000, 1024])
 def test_fused_kernel_is_that_of_torch(width: int):
-    assert kernels.why_no_kernels(torch.device("cuda")) is None
-    assert kernels.compare_with_torch(torch.device("cuda"), width, rows=1000)
+    for keeps_sum in (False, True):
+        assert kernels.why_no_kernels(torch.device("cuda"), width, keeps_sum) is None
+        assert kernels.compare_with_torch(torch.device("cuda"), width, keeps_sum, rows=1000)
     hidden, residual = torch.randn(2, 500, width, dtype=torch.bfloat16, device="cuda")
     norm = nn.LayerNorm(width, device="cuda")
+    summed = hidden.float() + residual.float()
+    expected = F.layer_norm(summed, (width,), norm.weight, norm.bias, norm.eps)
     found = kernels.dropout_add_norm(hidden, residual, norm, 0.0, None, torch.bfloat16)
-    expected = F.layer_norm(hidden.float() + residual.float(), (width,), norm.weight, norm.bias, norm.eps)
     torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=2e-2)
+    found, found_sum = kernels.dropout_add_norm_sum(hidden, residual, norm, 0.0, None)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=4e-2)
+    assert found_sum.equal(summed.bfloat16())
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-def test_precisions_learn_alike(echo_flags, run: Run, tmp_path: Path, precision: str):
-    run(echo_flags, precision)
+@pytest.mark.parametrize("model_type", ["roberta", "roberta-prelayernorm"])
+def test_precisions_learn_alike(echo_flags, run: Run, tmp_path: Path, precision: str, model_type: str):
+    run(echo_flags | {"model_type": model_type}, precision)
     assert environment_of(tmp_path / "run")["mixed_precision"] == precision
     last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["eval_loss"] < 0.5 * last["unigram_loss"]
@@ -147,8 +155,11 @@ def test_training_without_padding_learns_as_with_it(flags, run: Run, tmp_path: P
             assert line[name] == pytest.approx(other[name], rel=5e-3)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_update_waits_for_nothing(flags, run: Run, monkeypatch: pytest.MonkeyPatch, compiled: bool):
+@pytest.mark.parametrize(
+    ("compiled", "model_type"), [(False, "roberta"), (True, "roberta"), (True, "roberta-prelayernorm")]
+)
+def test_update_waits_for_nothing(flags, run: Run, monkeypatch: pytest.MonkeyPatch, compiled: bool, model_type: str):
+    flags |= {"model_type": model_type}
     real, updates = recipe.training.update_weights, []
 
     def watched(*arguments):

@@ -64,6 +64,22 @@ def test_plan_for_gpus_counts_hours_and_price(plan):
     assert "unknown  kernels" in lines
 
 
+def test_plan_by_hours_says_how_many_updates_fit(plan):
+    hours = {"schedule_by": "hours", "max_train_hours": 2, "warmup_steps": 0.06, "price_per_gpu_hour": 3}
+    lines, error = plan(**H200, **hours, max_steps=10**12)
+    assert error is None
+    assert lines["run"].startswith("at most 1,000,000,000,000 updates")
+    assert "0.001 after 6% of the run as warmup, then linearly to zero, by the share of 2 hours" in lines["run"]
+    assert lines["time"].startswith("2:00:00 on 2 x H200")
+    assert "4 GPU-hours, at 3 each 12" in lines["time"]
+    assert "passes, at most" in lines
+    seconds, updates = re.search(
+        r"([\d.e-]+) s an update.* 2 hours are about ([\d,]+) updates;", lines["time"]
+    ).groups()
+    assert float(seconds) * int(updates.replace(",", "")) == pytest.approx(7200, rel=0.01)
+    assert "`max_steps` (100) would end the run before its schedule" in plan(**H200, **hours, max_steps=100)[0]["time"]
+
+
 def test_every_problem_is_named_with_how_to_mend_it(plan, texts, tmp_path: Path):
     good = write_jsonl(tmp_path / "good.jsonl", texts)
     corpora = [{"name": "bad", "path": "no/such.jsonl"}, {"name": "good", "path": str(good)}]

@@ -43,6 +43,8 @@ def with_loop(monkeypatch: pytest.MonkeyPatch):
         {"packing": "doc_sentences"},
         {"gradient_checkpointing": True, "per_device_train_batch_size": 16},
         {"streaming": True, "num_lanes": 2},
+        {"packing": "doc_sentences", "model_type": "roberta-prelayernorm", "gradient_checkpointing": True},
+        SYSTEMS["roberta-prelayernorm"],
         SYSTEMS["bert"],
         SYSTEMS["albert"],
     ],
@@ -67,8 +69,10 @@ def test_run_learns_what_a_padded_one_does(
     assert_same_losses(tmp_path / "run", tmp_path / "tokens")
 
 
-def test_resume_is_exact_with_dropout(flags, run_pretrain, with_loop, tmp_path: Path, capsys):
+@pytest.mark.parametrize("model_type", ["roberta", "roberta-prelayernorm"])
+def test_resume_is_exact_with_dropout(flags, run_pretrain, with_loop, tmp_path: Path, capsys, model_type: str):
     with_loop()
+    flags |= {"model_type": model_type}
     run_pretrain(flags)
     assert "\nattention: loop, of real tokens alone\n" in capsys.readouterr().out
     resumed = flags | {"output_dir": tmp_path / "resumed", "resume_from_checkpoint": "latest"}

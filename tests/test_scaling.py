@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from recipe.average import average_run, parse_options
 from testing.helpers import PATIENCE_SECONDS, PYTHONPATH, ROOT, SMALL_MODEL, command_line, learning, wait_for, weights
 from tests.test_systems import SIZES, SYSTEMS
 
@@ -174,7 +175,9 @@ def run_ddp(flags: dict[str, object], precision: str = "no") -> None:
     subprocess.run([*command, *command_line(flags)], cwd=ROOT, env=environment, check=True)
 
 
-@pytest.mark.parametrize(("system", "wrapped"), [("roberta", 3), ("bert", 3), ("albert", 2)])
+@pytest.mark.parametrize(
+    ("system", "wrapped"), [("roberta", 3), ("roberta-prelayernorm", 3), ("bert", 3), ("albert", 2)]
+)
 def test_fsdp_gives_the_losses_of_one_process(
     exact_flags, run_pretrain, run_fsdp, tokenizer_dirs, tmp_path: Path, system: str, wrapped: int
 ):
@@ -227,6 +230,10 @@ def test_run_goes_on_under_another_engine(exact_flags, run_pretrain, run_fsdp, t
     assert one["optimizer"].keys() == two["optimizer"].keys()
     for name, moments in one["optimizer"].items():
         assert all(torch.allclose(moments[key], two["optimizer"][name][key], atol=1e-6) for key in moments)
+    average_run(*parse_options([str(tmp_path / "parts"), "--last", "3"]))  # of one engine each
+    record = json.loads((tmp_path / "parts/averages/step-00000006-mean-of-3/average.json").read_text())
+    evaluated = [line["eval_loss"] for line in learning(tmp_path / "parts" / "metrics.jsonl") if "eval_loss" in line]
+    assert record["last_evaluation"]["eval_loss"] == pytest.approx(evaluated[-1], abs=1e-6)
 
 
 SPIKE = """

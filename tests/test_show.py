@@ -61,7 +61,7 @@ def update_of(flags: dict[str, object], tokenizer, update: int = 0):
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("model_type", ["roberta", "bert", "albert"])
+@pytest.mark.parametrize("model_type", ["roberta", "roberta-prelayernorm", "bert", "albert"])
 def test_roles_are_those_of_ids_and_labels(flags, tokenizer_dirs, packing: str, model_type: str):
     """Position by position, against the blocks that the rows are made of."""
     tokenizer = load_tokenizer(str(tokenizer_dirs[model_type]))

@@ -24,10 +24,12 @@ from tests.test_pretrain import assert_same_run
 ROBERTA = {"model_type": "roberta", "objective": "next_sentence", "packing": "segment_pair"}
 BERT = {"model_type": "bert", "objective": "next_sentence", "packing": "sentence_pair", "masking": "static"}
 ALBERT = {"model_type": "albert", "objective": "sentence_order", "packing": "sentence_order"}
-SYSTEMS = {"roberta": ROBERTA, "bert": BERT, "albert": ALBERT}
-SIZES = {"roberta": SMALL_MODEL, "bert": SMALL_MODEL, "albert": SMALL_MODEL | {"embedding_size": 16}}
+PRE_NORM = ROBERTA | {"model_type": "roberta-prelayernorm"}
+SYSTEMS = {"roberta": ROBERTA, "roberta-prelayernorm": PRE_NORM, "bert": BERT, "albert": ALBERT}
+SIZES = dict.fromkeys(SYSTEMS, SMALL_MODEL) | {"albert": SMALL_MODEL | {"embedding_size": 16}}
 CLASSES = {
     "roberta": [AutoModelForMaskedLM],
+    "roberta-prelayernorm": [AutoModelForMaskedLM],
     "bert": [AutoModelForPreTraining, AutoModelForMaskedLM, AutoModelForNextSentencePrediction],
     "albert": [AutoModelForPreTraining, AutoModelForMaskedLM],
 }
@@ -68,7 +70,7 @@ def test_run_goes_on_and_leaves_a_plain_model(flags_of, run_pretrain, run_glue, 
         _, loading = loader.from_pretrained(model, output_loading_info=True)
         assert not loading["missing_keys"]
         assert not loading["mismatched_keys"]
-        is_whole = loader is AutoModelForPreTraining or system == "roberta"
+        is_whole = loader is AutoModelForPreTraining or system.startswith("roberta")
         left_out = () if is_whole else (LM_WEIGHTS if loader is AutoModelForNextSentencePrediction else PAIR_WEIGHTS)
         assert all(key.startswith(left_out) for key in loading["unexpected_keys"])
     fill_mask = pipeline("fill-mask", model=str(model))
@@ -80,16 +82,17 @@ def test_run_goes_on_and_leaves_a_plain_model(flags_of, run_pretrain, run_glue, 
     assert len(read_lines(tmp_path / "out" / "results.jsonl")) == 1
 
 
-@pytest.mark.parametrize("model_type", ["bert", "albert"])
+@pytest.mark.parametrize("model_type", ["roberta-prelayernorm", "bert", "albert"])
 def test_masked_lm_alone_leaves_a_plain_model_too(flags, run_pretrain, tmp_path: Path, model_type: str):
     run_pretrain(flags | {"model_type": model_type, "model_config": json.dumps(SIZES[model_type])})
     _, loading = AutoModelForMaskedLM.from_pretrained(tmp_path / "run" / "model", output_loading_info=True)
     assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-def test_pair_head_of_roberta_is_in_the_checkpoint(flags_of, run_pretrain, tmp_path: Path):
+@pytest.mark.parametrize("system", ["roberta", "roberta-prelayernorm"])
+def test_pair_head_of_roberta_is_in_the_checkpoint(flags_of, run_pretrain, tmp_path: Path, system: str):
     """A resume that began with a new one would go another way."""
-    run_pretrain(flags_of("roberta"))
+    run_pretrain(flags_of(system))
     checkpoint = tmp_path / "run" / "checkpoints" / "step-00000006"
     beside = torch.load(checkpoint / "optimizer.pt", weights_only=True)["beside_model"]
     assert len(beside) == 4
@@ -121,10 +124,10 @@ def pair_flags(flags: dict[str, object], tmp_path: Path) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize(("system", "max_steps"), [("roberta", 200), ("bert", 200), ("albert", 200)])
-def test_pairs_are_told_apart_better_than_by_chance(pair_flags, run_pretrain, tmp_path: Path, system, max_steps):
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_pairs_are_told_apart_better_than_by_chance(pair_flags, run_pretrain, tmp_path: Path, system: str):
     sizes = SIZES[system] | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    changes = {"max_steps": max_steps, "model_config": json.dumps(sizes)}
+    changes = {"max_steps": 200, "model_config": json.dumps(sizes)}
     run_pretrain(pair_flags | SYSTEMS[system] | changes)
     last = read_lines(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last[f"eval_{SYSTEMS[system]['objective']}_accuracy"] > 0.7  # chance: 0.5 +- 0.03

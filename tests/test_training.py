@@ -297,9 +297,11 @@ def test_stop_request_is_heard_before_the_next_update():
     watchdog = SimpleNamespace(at=lambda place: None)
     share = UpdateData([], Counts(1))
     updates = iter([share, share])
-    assert next_update(session, updates, request, watchdog)[0] is share
+    local, counts, _ = next_update(session, updates, request, watchdog, 1500)
+    assert local is share
+    assert counts["milliseconds"] == 1500
     request.reason = "SIGTERM"
-    local, counts, failure = next_update(session, updates, request, watchdog)
+    local, counts, failure = next_update(session, updates, request, watchdog, 0)
     assert (local, counts["stopping"], failure) == (None, 1, None)
 
 

@@ -14,6 +14,7 @@ from recipe.run.metrics import TrainState
 from testing.helpers import PYTHONPATH, ROOT, SMALL_MODEL, command_line, learning, read_lines
 from tests.test_pretrain import STREAMED, assert_same_run
 from tests.test_scaling import run_fsdp  # noqa: F401  a fixture
+from tests.test_schedules import HOURS, TickingClock
 
 THIRD_UPDATE = """
 import torch
@@ -172,3 +173,20 @@ def test_rollback_goes_to_a_checkpoint_of_another_folder_too(flags, run_spiking,
     first = run_spiking(other | {"output_dir": tmp_path / "first"}).seen
     assert run_spiking(other, spiking={first[1]}).seen[:5] == first[:3] + first[2:4]
     assert learning(tmp_path / "other" / "metrics.jsonl")[-2]["updates_left_out"] == 2
+
+
+def test_hours_go_on_over_a_rollback(flags, run_spiking, tmp_path: Path, monkeypatch):
+    """The rate is that of the time, which does not go back with the weights."""
+    monkeypatch.setattr(recipe.training, "TrainingClock", TickingClock)
+    flags |= HOURS | {"save_steps": 10, "eval_blocks": 0, "logging_steps": 1, "roll_back_loss_spikes": True}
+    plain = run_spiking(flags | {"output_dir": tmp_path / "plain", "max_steps": 26}).seen
+    run_spiking(flags, spiking={plain[24]})
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    seconds = [line["train_seconds"] for line in lines]
+    assert lines[-1]["updates_left_out"] == 5
+    assert seconds == sorted(seconds)
+    assert seconds[20] - seconds[19] > 5 * 0.7
+    assert [line["learning_rate"] for line in lines[20:]] == pytest.approx(
+        [1e-3 * max(0, 36 - now) / 27 for now in seconds[20:]], abs=1e-9
+    )
+    assert lines[-1]["learning_rate"] == 0

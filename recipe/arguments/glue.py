@@ -77,7 +77,8 @@ class GlueArguments:
     save_models: bool = False
     """Keep the best model of each task in `output_dir/models`."""
     update_model_card: bool = False
-    """Add the results to the card of the model, which is the `model` folder of a run of `pretrain.py`."""
+    """Add the results to the card of the model, which is the `model` folder, or an average, of a run of
+    `pretrain.py`."""
     compare_with: Literal["base", "large"] = "base"
     """Size of the published RoBERTa whose results are printed beside these."""
     dry_run: bool = False

@@ -53,6 +53,8 @@ SchedulerType = Literal[
     "inverse_sqrt",
     "warmup_stable_decay",
 ]
+STEP_ARGUMENTS = ("num_decay_steps", "num_stable_steps", "timescale")  # of schedules, in their steps
+MILLISECONDS = 3_600_000  # of an hour
 
 
 @dataclass(kw_only=True)
@@ -132,10 +134,12 @@ class PretrainArguments:
     """Number of processes that read ahead for each training process: they mask and collate or, in `streaming`, tokenise
     and pack. 0: the training process does it."""
 
-    model_type: Literal["roberta", "bert", "albert"] = identity(default="roberta")
-    """Architecture of the model."""
+    model_type: Literal["roberta", "roberta-prelayernorm", "bert", "albert"] = identity(default="roberta")
+    """Architecture of the model; `roberta-prelayernorm` is RoBERTa with the layer norms before the parts of a layer and
+    one at the end, which leaves the residual stream as it is and bears higher learning rates."""
     model_config: dict[str, Any] = identity(default_factory=dict)
-    """Fields of `RobertaConfig`, `BertConfig` or `AlbertConfig` that differ from the released base model."""
+    """Fields of `RobertaConfig`, `RobertaPreLayerNormConfig`, `BertConfig` or `AlbertConfig` that differ from the
+    released base model."""
     model_name_or_path: PathName | None = identity(default=None)
     """Folder or hub id of a pretrained model of this type to continue from, with its own tokenizer and a new schedule.
     Null: the weights are new."""
@@ -164,17 +168,23 @@ class PretrainArguments:
     their own; their `steps` add up to `max_steps`. Empty: the run is one. A resume may change what is to come."""
     max_train_hours: PositiveFloat | None = None
     """Hours after its start by which a process has saved a checkpoint and stopped, to be resumed: the time limit of a
-    queue. Null: no limit."""
+    queue. With `schedule_by: hours`, those that the whole run trains. Null: no limit."""
+    schedule_by: Literal["steps", "hours"] = "steps"
+    """What the learning rate follows: the updates, up to `max_steps`; or the share that is used of `max_train_hours`,
+    over preemptions, after which the run is complete. `max_steps` ends it even so: give more than will fit."""
     learning_rate: PositiveFloat = 6e-4
     """Peak learning rate (paper: 6e-4 for base, 4e-4 for large)."""
-    warmup_steps: NonNegativeInt = 24_000
-    """Number of updates at the start in which the learning rate rises linearly (paper: 24K for base, 30K for large)."""
+    warmup_steps: Annotated[
+        int | float, Rule("updates, or a share of the run below 1", lambda n: 0 <= n < 1 or (n > 0 and n % 1 == 0))
+    ] = 24_000
+    """Number of updates at the start in which the learning rate rises linearly (paper: 24K for base, 30K for large), or
+    below 1 the share of `max_steps` or, with `schedule_by: hours`, of `max_train_hours`."""
     lr_scheduler_type: SchedulerType = "linear"
     """Schedule of the learning rate by transformers' name; `linear` falls to zero at `max_steps` (paper). A run of
     `constant_with_warmup` can be continued from any checkpoint, in another folder, by `warmup_stable_decay`."""
     lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the schedule, by transformers' names: of `warmup_stable_decay` `num_decay_steps`, in which the rate
-    falls to zero at the end."""
+    falls to zero at the end. Numbers of steps may be shares, as of `warmup_steps`."""
     adam_beta1: DecayRate = 0.9
     """AdamW averages gradients with this decay rate (paper: 0.9)."""
     adam_beta2: DecayRate = 0.98
@@ -260,12 +270,7 @@ class PretrainArguments:
         fitting = OBJECTIVE_PACKINGS.get(self.objective, (self.packing,))
         misfit = f"{self.objective}, which cannot use blocks of `packing` {self.packing}"
         require(self.packing in fitting, "objective", misfit, f"give it {' or '.join(fitting)}")
-        remedy = f"`max_steps` is {self.max_steps}, and the learning rate would never reach its peak: lower it"
-        require(self.warmup_steps <= self.max_steps, "warmup_steps", self.warmup_steps, remedy)
-        remedy = "`lr_scheduler_type` is constant, which has none: give it constant_with_warmup, or no warmup"
-        require(
-            self.lr_scheduler_type != "constant" or not self.warmup_steps, "warmup_steps", self.warmup_steps, remedy
-        )
+        self.check_schedule()
         if self.push_to_hub:
             remedy = "`push_to_hub` is true: name the licence of the weights by its name on the hub, such as apache-2.0"
             require(bool(self.license), "license", "missing", remedy)
@@ -285,6 +290,52 @@ class PretrainArguments:
                         f"`num_lanes` ({self.num_lanes}) does not divide `train_batch_size` ({size})"
                         f"{self.timeline.owner(stage)}; the nearest number that does is {nearest}"
                     )
+
+    def check_schedule(self) -> None:
+        """Raise a `UserError` if the learning rate cannot rise as it should, or has no hours to follow."""
+        warmup = self.warmup_steps
+        remedy = f"`max_steps` is {self.max_steps}, and the learning rate would never reach its peak: lower it"
+        require(warmup <= self.max_steps, "warmup_steps", warmup, remedy)
+        remedy = "`lr_scheduler_type` is constant, which has none: give it constant_with_warmup, or no warmup"
+        require(self.lr_scheduler_type != "constant" or not warmup, "warmup_steps", warmup, remedy)
+        if self.schedule_by == "steps":
+            return
+        remedy = "give the hours that the whole run trains, over all its starts, or --schedule_by steps"
+        require(self.max_train_hours is not None, "schedule_by", "hours, and `max_train_hours` is null", remedy)
+        given = {f"lr_scheduler_kwargs.{name}": self.lr_scheduler_kwargs.get(name, 0) for name in STEP_ARGUMENTS}
+        for name, steps in ({"warmup_steps": warmup} | given).items():
+            remedy = "`schedule_by` is hours, of which this is a share: give one below 1, such as 0.06"
+            require(not isinstance(steps, int | float) or steps < 1, name, steps, remedy)
+        has_scale = warmup or given["lr_scheduler_kwargs.timescale"] or self.lr_scheduler_type != "inverse_sqrt"
+        remedy = "by which inverse_sqrt falls: give a share, or it a `timescale`"
+        require(bool(has_scale), "warmup_steps", warmup, remedy)
+
+    @property
+    def schedule_length(self) -> int:
+        """Length of the learning rate's schedule: updates or, by hours, milliseconds of training."""
+        if self.schedule_by == "steps" or self.max_train_hours is None:
+            return self.max_steps
+        return math.ceil(self.max_train_hours * MILLISECONDS)
+
+    def schedule_steps(self, steps: Any) -> Any:
+        """Return steps of the schedule, or the whole number that a share of it makes."""
+        is_share = isinstance(steps, float) and 0 < steps < 1
+        return math.ceil(steps * self.schedule_length) if is_share else steps
+
+    @property
+    def schedule(self) -> tuple[str, dict[str, Any], int, int]:
+        """Name and arguments of the schedule, the steps of its warmup, and all its steps; see `schedule_length`."""
+        given = self.lr_scheduler_kwargs
+        arguments = given | {name: self.schedule_steps(given[name]) for name in STEP_ARGUMENTS if name in given}
+        return self.lr_scheduler_type, arguments, self.schedule_steps(self.warmup_steps), self.schedule_length
+
+    def schedule_position(self, step: int, milliseconds: int) -> int:
+        """Return where in its schedule an update is made: after `step` others, and `milliseconds` of training."""
+        return step if self.schedule_by == "steps" else min(milliseconds, self.schedule_length)
+
+    def is_over(self, step: int, milliseconds: int) -> bool:
+        """Tell whether `step` updates are all, the last of which began after so many `milliseconds` of training."""
+        return step >= self.max_steps or self.schedule_position(step, milliseconds) >= self.schedule_length
 
     @property
     def predicts_pairs(self) -> bool:
@@ -346,9 +397,11 @@ def describe_schedule(arguments: dict[str, Any]) -> str:
     rate, warmup, kind = arguments["learning_rate"], arguments["warmup_steps"], arguments["lr_scheduler_type"]
     rest = "linearly to zero" if kind == "linear" else kind.replace("_with_warmup", "").replace("_", " ")
     given = ", ".join(f"{name} {value}" for name, value in arguments["lr_scheduler_kwargs"].items())
-    return f"{rate:g} after {warmup:,} updates of warmup, then {rest}" + (f" ({given})" if given else "")
+    warmup = f"{100 * warmup:.3g}% of the run as" if 0 < warmup < 1 else f"{warmup:,.0f} updates of"
+    by = f", by the share of {arguments['max_train_hours']:g} hours" if arguments["schedule_by"] == "hours" else ""
+    return f"{rate:g} after {warmup} warmup, then {rest}" + (f" ({given})" if given else "") + by
 
 
 def first_position(model_type: str, pad_token_id: int) -> int:
     """Return the position number of a row's first token; RoBERTa counts on from the id of its pad token."""
-    return pad_token_id + 1 if model_type == "roberta" else 0
+    return pad_token_id + 1 if model_type.startswith("roberta") else 0

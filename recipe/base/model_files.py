@@ -111,7 +111,8 @@ def describe_run_path(path: Path) -> str:
         return ""
     with raising_damaged_file(run / "status.json", "name another folder"):
         state = read_json(run / "status.json")["state"]
-    models = [folder for folder in [*sorted(run.glob("checkpoints/step-*")), run / "model"] if folder.is_dir()]
+    found = [*sorted(run.glob("checkpoints/step-*")), *sorted(run.glob("averages/step-*")), run / "model"]
+    models = [folder for folder in found if folder.is_dir()]
     return f"in the run {run}, which is {state} and has {', '.join(map(str, models)) or 'no checkpoint yet'}"
 
 

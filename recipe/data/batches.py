@@ -37,7 +37,7 @@ Batch = dict[str, torch.Tensor]
 
 EVAL_VISIT = -1  # held-out blocks have the masks of this visit, every time
 EMPTY_BLOCK = -1  # number of the blocks that fill the last evaluation micro-batches up
-SCALARS = ("failed", "lost", "stopping", "masked", "pairs", "digest")  # of an update
+SCALARS = ("failed", "lost", "stopping", "milliseconds", "masked", "pairs", "digest")  # of an update
 COUNTED = ("blocks", "tokens", "documents")  # of each corpus, in an update
 
 
@@ -64,8 +64,9 @@ class Counts:
     def __init__(self, num_corpora: int, array: np.ndarray | None = None) -> None:
         sizes = len(SCALARS), num_corpora * len(COUNTED), num_corpora * (len(LEFT_OUT) + 1)
         self.array = np.zeros(sum(sizes), np.int64) if array is None else array
-        # See `SCALARS`: processes that `failed` to read data, have `lost` the run's folder or are `stopping`, `masked`
-        # tokens, `pairs` of two parts, and the `digest` of all blocks and of what is masked in them.
+        # See `SCALARS`: processes that `failed` to read data, have `lost` the run's folder or are `stopping`, the
+        # `milliseconds` that the run has trained by the main process's clock, `masked` tokens, `pairs` of two parts,
+        # and the `digest` of all blocks and of what is masked in them.
         self.scalars, corpora, streams = np.split(self.array, np.cumsum(sizes[:2]))
         self.corpora = corpora.reshape(num_corpora, -1)  # (corpora, 3), see `COUNTED`
         # (corpora, 4), in streaming mode the documents dropped so far, see `LEFT_OUT`, and the passes in millionths,
@@ -85,12 +86,16 @@ class Counts:
     def without_data(cls, num_corpora: int, reason: str) -> "Counts":
         """Count a process that has no more data, because it `failed`, is `stopping` or has `lost` the run's folder."""
         counts = cls(num_corpora)
-        counts.scalars[SCALARS.index(reason)] = 1
+        counts[reason] = 1
         return counts
 
     def __getitem__(self, name: str) -> int:
         """Return one of `SCALARS` by its name."""
         return int(self.scalars[SCALARS.index(name)])
+
+    def __setitem__(self, name: str, value: int) -> None:
+        """Set one of `SCALARS` by its name."""
+        self.scalars[SCALARS.index(name)] = value
 
     @property
     def tokens(self) -> int:

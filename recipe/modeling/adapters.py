@@ -1,7 +1,7 @@
 """Access to the parts of a RoBERTa, BERT or ALBERT of transformers, so that one function runs the layers of all."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,9 +12,15 @@ Part = Any  # a module of transformers, whose own modules have names that differ
 class LayerParts(NamedTuple):
     """What a layer is made of, in the order in which it runs.
 
-    `feed_forward` ends with the activation; a dropout is None where the architecture has none.
+    Attributes:
+        input_norm: of a pre-norm layer, of its input.
+        attention_norm: of what attention gives, added to its input.
+        feed_forward: all up to the activation.
+        output_norm: of a post-norm layer, of what the feed-forward part gives, added to its input.
+        attention_output_dropout, output_dropout: None where the architecture has none.
     """
 
+    input_norm: nn.LayerNorm | None
     query: nn.Linear
     key: nn.Linear
     value: nn.Linear
@@ -25,7 +31,7 @@ class LayerParts(NamedTuple):
     feed_forward: Callable[[Tensor], Tensor]
     output: nn.Linear
     output_dropout: nn.Dropout | None
-    output_norm: nn.LayerNorm
+    output_norm: nn.LayerNorm | None
 
 
 class BertAdapter:
@@ -35,6 +41,7 @@ class BertAdapter:
     wait for the answer.
     """
 
+    norm_first: ClassVar[bool] = False  # whether parts of a layer have their norm before them, and not behind
     pair_head: Part = None  # what a pair objective needs and the model does not have
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -56,6 +63,7 @@ class BertAdapter:
         """Return the parts of a layer."""
         attention, attended, output = layer.attention.self, layer.attention.output, layer.output
         return LayerParts(
+            input_norm=None,
             query=attention.query,
             key=attention.key,
             value=attention.value,
@@ -96,6 +104,31 @@ class RobertaAdapter(BertAdapter):
         return self.pair_head(first)
 
 
+class RobertaPreLayerNormAdapter(RobertaAdapter):
+    """Access to the parts of a pre-norm RoBERTa, whose norms are those of what they stand before."""
+
+    norm_first = True
+
+    def parts(self, layer: Part) -> LayerParts:
+        """Return the parts of a layer, at whose end no norm stands."""
+        attention, attended, output = layer.attention.self, layer.attention.output, layer.output
+        feed_forward = layer.intermediate
+        return LayerParts(
+            input_norm=layer.attention.LayerNorm,
+            query=attention.query,
+            key=attention.key,
+            value=attention.value,
+            attention_dropout=attention.dropout,
+            attention_output=attended.dense,
+            attention_output_dropout=attended.dropout,
+            attention_norm=feed_forward.LayerNorm,
+            feed_forward=lambda hidden: feed_forward.intermediate_act_fn(feed_forward.dense(hidden)),
+            output=output.dense,
+            output_dropout=output.dropout,
+            output_norm=None,
+        )
+
+
 class AlbertAdapter(BertAdapter):
     """Access to the parts of an ALBERT, which runs one layer many times, or the layers of a few groups."""
 
@@ -113,6 +146,7 @@ class AlbertAdapter(BertAdapter):
         """Return the parts of a layer, which has no dropout at its end."""
         attention = layer.attention
         return LayerParts(
+            input_norm=None,
             query=attention.query,
             key=attention.key,
             value=attention.value,
@@ -135,4 +169,9 @@ class AlbertAdapter(BertAdapter):
         return self.model.sop_classifier(self.base.pooler_activation(self.base.pooler(first)))
 
 
-ADAPTERS = {"roberta": RobertaAdapter, "bert": BertAdapter, "albert": AlbertAdapter}
+ADAPTERS = {
+    "roberta": RobertaAdapter,
+    "roberta-prelayernorm": RobertaPreLayerNormAdapter,
+    "bert": BertAdapter,
+    "albert": AlbertAdapter,
+}

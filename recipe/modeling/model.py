@@ -24,13 +24,18 @@ from recipe.base.model_files import check_model_files, check_numbers, count_ids
 
 DECODER_FIELDS = {"is_decoder", "add_cross_attention", "use_cache"}  # of the config classes, and of no use here
 
-# The released base models' values where the config class has others: BERT's in `RobertaConfig`, those of the largest
-# ALBERT in `AlbertConfig`.
+# The released base models' values where the config class has others: BERT's in `RobertaConfig` and its pre-norm twin,
+# those of the largest ALBERT in `AlbertConfig`.
 ROBERTA_DEFAULTS = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 ALBERT_DEFAULTS = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 # Nothing in a file of weights may run: it is safetensors, or tensors and plain values alone.
 LOADING: dict[str, Any] = {"dtype": "float32", "trust_remote_code": False, "weights_only": True}
-DEFAULTS: dict[str, dict[str, Any]] = {"roberta": ROBERTA_DEFAULTS, "bert": {}, "albert": ALBERT_DEFAULTS}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "roberta": ROBERTA_DEFAULTS,
+    "roberta-prelayernorm": ROBERTA_DEFAULTS,
+    "bert": {},
+    "albert": ALBERT_DEFAULTS,
+}
 
 
 def build_config(

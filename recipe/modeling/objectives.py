@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from recipe.modeling.adapters import ADAPTERS, Part
+from recipe.modeling.adapters import ADAPTERS, LayerParts, Part
 from recipe.modeling.attention import Sequences, attend, find_kernel
-from recipe.modeling.kernels import dropout_add_norm, why_no_kernels
+from recipe.modeling.kernels import dropout_add_norm, dropout_add_norm_sum, why_no_kernels
 from recipe.modeling.unpadding import Batch, Unpadding
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of accelerate, under which matrix products are rounded
@@ -44,8 +44,23 @@ class Places(NamedTuple):
     first_slots: Tensor | None
 
 
-def take(hidden: Tensor, slots: Tensor) -> Tensor:
-    """Take the hidden states at the slots, see `Places`: (batch, slots, width) or (slots, width)."""
+class States(NamedTuple):
+    """What a layer hands on: (batch, length, width) or (tokens, width).
+
+    Attributes:
+        hidden: the hidden states. Those of a pre-norm layer are what its last part gives: to be added to `residual`
+            and normalised, which the next layer does in one kernel.
+        residual: of a pre-norm layer, the sum of what all parts before have given.
+    """
+
+    hidden: Tensor
+    residual: Tensor | None = None
+
+
+def take(hidden: Tensor, slots: Tensor | None) -> Tensor:
+    """Take the hidden states at the slots, if any, see `Places`: (batch, slots, width) or (slots, width)."""
+    if slots is None:
+        return hidden
     if slots.ndim == 1:  # what follows would make and keep an index of the width of the hidden states
         return hidden[slots]
     return torch.take_along_dim(hidden, slots[..., None], dim=1)
@@ -66,6 +81,9 @@ class MaskedLMObjective(nn.Module):
     # What a forward pass measures, and over what in an update each is averaged: `masked` tokens or `pairs`. The sum of
     # these means is minimised; an accuracy has no gradient.
     measures: ClassVar[dict[str, str]] = {"loss": "masked"}
+    # Accelerate's FSDP2 looks among the children of what this names for a final norm to make a group of, and takes any
+    # class with Norm in its name for one, that of a pre-norm model too. The adapter is no module, and has none.
+    base_model_prefix = "adapter"
     reads_first = False  # whether the first position of a row is read beside the masked ones
 
     def __init__(self, model: PreTrainedModel, masked_share: float, gradient_checkpointing: bool = False) -> None:
@@ -130,17 +148,20 @@ class MaskedLMObjective(nn.Module):
             found = self.places_of_tokens(labels, self.unpadding, **places)
         else:
             found = self.places_in_rows(labels, **places)
-        hidden = self.embed(input_ids, position_ids, token_type_ids)
+        states = States(self.embed(input_ids, position_ids, token_type_ids))
         layers = self.adapter.layers()
         seeds: Sequence[Tensor | None] = [None] * len(layers)
         if self.residual_dtype:  # of the two dropouts of each layer; a layer that is recomputed drops the same
-            seeds = torch.randint(2**31, (len(layers), 2), device=hidden.device).unbind()
+            seeds = torch.randint(2**31, (len(layers), 2), device=states.hidden.device).unbind()
         for number, layer in enumerate(layers[:-1]):
             if self.gradient_checkpointing and self.training:
-                hidden = checkpoint(layer.run, hidden, found.where, seeds[number], use_reentrant=False)
+                states = checkpoint(layer.run, states, found.where, seeds[number], use_reentrant=False)
             else:
-                hidden = layer.run(hidden, found.where, seeds[number])
-        hidden = layers[-1].run(hidden, found.last_where, seeds[-1], found.slots)
+                states = layer.run(states, found.where, seeds[number])
+        states = layers[-1].run(states, found.last_where, seeds[-1], found.slots)
+        hidden = states.hidden
+        if self.adapter.norm_first:  # with the seed that the first layer, which gets nothing to add, has left
+            hidden, _ = self.close(states, self.adapter.parts(layers[-1]), self.adapter.base.LayerNorm, seeds[0])
         return self.measure(hidden, found.labels, pair_label, found.first_slots)
 
     def places_of_tokens(
@@ -186,22 +207,27 @@ class MaskedLMObjective(nn.Module):
     def run_layer(
         self,
         layer: Part,
-        hidden: Tensor,
+        states: States,
         where: Tensor | Sequences | None,
         seeds: Tensor | None,
         slots: Tensor | None = None,
-    ) -> Tensor:
+    ) -> States:
         """Run a layer, at the slots alone if there are any, which attend to all positions.
 
         Args:
             layer: one of the adapter's.
-            hidden: (batch, length, width) or (tokens, width), its input.
+            states: what the layer before has handed on, or the embeddings.
             where: see `attend`.
-            seeds: (2,) int64, of its dropouts, for the fused kernel.
+            seeds: (2,) int64, of its dropouts, for the fused kernel: behind attention, and behind the feed-forward
+                part of this layer or, in a pre-norm model, of the one before.
             slots: see `Places`.
         """
         parts = self.adapter.parts(layer)
-        rows = hidden if slots is None else take(hidden, slots)
+        hidden, residual = states
+        if parts.input_norm is not None:
+            hidden, residual = self.close(states, parts, parts.input_norm, seeds)
+        rows = take(hidden, slots)
+        residual = rows if residual is None else take(residual, slots)
         head_size = self.model.config.hidden_size // self.model.config.num_attention_heads
         query, key, value = (
             projected.unflatten(-1, (-1, head_size))
@@ -209,21 +235,42 @@ class MaskedLMObjective(nn.Module):
         )
         share = parts.attention_dropout.p if parts.attention_dropout.training else 0.0
         mixed = attend(query, key, value, where, share, head_size**-0.5).flatten(-2)
-        first, second = (None, None) if seeds is None else seeds
-        attended = self.add_norm(
-            parts.attention_output(mixed), rows, parts.attention_output_dropout, parts.attention_norm, first
+        seed = None if seeds is None else seeds[0]
+        attended, residual = self.add_norm(
+            parts.attention_output(mixed), residual, parts.attention_output_dropout, parts.attention_norm, seed
         )
-        fed = parts.output(parts.feed_forward(attended))
-        return self.add_norm(fed, attended, parts.output_dropout, parts.output_norm, second)
+        states = States(parts.output(parts.feed_forward(attended)), residual)
+        if parts.output_norm is None:
+            return states
+        return States(self.close(states, parts, parts.output_norm, seeds)[0])
+
+    def close(
+        self, states: States, parts: LayerParts, norm: nn.LayerNorm, seeds: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Add what a feed-forward part has given to its residual, if it has any, see `add_norm`."""
+        if states.residual is None:
+            return norm(states.hidden), states.hidden
+        seed = None if seeds is None else seeds[1]
+        return self.add_norm(states.hidden, states.residual, parts.output_dropout, norm, seed)
 
     def add_norm(
         self, hidden: Tensor, residual: Tensor, dropout: nn.Dropout | None, norm: nn.LayerNorm, seed: Tensor | None
-    ) -> Tensor:
-        """Add what a part of a layer gives to its input, with dropout, and normalise the sum."""
+    ) -> tuple[Tensor, Tensor]:
+        """Add what a part of a layer gives to its residual, with dropout, and normalise the sum.
+
+        Returns:
+            The norm, and the residual of the next part: the norm too or, in a pre-norm model, the sum.
+        """
         if self.residual_dtype:
             share = dropout.p if dropout is not None and dropout.training else 0.0
-            return dropout_add_norm(hidden, residual, norm, share, seed if share else None, self.residual_dtype)
-        return norm(residual + (hidden if dropout is None else dropout(hidden)))
+            seed = seed if share else None
+            if self.adapter.norm_first:
+                return dropout_add_norm_sum(hidden, residual, norm, share, seed)
+            normed = dropout_add_norm(hidden, residual, norm, share, seed, self.residual_dtype)
+            return normed, normed
+        total = residual + (hidden if dropout is None else dropout(hidden))
+        normed = norm(total)
+        return normed, total if self.adapter.norm_first else normed
 
     def measure(
         self, hidden: Tensor, labels: Tensor, pair_label: Tensor | None, first_slots: Tensor | None
@@ -293,7 +340,8 @@ def try_kernels(
     size = 1, config.num_attention_heads, config.hidden_size // config.num_attention_heads
     like = torch.empty(size, dtype=PRECISIONS.get(precision, torch.float32), device=device)
     kernel, problems = find_kernel(like, rows, length)
-    reason, lines = why_no_kernels(device, config.hidden_size), []
+    reason = why_no_kernels(device, config.hidden_size, ADAPTERS[config.model_type].norm_first)
+    lines = []
     if kernel:
         lines.append(f"attention: {kernel}, of real tokens alone")
     elif problems:

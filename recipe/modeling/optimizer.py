@@ -1,4 +1,4 @@
-"""The optimizer, AdamW as in the paper, and the schedule of its learning rate."""
+"""The optimizer, AdamW as in the paper, and the schedule of its learning rate, a function of the place in the run."""
 
 import inspect
 import math
@@ -31,17 +31,17 @@ def build_optimizer(
 
 
 def build_scheduler(
-    optimizer: torch.optim.Optimizer, name: str, arguments: dict[str, Any], warmup_steps: int, max_steps: int, done: int
+    optimizer: torch.optim.Optimizer, name: str, arguments: dict[str, Any], warmup: int, length: int, position: int
 ) -> LambdaLR:
-    """Build a schedule of the learning rate that goes on after `done` updates.
+    """Build a schedule of the learning rate that stands at a position.
 
     It is not for `accelerator.prepare`, which would step it once for each process.
 
     Args:
         optimizer: whose first learning rate is the peak.
         name, arguments: of the schedule, as transformers has them.
-        warmup_steps, max_steps: of the schedule, where it has them.
-        done: number of updates.
+        warmup, length: the schedule's steps of warmup and in all, in what the run counts: updates, or milliseconds.
+        position: steps before the next update.
 
     Raises:
         UserError: the schedule does not take these arguments.
@@ -54,24 +54,28 @@ def build_scheduler(
     for argument in arguments.keys() - taken:
         raise UserError(f"`lr_scheduler_kwargs` has `{argument}`{did_you_mean(argument, taken)}; {remedy}")
     try:
-        scheduler = get_scheduler(name, optimizer, warmup_steps, max_steps, arguments)
-        scheduler.last_epoch = done - 1  # of which its rates are a function
+        scheduler = get_scheduler(name, optimizer, warmup, length, arguments)
         with warnings.catch_warnings(action="ignore"):  # torch's of a step before one of the optimizer
-            scheduler.step()
+            set_rate(scheduler, position)
     except Exception as error:  # of one schedule or another, about what is missing or a value
         raise UserError(f"`lr_scheduler_kwargs` is {arguments}: {describe_error(error)}; {remedy}") from error
     return scheduler
 
 
-def preview_rates(
-    learning_rate: float, name: str, arguments: dict[str, Any], warmup_steps: int, max_steps: int
-) -> list[float]:
-    """Return the learning rates of some updates spread over a run, and at last that after its end; see above."""
+def set_rate(scheduler: LambdaLR, position: int) -> float:
+    """Set the learning rate to that of a position in the schedule, and return it."""
+    scheduler.last_epoch = position - 1  # of which its rates are a function
+    scheduler.step()
+    return float(scheduler.get_last_lr()[0])
+
+
+def preview_rates(learning_rate: float, name: str, arguments: dict[str, Any], warmup: int, length: int) -> list[float]:
+    """Return the learning rates of positions spread over a run, and at last that of its end; see above."""
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=learning_rate)
-    updates = sorted({*(max_steps * part // PREVIEWED for part in range(PREVIEWED + 1)), warmup_steps})
+    positions = sorted({*(length * part // PREVIEWED for part in range(PREVIEWED + 1)), warmup})
     rates = [
-        float(build_scheduler(optimizer, name, arguments, warmup_steps, max_steps, update).get_last_lr()[0])
-        for update in updates
+        float(build_scheduler(optimizer, name, arguments, warmup, length, position).get_last_lr()[0])
+        for position in positions
     ]
     if not all(map(math.isfinite, rates)) or min(rates) < 0:
         raise UserError(f"`lr_scheduler_kwargs` is {arguments}, with which {name} has the rates {rates}")

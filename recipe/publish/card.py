@@ -1,11 +1,13 @@
 """The model card of a run: every number in it is in a file of the run, and what was not run is not in it.
 
 It is made from config.yaml (arguments, versions, commit), status.json (the update), metrics.jsonl (losses, corpora,
-throughput), the model's config and weights and, beside them, glue.json: what finetune_glue.py got from these weights.
+throughput), the model's config and weights and, beside them, glue.json (what finetune_glue.py got from these weights)
+and average.json (of which updates they are the mean, with what `recipe.average` has evaluated).
 """
 
 import json
 import math
+import shlex
 import shutil
 import statistics
 from pathlib import Path
@@ -24,10 +26,15 @@ from recipe.finetune.tasks.glue import TASKS
 from recipe.publish.hub import GLUE_FILE
 from recipe.publish.markdown import as_card, as_text, code_block, table, two_columns
 from recipe.publish.names import public_config, public_name
-from recipe.run.directory import read_config, read_records, read_step
+from recipe.run.directory import AVERAGE_FILE, average_path, read_config, read_records, read_step
 
 RECIPE_TAG = "roberta-pretraining-recipe"  # of all cards
-MODEL_TITLES = {"roberta": "RoBERTa", "bert": "BERT", "albert": "ALBERT"}
+MODEL_TITLES = {
+    "roberta": "RoBERTa",
+    "roberta-prelayernorm": "Pre-norm RoBERTa",
+    "bert": "BERT",
+    "albert": "ALBERT",
+}
 OBJECTIVE_TITLES = {
     "masked_lm": "masked language modelling",
     "next_sentence": "masked language modelling and next-sentence prediction",
@@ -53,6 +60,11 @@ def source(corpus: dict[str, Any], sources: list[str]) -> str:
     return link + (f" ({', '.join(details)})" if details else "")
 
 
+def read_beside(model: Path, name: str) -> dict[str, Any] | None:
+    """Read a JSON file beside the weights; None without it."""
+    return json.loads((model / name).read_text("utf-8")) if (model / name).exists() else None
+
+
 class Run:
     """A run as its files have it, and the folder of the weights that the card is for."""
 
@@ -61,27 +73,45 @@ class Run:
         self.config = read_config(path)
         self.environment = self.config["environment"]
         self.sources = self.environment["hub_sources"]
-        self.step = read_step(path)
+        self.average = read_beside(model, AVERAGE_FILE)
+        self.step = self.average["steps"][-1] if self.average else read_step(path)
         records = [record for record in read_records(path / "metrics.jsonl") if record["step"] <= self.step]
         self.training = [record for record in records if "tokens_per_second" in record]
         evaluations = [record for record in records if record.get("eval_loss") is not None]
         self.evaluation = evaluations[-1] if evaluations else None
+        if self.average:
+            self.evaluation = self.average["evaluation"]
         self.first_evaluation = evaluations[0] if len(evaluations) > 1 and not evaluations[0]["step"] else None
         self.architecture = json.loads((model / "config.json").read_text("utf-8"))
         self.parameters = count_weights(model)
-        self.glue = json.loads((model / GLUE_FILE).read_text("utf-8")) if (model / GLUE_FILE).exists() else None
+        self.glue = read_beside(model, GLUE_FILE)
         corpora = self.config["eval_corpora"] or self.config["corpora"]
         self.held_out = ", ".join(corpus["name"] for corpus in corpora)
 
     @property
     def name(self) -> str:
         """Name the model for `from_pretrained`: its hub id or, from where the run's folder lies, its folder."""
+        if self.average:
+            return public_name(str(average_path(self.path, self.average["steps"])), [])
         return self.config["hub_model_id"] if self.config["push_to_hub"] else f"{public_name(str(self.path), [])}/model"
 
     @property
     def title(self) -> str:
         """Name the model in a heading."""
+        if self.average:
+            return self.name.replace("/averages/", " ")
         return self.name.split("/")[-1] if self.config["push_to_hub"] else public_name(str(self.path), [])
+
+    @property
+    def progress(self) -> str | None:
+        """Say how far training is; None if it is complete."""
+        hours = self.config["max_train_hours"] if self.config["schedule_by"] == "hours" else None
+        used = self.training[-1]["train_seconds"] / 3600 if hours and self.training else 0.0
+        if self.step >= self.config["max_steps"] or (hours and used >= hours):
+            return None
+        if hours:
+            return f"{used:.3g} of {hours:g} hours are used, in {self.step:,} updates"
+        return f"{self.step:,} of {self.config['max_steps']:,} updates are done"
 
     @property
     def base(self) -> str | None:
@@ -142,19 +172,22 @@ def introduction(run: Run) -> list[str]:
         f"parameters, pretrained {origin} by {OBJECTIVE_TITLES[config['objective']]} after the recipe of "
         "[RoBERTa](https://arxiv.org/abs/1907.11692).",
     ]
-    if run.step < config["max_steps"]:
-        lines.append(f"**Training is under way:** {run.step:,} of {config['max_steps']:,} updates are done.")
+    if run.average:
+        *earlier, last = (f"{step:,}" for step in run.average["steps"])
+        lines.append(f"Its weights are the mean of those after {', '.join(earlier)} and {last} updates.")
+    elif run.progress:
+        lines.append(f"**Training is under way:** {run.progress}.")
     return lines
 
 
 def usage(run: Run) -> list[str]:
     """Show how to load the model."""
-    space = "" if run.config["model_type"] == "roberta" else " "
+    space = "" if run.config["model_type"].startswith("roberta") else " "
     name = json.dumps(run.name, ensure_ascii=False)
     code = f'from transformers import pipeline\n\nfill_mask = pipeline("fill-mask", model={name})\n'
     code += f'fill_mask(f"The capital of France is{space}{{fill_mask.tokenizer.mask_token}}.")'
     lines = ["## How to use it", code_block(code, "python")]
-    if run.config["push_to_hub"] and run.config["hub_strategy"] != "end":
+    if run.config["push_to_hub"] and run.config["hub_strategy"] != "end" and not run.average:
         lines.append(
             f'Every checkpoint is a tag: `AutoModelForMaskedLM.from_pretrained("{run.name}", '
             f'revision="step-{run.step:08d}")`.'
@@ -168,15 +201,19 @@ def evaluation(run: Run) -> list[str]:
     lines = []
     if last := run.evaluation:
         perplexity = "" if last["eval_perplexity"] is None else f", perplexity {last['eval_perplexity']:,.2f}"
-        before = f" ({first['eval_loss']:.3f} before the first)" if (first := run.first_evaluation) else ""
+        others = [f"{run.average['last_evaluation']['eval_loss']:.3f} without averaging"] if run.average else []
+        others += [f"{first['eval_loss']:.3f} before the first"] if (first := run.first_evaluation) else []
+        beside = f" ({', '.join(others)})" if others else ""
         held_out = f"blocks of {as_text(run.held_out)} that are not trained on"
         if run.config["eval_corpora"]:
             held_out = f"{as_text(run.held_out)}: text that is in none of the corpora's files"
         lines.append(
             f"Held-out loss {last['eval_loss']:.3f} nats a masked token{perplexity}, after {last['step']:,} updates"
-            f"{before}; a unigram model has {last['unigram_loss']:.3f}. Held out are {held_out}; "
+            f"{beside}; a unigram model has {last['unigram_loss']:.3f}. Held out are {held_out}; "
             f"{run.config['eval_mlm_probability']:.0%} of the tokens are masked."
         )
+        if "notice" in last:
+            lines.append(f"**Not of use yet:** {last['notice']}.")
     if (run.path / "loss.png").exists():
         lines.append("![Loss over tokens](loss.png)")
     if run.glue:
@@ -225,7 +262,7 @@ def procedure(run: Run) -> list[str]:
         "masks": f"{config['masking']}, {config['mlm_probability']:.0%} of the tokens",
         "blocks": blocks,
         "batch": f"{config['train_batch_size']:,} blocks",
-        "updates": f"{run.step:,} of {config['max_steps']:,}",
+        "updates": f"{run.step:,} of {config['max_steps']:,}" if config["schedule_by"] == "steps" else f"{run.step:,}",
         "learning rate": describe_schedule(config),
         "AdamW": f"betas {betas}, epsilon {config['adam_epsilon']:g}, weight decay {config['weight_decay']:g}",
         "gradients": f"clipped to a norm of {config['max_grad_norm']:g}" if config["max_grad_norm"] else "not clipped",
@@ -307,6 +344,9 @@ def reproduction(run: Run) -> list[str]:
         f"accelerate launch --num_processes {machine['num_processes']} --mixed_precision {machine['mixed_precision']} "
         "pretrain.py --config config.yaml"
     )
+    if run.average:
+        steps = ",".join(map(str, run.average["steps"]))
+        command += f"\npython -m recipe.average {shlex.quote(public_name(str(run.path), []))} --steps {steps}"
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     commit = machine["git_commit"] or "not known: the code was in no git checkout"
     return [

@@ -23,13 +23,15 @@ from recipe.publish.names import public_name
 
 def run_of(model: str) -> Path | None:
     """Return the folder of the run whose model this is; None for any other model."""
-    run, files = Path(model).parent, ("config.yaml", "status.json", "metrics.jsonl")
-    return run if Path(model).name == "model" and all((run / name).is_file() for name in files) else None
+    path, files = Path(model), ("config.yaml", "status.json", "metrics.jsonl")
+    is_average = path.parent.name == "averages"
+    run = path.parents[1] if is_average else path.parent
+    return run if (is_average or path.name == "model") and all((run / name).is_file() for name in files) else None
 
 
 def check_card(args: GlueArguments) -> None:
     """Raise a `UserError` if the card that is to be updated is not that of a run."""
-    problem = f"true, and `model_name_or_path` {args.model_name_or_path} is not the `model` folder of a run"
+    problem = f"true, and `model_name_or_path` {args.model_name_or_path} is not the `model` or an average of a run"
     is_there = not args.update_model_card or run_of(args.model_name_or_path) is not None
     require(is_there, "update_model_card", problem, "leave it out")
 
@@ -43,7 +45,7 @@ def write_cards(output_dir: Path) -> list[str]:
         settings = {name: config[name] for name in ("num_train_epochs", "seeds", "max_seq_length")}
         write_atomically(model / GLUE_FILE, json.dumps({"summary": summary, "config": settings}, indent=1) + "\n")
         write_card(path, model)
-        lines += [f"model card: {model / 'README.md'}", *stage_card(path)]
+        lines += [f"model card: {model / 'README.md'}", *(stage_card(path) if model.name == "model" else [])]
     elif path:
         lines.append(f"the same command with --update_model_card true adds this table to {model / 'README.md'}")
     run = Run(path, model) if path else None
@@ -64,7 +66,7 @@ def build_classifier_card(
     machine, task = config["environment"], TASKS[job.task]
     sources = machine["hub_sources"]
     base = run.name if run else public_name(config["model_name_or_path"], sources)
-    is_on_hub = run.config["push_to_hub"] if run else base in sources
+    is_on_hub = (run.config["push_to_hub"] and not run.average) if run else base in sources
     title = f"{run.title if run else base.split('/')[-1]}-{job.task}"
     results = [glue_result(row, metric, value) for metric, value in result["metrics"].items()]
     head = ModelCardData(

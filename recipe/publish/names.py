@@ -27,11 +27,12 @@ def hub_models(*names: str | None) -> list[str]:
 
 
 def public_name(place: str, sources: list[str]) -> str:
-    """Return an id that is among the sources as it is, and of a path the last part: of a run's `model` the last two."""
+    """Return an id among the sources as it is, and of a path the last part: of a model in a run, from the run's on."""
     if place in sources:
         return place
     path = Path(os.path.abspath(Path(place).expanduser()))
-    return f"{path.parent.name}/model" if path.name == "model" else path.name
+    kept = 3 if path.parent.name == "averages" else 2 if path.name == "model" else 1
+    return str(Path(*path.parts[-kept:]))
 
 
 def public_config(config: dict[str, Any], sources: list[str]) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from recipe.arguments.phases import Timeline
+from recipe.arguments.pretraining import MILLISECONDS
 from recipe.base.errors import UserError, describe_error, raising_damaged_file
 from recipe.base.files import check_free_space, read_json, replace_folder
 from recipe.base.hashing import file_checksum
@@ -51,7 +52,8 @@ FORMAT = 6
 REQUIRED_FILES = {"config.json", "model.safetensors", "optimizer.pt", "state.json"}
 # The arguments that may change at a resume and that weights depend on.
 PROCEDURE = ["max_steps", "learning_rate", "warmup_steps", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"]
-PROCEDURE += ["max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs"]
+PROCEDURE += ["max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs", "schedule_by"]
+SAME_OR_ANEW = "give these fields their values of before, or start anew in another `output_dir`"
 BYTES_PER_PARAMETER = 12  # weight and two moments, in float32
 
 
@@ -263,10 +265,9 @@ def reading(path: Path, name: str) -> Iterator[Path]:
         yield path / name
 
 
-def check_identity(saved: dict[str, Any], current: dict[str, Any], path: Path) -> None:
+def check_identity(saved: dict[str, Any], current: dict[str, Any], path: Path, remedy: str = SAME_OR_ANEW) -> None:
     """Refuse a run if fields that define the experiment differ from what was saved at `path`; list them all."""
     if lines := list(differences(saved, current)):
-        remedy = "give these fields their values of before, or start anew in another `output_dir`"
         raise UserError("\n".join([f"{path} is of another experiment:", *lines, remedy]))
 
 
@@ -314,7 +315,8 @@ def procedure_changes(saved: dict[str, Any], current: dict[str, Any]) -> list[di
     if not saved:
         return []
     before = saved["arguments"]
-    changed = [name for name in PROCEDURE if name in before and before[name] != current[name]]
+    procedure = [*PROCEDURE, "max_train_hours"] if current["schedule_by"] == "hours" else PROCEDURE
+    changed = [name for name in procedure if name in before and before[name] != current[name]]
     new = [{"step": saved["step"], "name": name, "before": before[name], "after": current[name]} for name in changed]
     return saved.get("changes", []) + new
 
@@ -328,7 +330,7 @@ def open_checkpoint(
         Its path (None to start anew, or where `latest` finds none), its state, and lines for the log.
 
     Raises:
-        UserError: it is damaged, of another format or experiment, or past `max_steps`.
+        UserError: it is damaged, of another format or experiment, or past `max_steps` or the hours of the schedule.
     """
     path, lines = find_checkpoint(folder, resume_from) if resume_from else (None, [])
     if path is None:
@@ -341,12 +343,20 @@ def open_checkpoint(
             raise ValueError("`changes` is no list")
         if type(state["step"]) is not int or state["step"] != state["train_state"]["step"]:
             raise ValueError(f"`step` is {state['step']!r} and that of `train_state` {state['train_state']['step']!r}")
+        hours = state["train_state"]["train_milliseconds"] / MILLISECONDS
     check_identity(state["identity"], identity, path)
     check_phases(state, arguments, path)
     if state["step"] > arguments["max_steps"]:
         raise UserError(f"`max_steps` ({arguments['max_steps']}) is less than the updates done in {path}; give more")
+    done = f"{state['step']:,} of {arguments['max_steps']:,} updates done"
+    if arguments["schedule_by"] == "hours":
+        limit = arguments["max_train_hours"]
+        done += f", {hours:.3g} of {limit:g} hours used"
+        is_other = limit != state["arguments"].get("max_train_hours")  # a complete run has used a little more
+        if is_other and hours > limit:
+            raise UserError(f"`max_train_hours` ({limit:g}) is less than what {path} has used, {hours:.3g}; give more")
     lines += describe_changes(state["arguments"], arguments)
-    return path, state, [*lines, f"resuming from {path}: {state['step']:,} of {arguments['max_steps']:,} updates done"]
+    return path, state, [*lines, f"resuming from {path}: {done}"]
 
 
 def load_training_state(

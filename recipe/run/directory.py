@@ -27,6 +27,7 @@ from recipe.run.stopping import handling_stop_signals, interrupt
 HUB_SCHEME = "hub://"  # of a checkpoint on the hub
 MANIFEST = "manifest.json"
 STATE_FILES = ("optimizer.pt", "state.json", MANIFEST)  # of a checkpoint, beside the model
+AVERAGE_FILE = "average.json"  # beside averaged weights: the `steps` of the mean, and evaluations of it and the last
 DOWNLOAD_FOLDER = ".from-hub"  # among the checkpoints, of a download that has not ended
 HEARTBEAT_SECONDS = 60  # between two writings of status.json while a run makes progress
 
@@ -34,6 +35,11 @@ HEARTBEAT_SECONDS = 60  # between two writings of status.json while a run makes 
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Name the folder of the checkpoint of an update."""
     return folder / f"step-{step:08d}"
+
+
+def average_path(run: Path, steps: list[int]) -> Path:
+    """Name the folder of the mean of the weights after some updates."""
+    return run / "averages" / f"step-{steps[-1]:08d}-mean-of-{len(steps)}"
 
 
 def checkpoint_step(path: Path) -> int | None:
@@ -92,6 +98,7 @@ class RunDirectory:
         step: updates that are done; None before the run has begun.
         saved_step: update of the newest complete checkpoint.
         loss: of the last line of metrics.jsonl that has one.
+        notice: of the last evaluation there, about what stands in the way of the run; None if nothing does.
     """
 
     def __init__(self, path: str | Path, is_main: bool, pids: list[int]) -> None:
@@ -100,6 +107,7 @@ class RunDirectory:
         self.step: int | None = None
         self.saved_step: int | None = None
         self.loss: float | None = None
+        self.notice: str | None = None
         self.status_written = 0.0
         self.status_lock = threading.Lock()  # training and the thread that writes checkpoints share the file
         self.is_main = is_main
@@ -202,6 +210,7 @@ class RunDirectory:
         if not self.is_main or self.lock.loss():
             return
         status = {"state": state, "step": step, "saved_step": self.saved_step, "loss": self.loss, "reason": reason}
+        status["notice"] = self.notice
         status |= {"time": datetime.now(UTC).isoformat(timespec="seconds"), "host": platform.node(), "job": job_name()}
         text = json.dumps(status | {"pids": self.pids}) + "\n"
         with self.status_lock:
@@ -244,9 +253,15 @@ class RunDirectory:
                 self.write_status("failed", self.step, f"{type(error).__name__}: {error}")
             raise
 
+    def note(self, record: dict[str, Any]) -> None:
+        """Take from a line of metrics.jsonl what status.json says of it."""
+        self.loss = record.get("loss", self.loss)
+        if "eval_loss" in record:
+            self.notice = record.get("notice")
+
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl; one that a full disk does not take is written with the next one."""
-        self.loss = record.get("loss", self.loss)
+        self.note(record)
         if self.is_main and not self.lock.loss():
             self.unwritten_metrics += (json.dumps(record) + "\n").encode()
             try:
@@ -264,5 +279,7 @@ class RunDirectory:
         if self.is_main and self.metrics_file.exists():
             self.unwritten_metrics = b""
             kept = [record for record in self.read_metrics() if record["step"] <= step and step]
-            self.loss = next((record["loss"] for record in reversed(kept) if "loss" in record), None)
+            self.loss = self.notice = None
+            for record in kept:
+                self.note(record)
             write_atomically(self.metrics_file, "".join(json.dumps(record) + "\n" for record in kept))

@@ -26,12 +26,17 @@ class TrainState:
     """How far a run is; everything of it is in the checkpoint, so that a resume writes the same metrics."""
 
     step: int = 0  # completed updates
+    # That the run had trained, over all its processes, when the newest update began, or when it was saved after that.
+    train_milliseconds: int = 0
     nonfinite_updates: int = 0  # skipped, because a loss or a gradient was not finite
     overflows: int = 0  # updates that fp16's gradient scaler skipped
     skipped_in_a_row: int = 0  # updates since the last one that was not skipped
     loss_spikes: int = 0
     recent_losses: list[float] = field(default_factory=list)  # of up to 100 updates, by which a spike is recognised
     updates_left_out: int = 0  # whose data was left out after spikes
+    # Of the evaluations whose loss has been a unigram model's since, the update of the first; 0 where the last was not.
+    plateau_since: int = 0
+    plateau_said: bool = False  # whether the log has said so
     # Of what the objective measures, the sums since the last line of the log and what to divide them by.
     window: dict[str, list[float]] = field(default_factory=dict)
     corpora: list[list[int]] = field(default_factory=list)  # of each corpus, blocks, tokens and documents seen
@@ -51,6 +56,8 @@ class TrainState:
             wrong = [f.name for f in fields(cls) if f.type is int and not is_count(values[f.name])]
             if wrong or not all(map(is_count, itertools.chain.from_iterable(values["corpora"]))):
                 raise ValueError(f"a count of `train_state` is no whole number: {', '.join(wrong) or 'corpora'}")
+            if type(values["plateau_said"]) is not bool:
+                raise ValueError("`plateau_said` of `train_state` is neither true nor false")
             if [len(counts) for counts in values["corpora"]] != [3] * num_corpora:
                 raise ValueError(f"`corpora` of `train_state` are not {num_corpora} with three counts each")
             if not all(math.isfinite(total) and is_count(count) for total, count in values["window"].values()):
@@ -108,6 +115,7 @@ class TrainState:
         """Return to the state of a checkpoint, and count the updates after it whose data is left out."""
         left_out = self.step + self.updates_left_out - saved.step - saved.updates_left_out
         kept = {"updates_left_out": saved.updates_left_out + left_out, "loss_spikes": self.loss_spikes}
+        kept["plateau_said"] = self.plateau_said
         vars(self).update(vars(saved) | kept)
         return left_out
 
@@ -188,6 +196,7 @@ def train_record(
         **state.take_means(),
         **{name: value if math.isfinite(value) else None for name, value in made_with.items()},  # JSON has no NaN
         "tokens": state.tokens,
+        "train_seconds": state.train_milliseconds / 1000,
         "epoch": round(epoch, 4),
         **{name: getattr(state, name) for name in COUNTERS},
         **rates,
@@ -217,9 +226,10 @@ def format_accuracies(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def format_train_line(record: dict[str, Any], max_steps: int) -> str:
-    """Format a training record as one aligned line of the log."""
+def format_train_line(record: dict[str, Any], max_steps: int, max_seconds: float = math.inf) -> str:
+    """Format a training record as one aligned line of the log; `max_seconds` is how long the run trains at most."""
     left = (max_steps - record["step"]) * record["seconds_per_update"]
+    left = max(0.0, min(left, max_seconds - record["train_seconds"]))
     skipped = [f"{record[name]} {name}" for name in ("nonfinite_updates", "overflows", "loss_spikes") if record[name]]
     return "  ".join(
         [

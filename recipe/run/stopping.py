@@ -55,6 +55,17 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
+class TrainingClock:
+    """Tells how long a run has trained, over all its processes: goes on from the milliseconds before this one."""
+
+    def __init__(self, before: int) -> None:
+        self.started = time.monotonic() - before / 1000
+
+    def milliseconds(self) -> int:
+        """Return the milliseconds that the run has trained."""
+        return int(1000 * (time.monotonic() - self.started))
+
+
 class StopRequest:
     """A request to save and stop, made by a signal or the time limit, and looked at once an update."""
 

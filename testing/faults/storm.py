@@ -54,7 +54,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 END_SECONDS = 600  # for which the end of a process is waited for
 # Values that depend on the machine, and a mark of resumes.
 TIMED = {"resumed_from", "seconds_to_first_update", "tokens_per_second", "mfu", "peak_memory", "data_wait_share"}
-TIMED |= {"seconds_per_update"}
+TIMED |= {"seconds_per_update", "train_seconds"}
 
 
 def build_flags(folder: Path, max_steps: int) -> dict[str, Any]:

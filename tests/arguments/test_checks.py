@@ -27,7 +27,7 @@ NUMBERS: dict[type, dict[str, tuple[list[Any], list[Any]]]] = {
             ([0, -1, 2**48], [1, 2**48 - 1]),
         ),
         "max_steps": ([0, 2**48], [24_000]),
-        "warmup_steps": ([-1], [0]),
+        "warmup_steps": ([-1, -0.1, 1.5, NAN, INFINITY], [0, 0.06, 1, 100.0]),
         **dict.fromkeys(
             ["eval_blocks", "max_unreadable_documents", "dataloader_num_workers"],
             ([-1, 2**48], [0]),

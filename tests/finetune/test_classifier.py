@@ -35,6 +35,7 @@ T5 = {"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2, "d
 # Of each family its pretraining class, sizes, and how many tokens it reads; 30 is no multiple of 8.
 FAMILIES = {
     "roberta": ("RobertaForMaskedLM", SIZES | {"max_position_embeddings": 32}, 30),
+    "roberta-prelayernorm": ("RobertaPreLayerNormForMaskedLM", SIZES | {"max_position_embeddings": 32}, 30),
     "xlm-roberta": ("XLMRobertaForMaskedLM", SIZES | {"max_position_embeddings": 32}, 30),
     "camembert": ("CamembertForMaskedLM", SIZES | {"max_position_embeddings": 32}, 30),
     "mpnet": ("MPNetForMaskedLM", SIZES | {"max_position_embeddings": 32}, 30),
@@ -165,7 +166,7 @@ def test_model_and_tokenizer_without_a_token_to_pad_with_are_refused(tokenizer, 
         load_glue_tokenizer(str(tmp_path), 30)
 
 
-@pytest.mark.parametrize("model_type", ["roberta", "bert", "albert"])
+@pytest.mark.parametrize("model_type", ["roberta", "roberta-prelayernorm", "bert", "albert"])
 def test_dropout_of_the_head_is_as_given(tmp_path: Path, model_type: str):
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16}
     config = AutoConfig.for_model(model_type, vocab_size=100, **sizes)

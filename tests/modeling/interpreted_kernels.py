@@ -5,10 +5,13 @@ import torch
 import triton
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import RobertaConfig, RobertaPreLayerNormConfig
 from triton import language as tl
 
 from recipe.modeling import kernels
-from recipe.modeling.kernels import dropout_add_norm, mix, scale_of, why_no_kernels
+from recipe.modeling.kernels import dropout_add_norm, dropout_add_norm_sum, mix, scale_of, why_no_kernels
+from recipe.modeling.model import build_model
+from recipe.modeling.objectives import MaskedLMObjective
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 # The interpreter cuts off the end of a bfloat16, where a GPU rounds.
@@ -52,23 +55,33 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     torch.testing.assert_close(ours.double(), theirs, rtol=rounding, atol=1e-5 * max(1.0, largest))
 
 
-def compare(hidden, residual, norm, p: float, dtype: torch.dtype, number: int = 1) -> None:
-    """Compare the result and all gradients with torch's in float64, with the kernels' own mask."""
+def compare(hidden, residual, norm, p: float, dtype: torch.dtype | None, number: int = 1) -> None:
+    """Compare the results and all gradients with torch's in float64, with the kernels' own mask; dtype None: the sum
+    is a result too.
+    """
     shape, width = hidden.shape, hidden.shape[-1]
     seed = seed_of(number) if p else None
     scales = scales_of(seed, shape[:-1].numel(), width, p).reshape(shape).double() if p else 1.0
     parameters = [hidden, residual, norm.weight, norm.bias]
     doubles = [parameter.detach().double().requires_grad_() for parameter in parameters]
-    ours = dropout_add_norm(hidden, residual, norm, p, seed, dtype)
-    theirs = nn.functional.layer_norm(doubles[1] + doubles[0] * scales, (width,), *doubles[2:], norm.eps)
-    assert ours.dtype == dtype
-    assert ours.shape == shape
-    assert_close(ours, theirs)
-    upper = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-    our_grads = torch.autograd.grad(ours, parameters, upper)
-    for one, other, parameter in zip(
-        our_grads, torch.autograd.grad(theirs, doubles, upper.double()), parameters, strict=True
-    ):
+    theirs_sum = doubles[1] + doubles[0] * scales
+    if dtype is None:
+        ours = dropout_add_norm_sum(hidden, residual, norm, p, seed)
+        assert [result.dtype for result in ours] == [hidden.dtype, residual.dtype]
+        assert_close(ours[1], theirs_sum)
+        theirs_sum = theirs_sum + (ours[1].double() - theirs_sum).detach()  # what is normalised is rounded
+    else:
+        ours = (dropout_add_norm(hidden, residual, norm, p, seed, dtype),)
+        assert ours[0].dtype == dtype
+    theirs = (nn.functional.layer_norm(theirs_sum, (width,), *doubles[2:], norm.eps), theirs_sum)[: len(ours)]
+    generator = torch.Generator().manual_seed(2)
+    uppers = [torch.randn(shape, generator=generator).to(result.dtype) for result in ours]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.shape == shape
+        assert_close(one, other)
+    our_grads = torch.autograd.grad(ours, parameters, uppers)
+    their_grads = torch.autograd.grad(theirs, doubles, [upper.double() for upper in uppers])
+    for one, other, parameter in zip(our_grads, their_grads, parameters, strict=True):
         assert one.dtype == parameter.dtype
         assert_close(one, other)
 
@@ -80,29 +93,55 @@ def test_result_and_gradients_are_those_of_torch_in_float64(types, p):
     compare(hidden, residual, make_norm(96), p, types[2])
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("types", [(FLOAT32,) * 2, (BFLOAT16,) * 2, (FLOAT16, FLOAT32), (BFLOAT16, FLOAT32)])
+def test_sum_and_all_gradients_are_those_of_torch_in_float64(types, p):
+    hidden, residual = make_inputs((3, 5, 96), *types)
+    compare(hidden, residual, make_norm(96), p, None)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, None])
 @pytest.mark.parametrize("width", [1, 5, 768, 1000, 1024, 2048, 8192])
-def test_all_widths_are_served(width):
+def test_all_widths_are_served(width, dtype):
     hidden, residual = make_inputs((17, width), FLOAT32, FLOAT32)
-    compare(hidden, residual, make_norm(width), 0.3 * (width > 1), FLOAT32)
+    compare(hidden, residual, make_norm(width), 0.3 * (width > 1), dtype)
 
 
+@pytest.mark.parametrize("result", [FLOAT32, None])
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])
-def test_parameters_may_be_of_any_type(dtype):
+def test_parameters_may_be_of_any_type(dtype, result):
     hidden, residual = make_inputs((4, 32), FLOAT32, BFLOAT16)
-    compare(hidden, residual, make_norm(32, dtype), 0.1, FLOAT32)
+    compare(hidden, residual, make_norm(32, dtype), 0.1, result)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT32, None])
 @pytest.mark.parametrize("rows", [0, 1, 7, 100])  # fewer and more than there are programs
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_any_number_of_rows_is_served(rows, p):
+def test_any_number_of_rows_is_served(rows, p, dtype):
     hidden, residual = make_inputs((rows, 64), FLOAT32, FLOAT32)
-    compare(hidden, residual, make_norm(64), p, FLOAT32)
+    compare(hidden, residual, make_norm(64), p, dtype)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_each_of_norm_and_sum_may_be_used_alone(p):
+    hidden, residual = make_inputs((6, 32), FLOAT32, FLOAT32)
+    norm, seed = make_norm(32), seed_of(4)
+    inputs = [hidden, residual, norm.weight, norm.bias]
+    normed, summed = dropout_add_norm_sum(hidden, residual, norm, p, seed)
+    grads = torch.autograd.grad(normed.square().sum(), inputs, retain_graph=True)
+    expected = dropout_add_norm(hidden, residual, norm, p, seed, FLOAT32)
+    for one, other in zip(grads, torch.autograd.grad(expected.square().sum(), inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    scales = scales_of(seed, 6, 32, p) if p else torch.ones(6, 32)
+    for one, other in zip(torch.autograd.grad(summed.sum(), inputs[:3]), (scales, 1.0, 0.0), strict=True):
+        torch.testing.assert_close(one, torch.as_tensor(other).expand_as(one))
 
 
 def test_strides_do_not_matter():
     hidden, residual, upper = (tensor.detach() for tensor in make_inputs((6, 64, 8), *[FLOAT32] * 3))
     hidden, residual, norm = hidden.mT.requires_grad_(), residual.mT[:, :, ::1].requires_grad_(), make_norm(64)
-    compare(hidden, residual, norm, 0.1, FLOAT32)
+    for dtype in (FLOAT32, None):
+        compare(hidden, residual, norm, 0.1, dtype)
     ours = dropout_add_norm(hidden, residual, norm, 0.0, None, FLOAT32)
     theirs = norm(residual + hidden)
     for grad in (upper.mT, torch.ones(()).expand(ours.shape)):
@@ -180,11 +219,14 @@ def test_torch_finds_the_operators_well_formed(p):
     hidden, residual = make_inputs((3, 4, 32), FLOAT32, FLOAT32)
     norm, dropped = make_norm(32), round(p * 2**32)
     seed = seed_of(1) if p else None
-    arguments = (hidden, residual, norm.weight, norm.bias, seed, dropped, 1e-5, FLOAT32)
-    torch.library.opcheck(kernels.dropout_add_norm_forward, arguments)
-    statistics = kernels.dropout_add_norm_forward(*arguments)[1]
-    tensors = [tensor.detach() for tensor in (hidden, hidden, residual, norm.weight)]
-    torch.library.opcheck(kernels.dropout_add_norm_backward, (*tensors, seed, statistics.detach(), dropped))
+    for keeps_sum in (False, True):
+        arguments = (hidden, residual, norm.weight, norm.bias, seed, dropped, 1e-5, FLOAT32, keeps_sum)
+        torch.library.opcheck(kernels.dropout_add_norm_forward, arguments)
+        statistics = kernels.dropout_add_norm_forward(*arguments)[1].detach()
+        grad, *inputs, weight = (tensor.detach() for tensor in (hidden, hidden, residual, norm.weight))
+        inputs = [grad, None, inputs[1]] if keeps_sum else [None, *inputs]
+        arguments = grad, *inputs, weight, seed, statistics, dropped
+        torch.library.opcheck(kernels.dropout_add_norm_backward, arguments)
 
 
 class Ending(nn.Module):
@@ -229,6 +271,30 @@ def test_under_autocast_types_are_those_of_the_projection():
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * other.abs().max().item())
 
 
+def learn(config, fused: bool, recompute: bool = False) -> list[torch.Tensor]:
+    """The loss of a batch, and all gradients, of layers that run the kernel or not."""
+    torch.manual_seed(0)
+    objective = MaskedLMObjective(build_model(config, None), 0.15, recompute).train()
+    objective.residual_dtype = FLOAT32 if fused else None
+    ids = torch.randint(5, 100, (2, 10))
+    labels = torch.full_like(ids, -100)
+    labels[:, ::8] = 7
+    sums, _ = objective(ids, labels, torch.arange(2, 12).expand(2, -1))
+    return [sums, *torch.autograd.grad(sums, list(objective.parameters()))]
+
+
+@pytest.mark.parametrize("config_class", [RobertaConfig, RobertaPreLayerNormConfig])
+def test_layers_of_the_kernel_are_those_of_plain_modules(config_class):
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
+    sizes |= {"vocab_size": 100, "type_vocab_size": 1, "attention_probs_dropout_prob": 0.0}
+    config = config_class(**sizes, hidden_dropout_prob=0.0)
+    for one, other in zip(learn(config, True), learn(config, False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    config = config_class(**sizes, hidden_dropout_prob=0.1)
+    for one, other in zip(learn(config, True), learn(config, True, recompute=True), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_what_is_not_served_is_refused():
     norm = make_norm(8)
     for hidden, residual, p in [
@@ -239,6 +305,8 @@ def test_what_is_not_served_is_refused():
     ]:
         with pytest.raises(ValueError, match="no kernel for"):
             dropout_add_norm(hidden, residual, norm, p, seed_of(0), FLOAT32)
+        with pytest.raises(ValueError, match="no kernel for"):
+            dropout_add_norm_sum(hidden, residual, norm, p, seed_of(0))
 
 
 def test_kernels_are_tried(monkeypatch):
@@ -256,5 +324,13 @@ def test_kernels_are_tried(monkeypatch):
     ):
         monkeypatch.setattr(kernels, "dropout_add_norm", wrong)
         assert why(CPU) == "they give other numbers than torch"
+        assert why(CPU, keeps_sum=True) is None
     monkeypatch.setattr(kernels, "dropout_add_norm", lambda *_: 1 / 0)
     assert why(CPU) == "ZeroDivisionError: division by zero"
+    for wrong in (
+        lambda *arguments: [result * 1.001 for result in dropout_add_norm_sum(*arguments)],
+        lambda *arguments: dropout_add_norm_sum(*arguments)[:1] * 2,
+        lambda hidden, residual, *rest: (dropout_add_norm_sum(hidden, residual, *rest)[0], hidden + residual),
+    ):
+        monkeypatch.setattr(kernels, "dropout_add_norm_sum", wrong)
+        assert why(CPU, keeps_sum=True) == "they give other numbers than torch"

@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 
 from recipe.modeling import kernels
-from recipe.modeling.kernels import dropout_add_norm, shape_of_work, why_no_kernels
+from recipe.modeling.kernels import dropout_add_norm, dropout_add_norm_sum, shape_of_work, why_no_kernels
 from testing.helpers import PYTHONPATH, ROOT
 
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="needs triton")
@@ -34,7 +34,8 @@ def test_kernels_pass_their_tests_in_the_interpreter(kind):
 @needs_triton
 @pytest.mark.parametrize("width", [768, 1024, 8192])
 @pytest.mark.parametrize("dropped", [0, 429496730])
-def test_kernels_compile_for_a_hopper(dropped, width, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("keeps_sum", [False, True])
+def test_kernels_compile_for_a_hopper(dropped, width, keeps_sum, tmp_path: Path, monkeypatch):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -46,9 +47,12 @@ def test_kernels_compile_for_a_hopper(dropped, width, tmp_path: Path, monkeypatc
     work = {"DROPPED": dropped, "EPS": 1e-5} | shape_of_work(width)
     options = {"num_warps": work.pop("num_warps")}
     work |= {} if dropped else {"seed": None}
+    work |= {} if keeps_sum else {"summed": None, "grad_summed": None}
     for kernel in (kernels.forward_kernel, kernels.backward_kernel):
         names = kernel.arg_names
         constants = {name: work[name] for name in names if name in work}
+        if keeps_sum and kernel is kernels.backward_kernel:
+            constants["hidden"] = None
         signature = {name: "constexpr" if name in constants else types.get(name, "*bf16") for name in names}
         signature |= {"seed": "*i64"} if dropped else {}
         aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if signature[name].startswith("*")}
@@ -91,7 +95,9 @@ def test_torch_compile_sees_what_the_kernels_write(monkeypatch):
         @torch.compile(fullgraph=True, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
         def run(hidden, residual):
             ours = dropout_add_norm(hidden, residual, norm, 0.1, seed, torch.bfloat16)
-            return dropout_add_norm(ours.tanh(), ours, norm, 0.0, None, torch.bfloat16)
+            ours = dropout_add_norm(ours.tanh(), ours, norm, 0.0, None, torch.bfloat16)
+            ours, summed = dropout_add_norm_sum(ours, ours, norm, 0.1, seed)
+            return ours + summed
 
         hidden, residual = torch.empty(2, 4, 5, 96, requires_grad=True)
         run(hidden.bfloat16(), residual).sum().backward()
@@ -101,8 +107,9 @@ def test_torch_compile_sees_what_the_kernels_write(monkeypatch):
         for node in graph.graph.nodes
         if "triton_kernel_wrapper_functional" in str(node.target)
     ]
-    forward = ["normed", "statistics"]
-    assert written == [forward, forward, ["grad_residual", "sums"], ["grad_hidden", "grad_residual", "sums"]]
+    forward, backward = ["normed", "statistics"], ["grad_residual", "sums"]
+    assert written[:3] == [forward, forward, [*forward, "summed"]]
+    assert written[3:] == [["grad_hidden", *backward], backward, ["grad_hidden", *backward]]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AlbertConfig, BertConfig, RobertaConfig, RobertaForSequenceClassification
+from transformers import (
+    AlbertConfig,
+    BertConfig,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    RobertaPreLayerNormConfig,
+)
 
 from recipe.arguments import PretrainArguments, parse_config
 from recipe.base.errors import UserError
@@ -45,8 +51,10 @@ def test_tiny_config_builds(tokenizer):
         build_model(build_config(args.model_config, None, tokenizer, args.max_seq_length), None)
 
 
-def test_defaults_are_the_released_models(tokenizer):
-    config = build_config({}, None, tokenizer, 512)
+@pytest.mark.parametrize("model_type", ["roberta", "roberta-prelayernorm"])
+def test_defaults_are_the_released_models(tokenizer, model_type):
+    config = build_config({}, None, tokenizer, 512, model_type)
+    assert config.model_type == model_type
     assert (config.max_position_embeddings, config.type_vocab_size, config.layer_norm_eps) == (514, 1, 1e-5)
     assert config.vocab_size == len(tokenizer)
 
@@ -82,9 +90,11 @@ def test_what_does_not_fit_is_named(tokenizer, model_config, length, expected):
 def test_missing_or_other_checkpoint_is_named(tokenizer, tmp_path):
     with pytest.raises(UserError, match="no model there"):
         build_config({}, str(tmp_path / "nothing"), tokenizer, 128)
-    BertConfig().save_pretrained(tmp_path / "bert")
-    with pytest.raises(UserError, match="is a bert, not a roberta; give `model_type: bert`"):
-        build_config({}, str(tmp_path / "bert"), tokenizer, 128)
+    for config in (BertConfig(), RobertaPreLayerNormConfig()):
+        config.save_pretrained(tmp_path)
+        kind = config.model_type
+        with pytest.raises(UserError, match=f"is a {kind}, not a roberta; give `model_type: {kind}`"):
+            build_config({}, str(tmp_path), tokenizer, 128)
 
 
 def test_checkpoint_without_a_head_is_refused(tokenizer, tmp_path):
@@ -101,7 +111,7 @@ def test_checkpoint_comes_as_float32(tokenizer, tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("model_type", ["roberta", "bert", "albert"])
+@pytest.mark.parametrize("model_type", ["roberta", "roberta-prelayernorm", "bert", "albert"])
 def test_checkpoint_with_more_layers_than_its_config_is_refused(tokenizer, tmp_path, model_type):
     build_model(build_config(SMALL_MODEL, None, tokenizer, 128, model_type), None).save_pretrained(tmp_path)
     config = build_config({"num_hidden_layers": 1}, str(tmp_path), tokenizer, 128, model_type)
@@ -133,11 +143,12 @@ def test_tokenizer_cuts_to_what_the_model_can_read(positions, max_seq_length, le
     "config",
     [
         RobertaConfig(vocab_size=1000, **SMALL_MODEL, **ROBERTA_DEFAULTS),
+        RobertaPreLayerNormConfig(vocab_size=1000, **SMALL_MODEL, **ROBERTA_DEFAULTS),
         BertConfig(vocab_size=1000, **SMALL_MODEL),
         AlbertConfig(vocab_size=1000, embedding_size=16, **SMALL_MODEL),
         AlbertConfig(vocab_size=1000, embedding_size=16, num_hidden_groups=2, inner_group_num=3, **SMALL_MODEL),
     ],
-    ids=["roberta", "bert", "albert", "albert-groups"],
+    ids=["roberta", "roberta-prelayernorm", "bert", "albert", "albert-groups"],
 )
 def test_flops_are_those_of_a_counter(config, objective):
     length, slots, predicts_pairs = 40, 6, objective == "next_sentence"  # 15 %

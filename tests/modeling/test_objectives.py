@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import RobertaForMaskedLM
+from transformers import PreTrainedModel
 
 from recipe.arguments.pretraining import first_position
 from recipe.data.masking import DynamicMaskingCollator
@@ -10,7 +10,7 @@ from recipe.modeling.objectives import OBJECTIVES, MaskedLMObjective, NextSenten
 from testing.helpers import SMALL_MODEL
 from tests.data.test_masking import make_examples
 
-TYPES = ["roberta", "bert", "albert"]
+TYPES = ["roberta", "roberta-prelayernorm", "bert", "albert"]
 
 
 def make_model(tokenizer, model_type: str, predicts_pairs: bool, **fields):
@@ -19,9 +19,9 @@ def make_model(tokenizer, model_type: str, predicts_pairs: bool, **fields):
     return build_model(config, None, predicts_pairs).eval()
 
 
-@pytest.fixture
-def model(tokenizer) -> RobertaForMaskedLM:
-    return make_model(tokenizer, "roberta", False)
+@pytest.fixture(params=["roberta", "roberta-prelayernorm"])
+def model(request, tokenizer) -> PreTrainedModel:
+    return make_model(tokenizer, request.param, False)
 
 
 def make_batch(tokenizer, model_type: str, short: int, packing: str = "full_sentences") -> dict[str, torch.Tensor]:
@@ -108,8 +108,8 @@ def test_deep_models_with_groups_and_segment_ids_are_the_stock_ones(tokenizer, m
     batch = make_batch(tokenizer, model_type, 2, "segment_pair")
     [loss_sum], [count] = MaskedLMObjective(model, 0.15)(**batch)
     del batch["pair_label"]
-    if model_type == "roberta":
-        del batch["token_type_ids"]  # it has a single type
+    if model.config.type_vocab_size == 1:
+        del batch["token_type_ids"]
     assert (loss_sum / count).item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
 
 
@@ -122,7 +122,7 @@ def test_pair_head_of_roberta_is_trained_beside_a_plain_model(tokenizer, model):
     (sums / counts).sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in objective.pair_head.parameters())
     del batch["token_type_ids"]
-    hidden = model.roberta(batch["input_ids"], batch["attention_mask"], position_ids=batch["position_ids"])
+    hidden = model.base_model(batch["input_ids"], batch["attention_mask"], position_ids=batch["position_ids"])
     logits = objective.pair_head(hidden.last_hidden_state[:, 0])
     expected = torch.nn.functional.cross_entropy(logits, batch["pair_label"], reduction="sum")
     assert sums[1].item() == pytest.approx(expected.item(), rel=1e-5)
@@ -169,27 +169,32 @@ def test_documents_that_share_a_row_are_as_if_alone(tokenizer, model):
     objective = MaskedLMObjective(model, collator.mlm_probability)
     batch = collator([row])
     del batch["rows"]
-    shared = model.roberta(
+    shared = model.base_model(
         batch["input_ids"],
         attention_mask=(batch["document_ids"][:, :, None] == batch["document_ids"][:, None, :])[:, None],
         position_ids=batch["position_ids"],
     ).last_hidden_state[0]
-    start, loss, count = 0, 0.0, 0
+    start, loss, count = 0, torch.zeros(()), 0
     for length in lengths:
         ids, labels = (batch[name][:, start : start + length] for name in ("input_ids", "labels"))
-        alone = model.roberta(ids).last_hidden_state[0]
+        alone = model.base_model(ids).last_hidden_state[0]
         assert (shared[start : start + length] - alone).abs().max() < 1e-5
         if (labels != -100).any():
-            mean = model(ids, labels=labels).loss.item()
+            mean = model(ids, labels=labels).loss
             loss, count = loss + mean * int((labels != -100).sum()), count + int((labels != -100).sum())
         start += length
-    assert objective(**batch)[0].item() == pytest.approx(loss, rel=1e-5)
-    assert objective(**batch)[1] == count
+    loss.backward()
+    expected = gradients(model)
+    [loss_sum], [found] = objective(**batch)
+    loss_sum.backward()
+    assert loss_sum.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert found == count
+    assert_close(gradients(model), expected)
 
 
 def test_engines_find_what_they_look_for(model):
     objective = MaskedLMObjective(model, 0.15)
-    assert "RobertaLayer" in objective._no_split_modules
+    assert objective._no_split_modules == [type(model).__name__.replace("ForMaskedLM", "Layer")]
     model.lm_head.decoder.weight = torch.nn.Parameter(model.lm_head.decoder.weight.detach().clone())
     objective.tie_weights()
-    assert model.lm_head.decoder.weight is model.roberta.embeddings.word_embeddings.weight
+    assert model.lm_head.decoder.weight is model.base_model.embeddings.word_embeddings.weight

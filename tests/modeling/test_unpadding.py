@@ -17,7 +17,7 @@ from tests.modeling.test_objectives import TYPES, assert_close, gradients, make_
 
 LENGTH = 64
 PACKINGS = ["full_sentences", "doc_sentences", "segment_pair", "contiguous"]
-PAIR_OBJECTIVES = {"roberta": "next_sentence", "bert": "next_sentence", "albert": "sentence_order"}
+PAIR_OBJECTIVES = dict.fromkeys(TYPES, "next_sentence") | {"albert": "sentence_order"}
 
 
 def collate(tokenizer, lengths: list[int], packing: str, model_type: str = "roberta", share: float = 0.15):
@@ -126,9 +126,11 @@ def test_recomputed_activations_drop_the_same(tokenizer, model_type):
     assert_close(*found)
 
 
-def test_a_compiled_layer_serves_all_and_each_size_once(tokenizer):
+# Embeddings, a layer, the last one, the head; of a pre-norm model the first layer, which has nothing to add, too.
+@pytest.mark.parametrize(("model_type", "graphs"), [("roberta", 4), ("roberta-prelayernorm", 5)])
+def test_a_compiled_layer_serves_all_and_each_size_once(tokenizer, model_type: str, graphs: int):
     """As many graphs for a deep model as for a flat one, and none anew for a micro-batch of a known size."""
-    config = build_config(SMALL_MODEL | {"num_hidden_layers": 5}, None, tokenizer, LENGTH)
+    config = build_config(SMALL_MODEL | {"num_hidden_layers": 5}, None, tokenizer, LENGTH, model_type)
     objective = MaskedLMObjective(build_model(config, None).eval(), 0.15)
     unpad(objective)
     batches = [objective.arrange(collate(tokenizer, lengths, "full_sentences")) for lengths in ([64, 20], [19, 64])]
@@ -140,6 +142,4 @@ def test_a_compiled_layer_serves_all_and_each_size_once(tokenizer):
         sums, _ = objective(**batch)
         sums.backward()
         assert sums.item() == pytest.approx(loss, rel=1e-5)
-        assert (
-            torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
-        )  # embeddings, a layer, the last one, the head
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

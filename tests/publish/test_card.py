@@ -274,7 +274,9 @@ def test_card_that_is_no_run_s_is_not_to_be_updated(run, run_glue, small_model, 
     (run / "metrics.jsonl").unlink()
     for model in (small_model, run / "model"):
         flags = {"output_dir": tmp_path / "out", "model_name_or_path": model, "glue_dir": tmp_path / "glue"}
-        with pytest.raises(UserError, match=r"`update_model_card` is true, and .* is not the `model` folder of a run"):
+        with pytest.raises(
+            UserError, match=r"`update_model_card` is true, .* is not the `model` or an average of a run"
+        ):
             run_glue(flags | {"tasks": "[rte]", "max_seq_length": 32, "update_model_card": "true"})
 
 

@@ -337,6 +337,8 @@ def state_of(step: int = 2, **changes: object) -> dict[str, object]:
         (json.dumps(state_of() | {"identity": None}), "identity without names"),
         (json.dumps(state_of(overflows="1")), "no whole number: overflows"),
         (json.dumps(state_of(data_digest=2**64)), "no whole number: data_digest"),
+        (json.dumps(state_of(train_milliseconds="1")), "TypeError|train_milliseconds"),
+        (json.dumps(state_of(plateau_said=1)), "`plateau_said` of `train_state` is neither true nor false"),
         (json.dumps(state_of(odd=1)), "lacks or has odd"),
         (json.dumps(state_of(corpora=[[1, 2]])), "not 1 with three counts each"),
         (json.dumps(state_of(corpora=[])), "not 1 with three counts each"),
@@ -349,7 +351,7 @@ def test_state_whose_checksum_fits_is_checked_too(tmp_path: Path, content: str |
     write_manifest(path)
 
     def restore() -> None:
-        _, state, _ = open_checkpoint(tmp_path, "latest", {}, {"max_steps": 9})
+        _, state, _ = open_checkpoint(tmp_path, "latest", {}, {"max_steps": 9, "schedule_by": "steps"})
         TrainState.restore(state["train_state"], 1, path)
 
     with pytest.raises(UserError, match=rf"state\.json is damaged .*{expected}.*; remove .*step-00000002"):

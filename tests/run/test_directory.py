@@ -118,6 +118,7 @@ def test_status_names_state_progress_time_and_place(tmp_path: Path, monkeypatch:
         "saved_step": None,
         "loss": None,
         "reason": "SIGTERM",
+        "notice": None,
         "host": platform.node(),
         "job": None,
         "pids": [11, 12],

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 import recipe.run.stopping
-from recipe.run.stopping import StopRequest, handling_stop_signals
+from recipe.run.stopping import StopRequest, TrainingClock, handling_stop_signals
 from testing.helpers import PATIENCE_SECONDS, ROOT, command_line, wait_for, wait_for_training
 from tests.test_pretrain import start
 
@@ -70,6 +70,15 @@ def test_limit_leaves_time_for_an_update_and_a_checkpoint(monkeypatch):
     assert request.is_set()
     assert request.reason == "`max_train_hours` (1)"
     assert not StopRequest().is_set()
+
+
+def test_clock_of_training_goes_on_from_before(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    clock = TrainingClock(2500)
+    assert clock.milliseconds() == 2500
+    now = 1001.5
+    assert clock.milliseconds() == 4000
 
 
 def test_run_stops_in_time_and_goes_on(flags, run_pretrain, tmp_path: Path, monkeypatch, capsys):
