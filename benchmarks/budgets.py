@@ -235,7 +235,7 @@ class Report:
         median, reached = statistics.median_low(values), [show(value) for value in values if value < math.inf]
         missing = f"{len(values) - len(reached)} of {len(values)}"
         if median == math.inf:
-            return f"not reached by {missing}"
+            return f"not reached by {missing}" if reached else "not reached"
         span = f" ({reached[0]} to {reached[-1]})" if len(reached) > 1 else ""
         return f"{show(median)}{span}" + (f", not reached by {missing}" if len(reached) < len(values) else "")
 
@@ -263,7 +263,8 @@ class Report:
             "CPU seconds are of training alone, without evaluations, on one thread; other work ran beside it, which "
             "makes them longer by some percent.",
         ]
-        return "\n".join([head, "", *rows_of(lines), "", *rows_of(means), "", *rows_of(rates), "", *notes]) + "\n"
+        tables = ["\n".join(rows_of(table)) for table in (lines, means, rates) if len(table) > 1]
+        return "\n\n".join([head, *tables, "\n".join(notes)]) + "\n"
 
     def plot(self, path: Path) -> None:
         """Held-out loss over tokens and over CPU seconds, a line for each run."""
@@ -279,6 +280,8 @@ class Report:
                     axes.plot(curve[axis], curve["eval_loss"], style, color=colour, linewidth=1, alpha=0.8, label=name)
             unigram = statistics.mean(run["unigram_loss"] for runs in arms.values() for run in runs)
             axes.axhline(unigram, color="grey", linestyle=":", label="unigram model")
+            axes.axhline(unigram - MARGIN, color="grey", linewidth=0.8, label=f"{MARGIN} nats under it")
+            axes.xaxis.set_major_formatter(lambda value, _: show(value))
             axes.set(xlabel=label, ylim=(None, unigram + MARGIN))
             axes.grid(alpha=0.3)
         panels[0].set_ylabel("held-out loss (nats a token)")
