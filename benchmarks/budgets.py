@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 from recipe.arguments import PretrainArguments, TokenizerArguments
 from recipe.base.errors import UserError, did_you_mean, require, run_script
 from recipe.base.formatting import format_count
+from recipe.run.directory import AVERAGE_FILE, average_path
 from recipe.run.hardware import device_name
 from recipe.run.plots import COLOURS, LINE_STYLES
 
@@ -121,7 +122,7 @@ class Experiment:
     def average(self, name: str, seed: int) -> float:
         """Average checkpoints of a run, unless that is done; returned and raised is what `run` does."""
         started, folder, steps = time.perf_counter(), *self.averaged(name, seed)
-        if not average_file(folder, steps).exists():
+        if not average_path(folder, steps).exists():
             command = [sys.executable, "-m", "recipe.average", str(folder), "--steps", ",".join(map(str, steps))]
             self.scripts.call(command, folder.with_name("average.log"))
         return time.perf_counter() - started
@@ -137,7 +138,7 @@ class Experiment:
         measured = []
         for seed in range(1, seeds + 1):
             folder, steps = self.averaged(name, seed)
-            if (file := average_file(folder, steps)).exists():
+            if (file := average_path(folder, steps) / AVERAGE_FILE).exists():
                 average = json.loads(file.read_text("utf-8"))
                 losses = {"mean": average["evaluation"]["eval_loss"], "last": average["last_evaluation"]["eval_loss"]}
                 measured.append({"seed": seed, **losses, "end": measure_run(folder)["end"]["eval_loss"]})
@@ -166,11 +167,6 @@ class Experiment:
         """What the complete runs of an arm came to, see `measure_run`, each with its `seed`."""
         folders = {seed: self.run_folder(arm, seed, budget) / "pretrain" for seed in range(1, seeds + 1)}
         return [{"seed": seed} | measure_run(folder) for seed, folder in folders.items() if harness.is_complete(folder)]
-
-
-def average_file(folder: Path, steps: list[int]) -> Path:
-    """What `recipe.average` writes about the mean of a run's checkpoints."""
-    return folder / "averages" / f"step-{steps[-1]:08d}-mean-of-{len(steps)}" / "average.json"
 
 
 def scale_steps(options: Options, factor: float) -> Options:
@@ -239,7 +235,7 @@ class Report:
         median, reached = statistics.median_low(values), [show(value) for value in values if value < math.inf]
         missing = f"{len(values) - len(reached)} of {len(values)}"
         if median == math.inf:
-            return f"not reached by {missing}"
+            return f"not reached by {missing}" if reached else "not reached"
         span = f" ({reached[0]} to {reached[-1]})" if len(reached) > 1 else ""
         return f"{show(median)}{span}" + (f", not reached by {missing}" if len(reached) < len(values) else "")
 
@@ -267,7 +263,8 @@ class Report:
             "CPU seconds are of training alone, without evaluations, on one thread; other work ran beside it, which "
             "makes them longer by some percent.",
         ]
-        return "\n".join([head, "", *rows_of(lines), "", *rows_of(means), "", *rows_of(rates), "", *notes]) + "\n"
+        tables = ["\n".join(rows_of(table)) for table in (lines, means, rates) if len(table) > 1]
+        return "\n\n".join([head, *tables, "\n".join(notes)]) + "\n"
 
     def plot(self, path: Path) -> None:
         """Held-out loss over tokens and over CPU seconds, a line for each run."""
@@ -283,6 +280,8 @@ class Report:
                     axes.plot(curve[axis], curve["eval_loss"], style, color=colour, linewidth=1, alpha=0.8, label=name)
             unigram = statistics.mean(run["unigram_loss"] for runs in arms.values() for run in runs)
             axes.axhline(unigram, color="grey", linestyle=":", label="unigram model")
+            axes.axhline(unigram - MARGIN, color="grey", linewidth=0.8, label=f"{MARGIN} nats under it")
+            axes.xaxis.set_major_formatter(lambda value, _: show(value))
             axes.set(xlabel=label, ylim=(None, unigram + MARGIN))
             axes.grid(alpha=0.3)
         panels[0].set_ylabel("held-out loss (nats a token)")

@@ -278,6 +278,11 @@ def describe_preparation(args: PretrainArguments, sizes: list[CorpusSize]) -> li
     ]
 
 
+def format_figure(value: float) -> str:
+    """Format a whole number, or two digits of a small one."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def describe_time(args: PretrainArguments, config: PreTrainedConfig, hardware: Hardware) -> str:
     """Estimate the hours of training at a measured or assumed MFU; what comes before it is not counted."""
     flops = count_flops(args, config)
@@ -298,9 +303,9 @@ def describe_time(args: PretrainArguments, config: PreTrainedConfig, hardware: H
         f"{hardware.flops / 1e12:.3g} TFLOP/s that large {precision} matrix products sustain{fitting}"
     )
     if hardware.is_gpu:
-        line += f"; {hours:,.0f} GPU-hours"
+        line += f"; {format_figure(hours)} GPU-hours"
     if args.price_per_gpu_hour is not None:
-        line += f", at {args.price_per_gpu_hour:g} each {hours * args.price_per_gpu_hour:,.0f}"
+        line += f", at {args.price_per_gpu_hour:g} each {format_figure(hours * args.price_per_gpu_hour)}"
     if hardware.count > 1:
         line += "; waiting for each other is not counted"
     return line

@@ -70,7 +70,7 @@ def test_median_counts_runs_that_stay_on_the_plateau():
         "all": "20K (10K to 30K)",
         "most": "20K (10K to 20K), not reached by 1 of 3",
         "one": "9, not reached by 1 of 2",
-        "none": "not reached by 1 of 1",
+        "none": "not reached",
         "few": "not reached by 2 of 3",
     }
 

@@ -333,4 +333,4 @@ def test_shipped_config_says_what_the_plan_says(path: Path, accelerator):
     flops = model_flops_per_token(config, args.max_seq_length, args.mlm_probability, args.predicts_pairs)
     assert f"x {flops / 1e6:.1f} MFLOPs" in head
     line = describe_time(args, config, find_hardware(args, accelerator))
-    assert re.search(r"([\d,]+) GPU-hours", line)[1] == re.search(r"([\d,]+) H200-hours", head)[1]
+    assert re.search(r"([\d,.]+) GPU-hours", line)[1] == re.search(r"([\d,.]+) H200-hours", head)[1]
