@@ -187,6 +187,7 @@ def show_update(preprocessor: "Preprocessor", options: argparse.Namespace, width
         batch, origins = read_update(preprocessor, options.update)
     else:
         heading = "blocks of the first text, since the corpora have no token stores yet: --prepare_only makes them"
+        preprocessor.format = preprocessor.format_of(collator.max_seq_length)
         examples, origins = read_heads(preprocessor, len(args.corpora), HEAD_CHARACTERS, DOCUMENT_CHARACTERS)
         batch = collate(collator, examples)
     return lay_out_text(heading, width) + lay_out_rows(batch, origins[: options.rows], collator, width)

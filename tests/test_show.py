@@ -211,6 +211,9 @@ def test_command_shows_the_first_text_of_what_is_too_large(show, config: Path, t
     text = show(config, "--token_store_dir", tmp_path / "stores", "--mlm_probability=0.1")
     assert text.startswith("blocks of the first text, since the corpora have no token stores yet")
     assert "row 0: sample, of the first 20,000 characters of 120 documents" in text
+    phases = ["--max_steps=10", "--phases=[{steps: 1, max_seq_length: 16}, {steps: 9}]"]
+    text = show(config, "--token_store_dir", tmp_path / "stores", "--mlm_probability=0.1", *phases)
+    assert " rows of 16 positions; " in text
     assert not (tmp_path / "stores").exists()
 
 
