@@ -28,6 +28,7 @@ from recipe.data.batches import (
     UpdateData,
     apportion_eval_blocks,
     as_it_is,
+    given_weights,
 )
 from recipe.data.hygiene import find_copies
 from recipe.data.integrity import Verification
@@ -288,8 +289,10 @@ class CachedData(TrainingData):
         return [f"{self.names[row.corpus]}, block {row.block:,}, visit {row.visit + 1}" for row in self.rows(update)]
 
     def sample_blocks(self) -> Iterator[np.ndarray]:
-        """Yield the ids of the first blocks in the order of training."""
-        stretch = self.stretches[0]
-        count = min(UNIGRAM_TOKENS // stretch.max_seq_length, int(stretch.order.num_train.sum()))
-        for where in zip(*stretch.order.locate(np.arange(count)), strict=True):
-            yield self.block(Row(*where, stretch.max_seq_length)).input_ids
+        """Yield the ids of the first blocks in the order of training without phases, which may begin with a corpus."""
+        args, length, num_corpora = self.args, self.args.max_seq_length, len(self.names)
+        sizes, left_out = list(map(len, self.packed[:num_corpora])), self.left_out[length][:num_corpora]
+        order = BlockOrder(sizes, left_out, given_weights(args.corpora), args.seed)
+        count = min(UNIGRAM_TOKENS // length, int(order.num_train.sum()))
+        for where in zip(*order.locate(np.arange(count)), strict=True):
+            yield self.block(Row(*where, length)).input_ids

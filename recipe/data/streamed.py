@@ -272,7 +272,7 @@ class StreamedData(TrainingData):
 
     def sample_blocks(self) -> Iterator[np.ndarray]:
         """Yield the ids of blocks at the heads of what is trained on of each corpus."""
-        shares = apportion(UNIGRAM_TOKENS // self.args.max_seq_length, self.shares[0].tolist())
+        shares = apportion(UNIGRAM_TOKENS // self.args.max_seq_length, self.quotas)
         for reader, wanted in zip(self.readers, shares, strict=False):
             for shard in range(reader.source.num_shards if wanted else 0):
                 blocks, _, _ = reader.read_head(shard, wanted)

@@ -218,6 +218,23 @@ def test_a_stream_loses_no_text_where_its_length_changes(make_data, seed, packin
     assert documents == ends
 
 
+def test_a_stream_packs_what_it_holds_back_in_the_order_of_the_text(make_data):
+    data = make_data([PhaseArguments(steps=4, max_seq_length=16), PhaseArguments(steps=4)], 8, streaming=True)
+    *_, last = data.train_updates(Rank(), Resume(), 4, never)
+    unpacked, _ = data.open_part(range(4, 8), list(range(4)), last.lanes)
+    for key, buffer in last.lanes.items():
+        blocks = [block.input_ids for _, block in sorted(buffer.blocks, key=lambda numbered: numbered[0])]
+        text = np.concatenate([*blocks, buffer.state.remainder.input_ids])
+        assert unpacked.buffers[key].state.remainder.input_ids.tolist() == text[text > 2].tolist()
+
+
+def test_a_unigram_model_is_of_all_corpora_whatever_the_first_phase_reads(make_data):
+    phases = [PhaseArguments(steps=4, max_seq_length=16, weights={"a": 1, "b": 0}), PhaseArguments(steps=4)]
+    for streaming in (False, True):
+        expected = make_data([], 8, streaming=streaming).unigram_loss()
+        assert make_data(phases, 8, streaming=streaming).unigram_loss() == expected
+
+
 def test_the_masks_and_the_passes_follow_the_phases(make_data):
     phases = [PhaseArguments(steps=10, mlm_probability=[0.4, 0.2]), PhaseArguments(steps=10, max_seq_length=16)]
     data = make_data(phases, 20, train_batch_size=64)
