@@ -113,6 +113,10 @@ BAD = [
     ("[{steps: 10, weights: {}}]", "sample has none: give each corpus one; 0 leaves it out"),
     ("[{steps: 10, weights: {sample: -1}}]", r"`weights` of phase 1 holds -1.0; give 0 or more"),
     ("[{steps: 10, mlm_probability: 0.001}]", "of phase 1 is 0.001; that is less than one masked token in a block"),
+    (
+        "[{steps: 10, train_batch_size: [4.0, 8.0]}]",
+        r"`train_batch_size` in `phases` \(on the command line\) is 4.0; it takes null or int or list of int, 1 or m",
+    ),
     ("[{stps: 10}]", "there is no field `stps` in `phases` .*; did you mean `steps`?"),
     ("[{max_seq_length: 16}]", "steps must be given in `phases` .*, for each phase"),
     ("[10]", "`phases` .* is 10; it takes a list of phases"),
@@ -147,9 +151,11 @@ def test_processes_that_do_not_divide_the_batch_of_a_phase_are_refused(flags):
 
 
 def test_micro_batches_have_as_many_positions_whatever_the_length(flags):
-    phases = "[{steps: 5, max_seq_length: 16, train_batch_size: 24}, {steps: 5, train_batch_size: 9}]"
+    phases = "[{steps: 5, max_seq_length: 16, train_batch_size: 24},"
+    phases += " {steps: 5, train_batch_size: 9, mlm_probability: [0.3, 0.2]}]"
     args = parse_config(PretrainArguments, "test", command_line(flags | {"phases": phases, "max_steps": 10}))
     assert args.micro_batch_sizes(1, 0) == [8, 8, 8]
     assert args.micro_batch_sizes(1, 9) == [4, 4, 1]
     assert args.micro_batch_sizes(1, 99) == [4, 4, 1], "the last phase goes on"
+    assert args.timeline.at(99).mlm_probability == pytest.approx(0.2)
     assert args.timeline.positions(10) == 5 * 24 * 16 + 5 * 9 * 32

@@ -117,7 +117,7 @@ def explain(error: Exception, cls: type, flags: list[str], sources: dict[str, st
     if entry and wrong:
         path, (_, one, example) = wrong[1] or wrong[2], ENTRIES[entry]
         return f"`{keys[0]}`{place}: {path!r} is no {one}; write {example.replace('path: ...', f'path: {path}')}"
-    if keys and (wrong := re.search(r"(?:Got|Given) value: (.*?)(?: Subclass types|$)", text)):
+    if keys and (wrong := re.search(r"(?:Got|Given) value: (.*?)(?: Subclass types| - Expected|$)", text)):
         return f"`{keys[-1]}`{place} is {wrong[1]}; {describe_values(owner, keys[-1], wrong[1])}"
     if alone := re.search(r"argument (--\S+): expected one argument|unrecognized arguments: (.*)", text):
         return f"{alone[1]} has no value after it" if alone[1] else f"{alone[2]}: an option is written --name value"

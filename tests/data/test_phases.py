@@ -249,6 +249,15 @@ def test_the_masks_and_the_passes_follow_the_phases(make_data):
     assert passes[-1, 0] == pytest.approx(blocks[0] / base + blocks[1] / short, rel=1e-4)
 
 
+def test_the_passes_of_a_stream_go_on_evenly_where_its_length_changes(make_data):
+    phases = [PhaseArguments(steps=12, max_seq_length=length) for length in (16, 32, 24)]
+    data = make_data(phases, 36, streaming=True)
+    made = data.train_updates(Rank(), Resume(), 36, never)
+    passes = np.array([share.counts.streams[:, -1].mean() for share in made]) / 1e6 / data.args.num_lanes
+    growth = np.diff(passes)
+    assert 0.02 < growth.min() < growth.max() < 0.08
+
+
 def test_phases_that_a_stream_cannot_have_are_refused(make_data):
     phases = [PhaseArguments(steps=2, max_seq_length=16), PhaseArguments(steps=2)]
     with pytest.raises(UserError, match="`packing` is doc_sentences; a stream of other `packing` cannot change"):
