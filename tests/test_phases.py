@@ -7,7 +7,9 @@ import pytest
 import yaml
 
 from recipe.arguments import PretrainArguments, parse_config
+from recipe.arguments.phases import Timeline
 from recipe.base.errors import UserError
+from recipe.run.checkpoint import check_phases
 from recipe.run.plots import read_curves
 from testing.helpers import command_line, learning, read_lines, weights
 
@@ -75,6 +77,40 @@ def test_phases_to_come_may_change_and_those_done_may_not(phased, run_pretrain, 
         run_pretrain(branch | {"phases": changed.replace("mlm_probability: 0.3}", "mlm_probability: 0.2}")})
     with pytest.raises(UserError, match="update 1, which is done, was of a phase with updates 1 to 3: 4 to 8 blocks"):
         run_pretrain(branch | {"phases": "[]"})
+
+
+def record(phases: list[dict], max_steps: int = 10) -> dict:
+    """Return of the recorded arguments of a run what its timeline is made of."""
+    corpora = [{"name": "a", "weight": None}, {"name": "b", "weight": None}]
+    run = {"max_seq_length": 32, "train_batch_size": 8, "mlm_probability": 0.15}
+    return run | {"phases": phases, "max_steps": max_steps, "corpora": corpora}
+
+
+RAMP = {"mlm_probability": [0.15, 0.3]}
+
+
+@pytest.mark.parametrize(
+    ("phases", "updates", "different"),
+    [
+        ([{"steps": 0.4}, {"steps": 6, "train_batch_size": 8, "max_seq_length": 32}], 10, None),
+        ([{"steps": 4}, {"steps": 2, "mlm_probability": 0.3}, {"steps": 4}], 10, 4),
+        ([{"steps": 4}, {"steps": 2, "mlm_probability": 0.3}, {"steps": 4}], 4, None),
+        ([{"steps": 3}, {"steps": 4} | RAMP, {"steps": 3}], 10, 6),
+        ([{"steps": 10} | RAMP], 5, 4),
+        ([{"steps": 10} | RAMP], 1, None),
+        ([{"steps": 6}, {"steps": 4, "weights": {"a": 1, "b": 3}}], 10, 6),
+    ],
+)
+def test_what_is_done_differs_in_any_setting(phases, updates, different):
+    one, two = Timeline.of_record(record(phases)), Timeline.of_record(record([]))
+    assert one.differs_at(two, updates) == two.differs_at(one, updates) == different
+
+
+def test_updates_that_were_left_out_are_done(tmp_path: Path):
+    state = {"step": 5, "train_state": {"updates_left_out": 3}, "arguments": record([])}
+    check_phases(state, record([{"steps": 8}, {"steps": 2, "max_seq_length": 16}]), tmp_path)
+    with pytest.raises(UserError, match=r"update 8, which is done, .* that leave the first 8 updates as they were"):
+        check_phases(state, record([{"steps": 7}, {"steps": 3, "max_seq_length": 16}]), tmp_path)
 
 
 def test_card_and_plot_tell_of_the_phases(phased, run_pretrain, tmp_path: Path, capsys):
@@ -158,4 +194,5 @@ def test_micro_batches_have_as_many_positions_whatever_the_length(flags):
     assert args.micro_batch_sizes(1, 9) == [4, 4, 1]
     assert args.micro_batch_sizes(1, 99) == [4, 4, 1], "the last phase goes on"
     assert args.timeline.at(99).mlm_probability == pytest.approx(0.2)
+    assert args.masked_share == 0.3
     assert args.timeline.positions(10) == 5 * 24 * 16 + 5 * 9 * 32

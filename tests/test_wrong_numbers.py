@@ -146,6 +146,19 @@ def test_spike_is_rolled_back_and_its_data_left_out(flags, run_spiking, tmp_path
         assert_same_run(tmp_path / "rolled", tmp_path / f"killed-{dies_at}")
 
 
+def test_rollback_over_a_change_of_length_counts_what_was_read(flags, run_spiking, tmp_path: Path):
+    """The phases are of the data, of which five updates are left out: the two before the change among them."""
+    phases = "[{steps: 22, max_seq_length: 16}, {steps: 10, mlm_probability: 0.3}]"
+    flags |= {"save_steps": 10, "logging_steps": 1, "eval_blocks": 0, "max_steps": 32, "phases": phases}
+    plain = run_spiking(flags | {"output_dir": tmp_path / "plain"}).seen
+    step = run_spiking(flags | {"roll_back_loss_spikes": True}, spiking={plain[24]})
+    assert step.seen[:33] == plain[:26] + plain[25:]
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["max_seq_length"] for line in lines] == 20 * [16] + 12 * [32]
+    positions = 20 * 8 * 16 + 12 * 8 * 32
+    assert lines[-1]["padding_share"] == pytest.approx(1 - lines[-1]["tokens"] / positions, abs=1e-4)
+
+
 def test_spikes_without_end_stop_the_run(flags, run_spiking, tmp_path: Path):
     flags |= {"save_steps": 21, "eval_steps": 50, "logging_steps": 1, "max_steps": 50, "roll_back_loss_spikes": True}
     plain = run_spiking(flags | {"output_dir": tmp_path / "plain", "max_steps": 49}).seen

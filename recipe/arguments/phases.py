@@ -106,7 +106,7 @@ class Timeline:
         return cls(SimpleNamespace(**values | {"phases": phases, "corpora": corpora}))
 
     def differs_at(self, other: "Timeline", updates: int) -> int | None:
-        """Return the first of so many updates that the two timelines make differently, if there is one."""
+        """Return one of so many updates that the two timelines make differently, if there is; of a ramp, the last."""
         firsts = {stage.first for timeline in (self, other) for stage in timeline.stages}
         # Between these, masks change evenly and all else stays.
         for update in sorted({*firsts, *(first - 1 for first in firsts), updates - 1}):

@@ -177,6 +177,9 @@ def test_no_length_trains_on_text_that_is_held_out_and_all_other_text_is_read(ma
             touching = [n for n in range(len(view)) if positions_of(view, n) & held_places]
             assert data.left_out[length][corpus].tolist() == touching
             assert set().union(*(positions_of(view, n) for n in touching)) >= held_places
+            if view.format.exchanges:
+                trained = set(range(len(view))) - set(touching)
+                assert {view.partner(n, key) for n in trained for key in range(9)} == trained
 
 
 @pytest.mark.parametrize("seed", SEEDS)
