@@ -22,7 +22,7 @@ from recipe.base.errors import UserError
 from recipe.base.files import check_free_space, check_output_dir
 from recipe.base.formatting import count_of, format_bytes, format_count
 from recipe.base.model_files import count_ids
-from recipe.data.cached import check_tokens, count_held_out, find_store
+from recipe.data.cached import check_tokens, count_held_out, find_store, plan_views
 from recipe.data.corpora import check_corpus, corpus_bytes
 from recipe.data.packed_corpus import PackedCorpus
 from recipe.data.preprocessor import Preprocessor
@@ -283,7 +283,7 @@ def size_up(
 
 def check_writable(args: PretrainArguments, preprocessor: Preprocessor, stores: list[TokenStore]) -> None:
     """Raise a `UserError` if a token store or view that is still to be made cannot be written."""
-    views = [PackedCorpus(store, preprocessor.format) for store in stores]
+    views = [view for same in plan_views(args, preprocessor, stores, {}).values() for view in same]
     # Which view a run with `deduplicate` has is known only once all stores are there.
     missing = [v.store.path for v in views if not (v.store.is_complete if args.deduplicate else v.is_complete)]
     for folder in sorted({path if path.exists() else path.parent for path in missing}):

@@ -54,6 +54,26 @@ def find_store(args: PretrainArguments, preprocessor: Preprocessor, corpus: Corp
     return TokenStore(corpus, preprocessor.encoder, preprocessor.decontaminator, root)
 
 
+def plan_views(
+    args: PretrainArguments,
+    preprocessor: Preprocessor,
+    stores: list[TokenStore],
+    copies: dict[int, list[np.ndarray]],
+) -> dict[int, list[PackedCorpus]]:
+    """Plan the views of a run by their length: of every corpus one of the run's own, of those to train on one of each.
+
+    Args:
+        copies: see `CachedData.find_copies`.
+    """
+    return {
+        length: [
+            PackedCorpus(store, preprocessor.format_of(length), copies.get(number))
+            for number, store in enumerate(stores[: None if length == args.max_seq_length else len(args.corpora)])
+        ]
+        for length in sorted({args.max_seq_length, *args.timeline.lengths})
+    }
+
+
 def check_tokens(corpus: CorpusArguments, tokens: float, max_seq_length: int) -> None:
     """Raise a `UserError` if a corpus has not enough tokens for a block."""
     if tokens < max_seq_length - 2:
@@ -104,15 +124,8 @@ class CachedData(TrainingData):
         self.stores = [find_store(args, preprocessor, corpus) for corpus in self.corpora]
         for store in self.stores:
             store.build(process_index, args.preprocessing_num_workers, args.max_unreadable_documents)
-        copies, num_corpora = self.find_copies(), len(args.corpora)
-        # Of every corpus the blocks of the run's own length, and of those to train on the ones of other lengths.
-        self.views = {
-            length: [
-                PackedCorpus(store, preprocessor.format_of(length), copies.get(number))
-                for number, store in enumerate(self.stores[: None if length == args.max_seq_length else num_corpora])
-            ]
-            for length in sorted({args.max_seq_length, *args.timeline.lengths})
-        }
+        num_corpora = len(args.corpora)
+        self.views = plan_views(args, preprocessor, self.stores, self.find_copies())
         views = [view for same in self.views.values() for view in same]
         for view in views:
             view.build(process_index)

@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from recipe.arguments import CorpusArguments, PretrainArguments
 from recipe.arguments.phases import PhaseArguments
 from recipe.base.errors import UserError
+from recipe.checks import check_writable
 from recipe.data.batches import Rank, Resume, Row
 from recipe.data.cached import CachedData
 from recipe.data.modes import open_data
@@ -271,6 +273,16 @@ def test_phases_that_a_stream_cannot_have_are_refused(make_data):
     )
     with pytest.raises(UserError, match=problem):
         make_data(phases, 4, streaming=True)
+
+
+def test_views_of_every_phase_are_tried_to_be_written(make_data, monkeypatch: pytest.MonkeyPatch):
+    data, tried = make_data([], 4), []
+    monkeypatch.setattr("recipe.checks.check_output_dir", lambda folder, _: tried.append(folder))
+    check_writable(data.args, data.preprocessor, data.stores)
+    assert tried == []
+    phases = [PhaseArguments(steps=2, max_seq_length=16), PhaseArguments(steps=2)]
+    check_writable(replace(data.args, phases=phases), data.preprocessor, data.stores)
+    assert tried == sorted(store.path for store in data.stores)
 
 
 def test_held_out_blocks_that_touch_all_of_a_short_corpus_are_refused(make_data, tmp_path: Path, tokenizer):
