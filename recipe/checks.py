@@ -143,7 +143,8 @@ def check_run(args: PretrainArguments, accelerator: Accelerator, run: RunDirecto
         args.check_lanes(world_size)
         args.check_processes(world_size)
         check.fits_world_size = True
-        remarks.append(args.describe_micro_batches(world_size, 0, args.max_steps - 1))
+        phases = [args.describe_micro_batches(world_size, first, end - 1) for first, end in args.timeline.bounds]
+        remarks += dict.fromkeys(phases)
     with tried.trying("schedule") as remarks:
         rates = preview_rates(args.learning_rate, *args.schedule)
         remarks.append(f"{args.lr_scheduler_type}, up to {max(rates):.3g}, at the end {rates[-1]:.3g}")

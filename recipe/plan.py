@@ -254,7 +254,7 @@ def describe_passes(args: PretrainArguments, sizes: list[CorpusSize]) -> list[st
     for number, corpus in enumerate(args.corpora):
         share = positions[number] / positions.sum()
         times = positions[number] / (blocks[number] * args.max_seq_length or math.nan)
-        text = f"{corpus.name} {format_count(times)} times, {share:.1%} of the blocks"
+        text = f"{corpus.name} {format_count(times)} times, {share:.1%} of the positions"
         passes.append(f"{corpus.name} unknown" if math.isnan(times) else text)
         if times > MAX_PASSES and args.schedule_by == "steps":
             steps = max(1, round(args.max_steps * PAPER_PASSES / times))

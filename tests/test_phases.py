@@ -1,5 +1,6 @@
 """Phases in whole runs: resumes at every boundary, what may change of them, what is said of them, and bad ones."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from recipe.arguments.phases import Timeline
 from recipe.base.errors import UserError
 from recipe.run.checkpoint import check_phases
 from recipe.run.plots import read_curves
-from testing.helpers import command_line, learning, read_lines, weights
+from testing.helpers import command_line, learning, read_lines, weights, write_jsonl
 
 PHASES = (
     "[{steps: 3, max_seq_length: 16, train_batch_size: [4, 8], mlm_probability: [0.3, 0.15]},"
@@ -111,6 +112,22 @@ def test_updates_that_were_left_out_are_done(tmp_path: Path):
     check_phases(state, record([{"steps": 8}, {"steps": 2, "max_seq_length": 16}]), tmp_path)
     with pytest.raises(UserError, match=r"update 8, which is done, .* that leave the first 8 updates as they were"):
         check_phases(state, record([{"steps": 7}, {"steps": 3, "max_seq_length": 16}]), tmp_path)
+
+
+def test_plan_tells_of_each_phase(phased, run_pretrain, tmp_path: Path, texts, capsys):
+    files = {"one": texts[:60], "two": texts[60:]}
+    corpora = [{"name": name, "path": str(write_jsonl(tmp_path / f"{name}.jsonl", own))} for name, own in files.items()]
+    phases = (
+        "[{steps: 6, max_seq_length: 16, train_batch_size: [8, 24], weights: {one: 1, two: 0}},"
+        " {steps: 4, weights: {one: 1, two: 1}}]"
+    )
+    run_pretrain(phased | {"corpora": json.dumps(corpora), "phases": phases, "dry_run": True})
+    printed = capsys.readouterr().out
+    batches = "1 process x 8 a micro-batch x 1 to 3 accumulated; 1 process x 4 a micro-batch x 2 accumulated"
+    assert f"ok       batch: {batches}\n" in printed
+    one, two = 96 * 16 + 4 * 4 * 32, 4 * 4 * 32
+    assert f", {one / (one + two):.1%} of the positions; two " in printed
+    assert f", {two / (one + two):.1%} of the positions\n" in printed
 
 
 def test_card_and_plot_tell_of_the_phases(phased, run_pretrain, tmp_path: Path, capsys):

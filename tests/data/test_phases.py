@@ -240,6 +240,12 @@ def test_a_unigram_model_is_of_all_corpora_whatever_the_first_phase_reads(make_d
         assert make_data(phases, 8, streaming=streaming).unigram_loss() == expected
 
 
+def test_a_stream_holds_back_of_a_corpus_what_its_largest_share_asks_for(make_data, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("recipe.data.streamed.MAX_BUFFER_SHARE", 1)
+    phases = [PhaseArguments(steps=2, weights={"a": 1 - b, "b": b}) for b in (0, 1)]
+    assert make_data(phases, 4, streaming=True).schedule.buffer_sizes == [10, 10]
+
+
 def test_the_masks_and_the_passes_follow_the_phases(make_data):
     phases = [PhaseArguments(steps=10, mlm_probability=[0.4, 0.2]), PhaseArguments(steps=10, max_seq_length=16)]
     data = make_data(phases, 20, train_batch_size=64)
