@@ -221,7 +221,9 @@ class SpikeGuard:
             FloatingPointError: training has gone back to that checkpoint too often.
         """
         session, args, loss = self.session, self.session.args, outcome.sums[0] / max(1, masked)
-        spike = None if outcome.skipped else session.state.record_loss(loss, args.loss_spike_ratio)
+        update = session.state.step - 1 + session.state.updates_left_out
+        first, _ = args.timeline.bounds[args.timeline.at(update).phase - 1]  # other phases may have other losses
+        spike = None if outcome.skipped else session.state.record_loss(loss, args.loss_spike_ratio, update - first)
         if not spike:
             return None
         place = f"update {session.state.step:,}: {loss:.3f}"

@@ -73,14 +73,17 @@ def test_update_without_a_number_on_one_rank_is_left_out_on_all(flags, run_fsdp,
 
 def test_spike_is_told_by_the_median_before_it():
     state = TrainState()
-    assert [state.record_loss(loss, 1.5) for loss in [9.0] * 3 + [2.0] * 16 + [4.0]] == [None] * 20  # too few before it
-    assert state.record_loss(3.0, 1.5) is None
-    assert state.record_loss(3.2, 1.5) == pytest.approx(1.6)
+    few = [9.0] * 3 + [2.0] * 16 + [4.0]
+    assert [state.record_loss(loss, 1.5, number) for number, loss in enumerate(few)] == [None] * 20
+    assert state.record_loss(3.0, 1.5, 20) is None
+    assert state.record_loss(3.2, 1.5, 21) == pytest.approx(1.6)
     assert state.loss_spikes == 1
-    for _ in range(100):
-        state.record_loss(3.2, 1.5)
-    assert state.record_loss(3.2, 1.5) is None  # no spike any more
+    for number in range(100):
+        state.record_loss(3.2, 1.5, 22 + number)
+    assert state.record_loss(3.2, 1.5, 122) is None  # no spike any more
     assert len(state.recent_losses) == 100
+    assert state.record_loss(6.4, 1.5, 19) is None
+    assert state.record_loss(6.4, 1.5, 20) == pytest.approx(2)
 
 
 class Spiking:
@@ -147,16 +150,25 @@ def test_spike_is_rolled_back_and_its_data_left_out(flags, run_spiking, tmp_path
 
 
 def test_rollback_over_a_change_of_length_counts_what_was_read(flags, run_spiking, tmp_path: Path):
-    """The phases are of the data, of which five updates are left out: the two before the change among them."""
-    phases = "[{steps: 22, max_seq_length: 16}, {steps: 10, mlm_probability: 0.3}]"
-    flags |= {"save_steps": 10, "logging_steps": 1, "eval_blocks": 0, "max_steps": 32, "phases": phases}
+    """The phases are of the data, of which 22 updates are left out, the last one before the change among them."""
+    phases = "[{steps: 23, max_seq_length: 16}, {steps: 23, mlm_probability: 0.3}]"
+    flags |= {"save_steps": 22, "logging_steps": 1, "eval_blocks": 0, "max_steps": 46, "phases": phases}
     plain = run_spiking(flags | {"output_dir": tmp_path / "plain"}).seen
-    step = run_spiking(flags | {"roll_back_loss_spikes": True}, spiking={plain[24]})
-    assert step.seen[:33] == plain[:26] + plain[25:]
+    step = run_spiking(flags | {"roll_back_loss_spikes": True}, spiking={plain[43]})
+    assert step.seen[:46] == plain  # the spike is read before a checkpoint would be of it
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert [line["max_seq_length"] for line in lines] == 20 * [16] + 12 * [32]
-    positions = 20 * 8 * 16 + 12 * 8 * 32
+    assert [line["max_seq_length"] for line in lines] == 22 * [16] + 24 * [32]
+    positions = 22 * 8 * 16 + 24 * 8 * 32
     assert lines[-1]["padding_share"] == pytest.approx(1 - lines[-1]["tokens"] / positions, abs=1e-4)
+
+
+def test_higher_losses_of_another_phase_are_no_spikes(flags, run_spiking, tmp_path: Path):
+    flags |= {"save_steps": 20, "logging_steps": 1, "eval_blocks": 0, "max_steps": 48, "roll_back_loss_spikes": True}
+    flags |= {"phases": "[{steps: 22}, {steps: 26}]"}
+    plain = run_spiking(flags | {"output_dir": tmp_path / "plain"}).seen
+    step = run_spiking(flags, spiking=set(plain[22:]))
+    assert step.seen == plain
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["loss_spikes"] == 0
 
 
 def test_spikes_without_end_stop_the_run(flags, run_spiking, tmp_path: Path):

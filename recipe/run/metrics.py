@@ -99,13 +99,14 @@ class TrainState:
             if skipped is None:
                 self.window[name] = [total + value for total, value in zip(window, values, strict=True)]
 
-    def record_loss(self, loss: float, ratio: float) -> float | None:
+    def record_loss(self, loss: float, ratio: float, comparable: int) -> float | None:
         """Take in the loss of an update, in nats; return its ratio to the median loss if that is a spike.
 
-        It is one if it is more than `ratio` times the median of up to 100 losses before it, of at least 20.
+        It is one if it is more than `ratio` times the median of up to 100 losses before it, of at least 20, which are
+        of the last `comparable` updates.
         """
-        before = self.recent_losses
-        self.recent_losses = [*before, loss][-100:]
+        before = self.recent_losses[max(0, len(self.recent_losses) - comparable) :]
+        self.recent_losses = [*self.recent_losses, loss][-100:]
         if len(before) < 20 or loss <= ratio * statistics.median(before):
             return None
         self.loss_spikes += 1

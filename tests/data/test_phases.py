@@ -240,6 +240,15 @@ def test_a_unigram_model_is_of_all_corpora_whatever_the_first_phase_reads(make_d
         assert make_data(phases, 8, streaming=streaming).unigram_loss() == expected
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_corpora_have_the_weights_of_the_phase(make_data, streaming):
+    phases = [PhaseArguments(steps=10, weights=weights) for weights in ({"a": 1, "b": 0}, {"a": 1, "b": 3})]
+    made = make_data(phases, 20, streaming=streaming).train_updates(Rank(), Resume(), 20, never)
+    blocks = np.array([share.counts.corpora[:, 0] for share in made])
+    assert blocks[:10].sum(0).tolist() == [80, 0]
+    assert blocks[10:].sum(0) == pytest.approx([20, 60], abs=1)
+
+
 def test_a_stream_holds_back_of_a_corpus_what_its_largest_share_asks_for(make_data, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("recipe.data.streamed.MAX_BUFFER_SHARE", 1)
     phases = [PhaseArguments(steps=2, weights={"a": 1 - b, "b": b}) for b in (0, 1)]
