@@ -212,4 +212,7 @@ def test_micro_batches_have_as_many_positions_whatever_the_length(flags):
     assert args.micro_batch_sizes(1, 99) == [4, 4, 1], "the last phase goes on"
     assert args.timeline.at(99).mlm_probability == pytest.approx(0.2)
     assert args.masked_share == 0.3
+    ramp = flags | {"phases": "[{steps: 10, train_batch_size: [2, 6]}]", "max_steps": 10}
+    ramped = parse_config(PretrainArguments, "test", command_line(ramp))
+    assert [ramped.micro_batch_sizes(1, update) for update in (0, 5, 9)] == [[2], [2, 2], [2, 2, 2]]
     assert args.timeline.positions(10) == 5 * 24 * 16 + 5 * 9 * 32

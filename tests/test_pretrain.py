@@ -35,6 +35,10 @@ from testing.helpers import (
     write_jsonl,
 )
 
+PHASES = (
+    "[{steps: 40, max_seq_length: 16, train_batch_size: [4, 16]}, {steps: 0.5, mlm_probability: [0.3, 0.15]},"
+    " {steps: 20, max_seq_length: 24}]"
+)
 STREAMED = {"streaming": "true", "num_lanes": 4, "shuffle_buffer_size": 64}
 
 
@@ -220,7 +224,7 @@ def test_counts_of_corpora_are_in_the_metrics_and_the_log(flags, run_pretrain, t
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mode", [{}, STREAMED, STREAMED | {"dataloader_num_workers": 2}])
+@pytest.mark.parametrize("mode", [{}, STREAMED, STREAMED | {"dataloader_num_workers": 2, "phases": PHASES}])
 def test_killed_run_goes_on_to_the_same_end(flags, run_pretrain, tmp_path: Path, mode):
     flags |= {"max_steps": 120, "save_steps": 4, "eval_steps": 7, "logging_steps": 3} | mode
     run_pretrain(flags)

@@ -141,6 +141,10 @@ class Timeline:
         stage = self.stage(update)
         return stage.positions + (update - stage.first) * stage.train_batch_size * stage.max_seq_length
 
+    def smallest_batch(self, phase: int) -> int:
+        """Return the smallest `train_batch_size` of a phase, whose number counts from 1."""
+        return min(stage.train_batch_size for stage in self.stages if stage.phase == phase - 1)
+
     def owner(self, stage: Stage) -> str:
         """Return ` of phase 2` for a stage, to name it in an error; nothing where the run has no phases."""
         return "" if self.is_one else f" of phase {stage.phase + 1}"

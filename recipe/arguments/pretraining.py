@@ -371,10 +371,12 @@ class PretrainArguments:
     def micro_batch_sizes(self, num_processes: int, update: int) -> list[int]:
         """Return the blocks of each micro-batch that a process has of an update; the last one may be smaller.
 
-        A micro-batch has as many positions whatever the length of its blocks.
+        A micro-batch has as many positions whatever the length of its blocks, but no more blocks than the smallest
+        batch of a ramp, so that its shape is the same in all of a phase.
         """
         settings = self.timeline.at(update)
-        size = self.per_device_train_batch_size * (self.max_seq_length // settings.max_seq_length)
+        most = self.per_device_train_batch_size * (self.max_seq_length // settings.max_seq_length)
+        size = min(most, self.timeline.smallest_batch(settings.phase) // num_processes)
         whole, rest = divmod(settings.train_batch_size // num_processes, size)
         return [size] * whole + [rest] * (rest > 0)
 

@@ -69,8 +69,8 @@ class Counts:
         # and the `digest` of all blocks and of what is masked in them.
         self.scalars, corpora, streams = np.split(self.array, np.cumsum(sizes[:2]))
         self.corpora = corpora.reshape(num_corpora, -1)  # (corpora, 3), see `COUNTED`
-        # (corpora, 4), in streaming mode the documents dropped so far, see `LEFT_OUT`, and the passes in millionths,
-        # summed over lanes.
+        # (corpora, 4), in streaming mode the documents dropped so far, see `LEFT_OUT`; and the passes in millionths, in
+        # streaming mode summed over lanes.
         self.streams = streams.reshape(num_corpora, -1)
 
     @classmethod

@@ -126,6 +126,12 @@ def test_every_checkpoint_is_a_model_on_the_hub_and_a_place_to_go_on_from(hub, c
         assert f"{int(tag[5:])} of 6" in on_hub(hub, tag)["README.md"].decode()
     assert (run / "model" / "README.md").read_bytes() == on_hub(hub, "main")["README.md"]
 
+    # A tag of another name beside it, as docs/budgets.md sets those of words.
+    code = f"import huggingface_hub; huggingface_hub.create_tag('{REPO}', tag='chck_1M', revision='step-00000002')"
+    result = client.run("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert repo.tags["chck_1M"] == repo.tags["step-00000002"]
+
     on_hub(hub, "step-00000002")["optimizer.pt"] += b"!"
     damaged = {"output_dir": tmp_path / "damaged", "resume_from_checkpoint": f"hub://{REPO}@step-00000002"}
     result = client.pretrain(push_flags | damaged)
