@@ -228,6 +228,7 @@ class Material:
             "eval_blocks": 4,
             "dataloader_num_workers": 0,
             "max_steps": 4,
+            "phases": "[{steps: 1, max_seq_length: 16, mlm_probability: 0.3}, {steps: 0.75, weights: {sample: 2}}]",
         }
         sizes = ("train_batch_size", "per_device_train_batch_size", "per_device_eval_batch_size")
         values |= dict.fromkeys(sizes, 4) | dict.fromkeys(
@@ -550,7 +551,7 @@ def resume(path: Path, saved: dict[str, Any], material: Material) -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     scheduler.step()
-    state.count({"loss": (1.0, 1)}, torch.ones(len(state.corpora), 3).long().numpy(), 1, None)
+    state.count({"loss": (1.0, 1)}, torch.ones(len(state.corpora), 3).long().numpy(), 8, 1, None)
     assert state.blocks >= 0
     assert state.tokens >= 0
     state.take_means()
