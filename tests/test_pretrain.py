@@ -671,7 +671,7 @@ def test_run_goes_on_where_nothing_compiles(flags, tmp_path: Path):
     [
         ({"corpora": '[{"name": "a", "path": "no/such/file.jsonl"}]'}, "no/such/file.jsonl does not exist"),
         ({"max_seq_length": 600}, "`max_seq_length` (600) needs `max_position_embeddings` >= 602, got 514"),
-        ({"train_batch_size": 9}, "`train_batch_size` (9) is not a multiple"),
+        ({"phases": "[{steps: 5}]"}, "`phases` have 5 updates together, and `max_steps` is 6: change the `steps`"),
         ({"model_config": '{"vocab_size": 10}'}, "the tokenizer has 400 entries"),
         ({"tokenizer_name": "no/such/tokenizer"}, "`tokenizer_name` is no/such/tokenizer"),
         ({"resume_from_checkpoint": "no/such/checkpoint"}, "there is no such checkpoint"),

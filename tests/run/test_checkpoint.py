@@ -321,9 +321,19 @@ def test_manifest_cannot_name_files_elsewhere(tmp_path: Path, name: str):
     assert find_fault(path)
 
 
+ARGUMENTS = {"max_steps": 9, "schedule_by": "steps", "phases": [], "corpora": []}
+ARGUMENTS |= {"max_seq_length": 32, "train_batch_size": 8, "mlm_probability": 0.15}
+
+
 def state_of(step: int = 2, **changes: object) -> dict[str, object]:
     train_state = asdict(TrainState(step=step, corpora=[[1, 2, 3]], window={"loss": [1.0, 1]}))
-    return {"train_state": train_state | changes, "identity": {}, "arguments": {}, "step": step, "format": FORMAT}
+    return {
+        "train_state": train_state | changes,
+        "identity": {},
+        "arguments": ARGUMENTS,
+        "step": step,
+        "format": FORMAT,
+    }
 
 
 @pytest.mark.parametrize(
@@ -335,6 +345,8 @@ def state_of(step: int = 2, **changes: object) -> dict[str, object]:
         (json.dumps(state_of() | {"step": 3}), "`step` is 3 and that of `train_state` 2"),
         (json.dumps(state_of() | {"step": "../../x"}), "`step` is '../../x'"),
         (json.dumps(state_of() | {"identity": None}), "identity without names"),
+        (json.dumps(state_of() | {"arguments": {}}), "'phases'"),
+        (json.dumps(state_of() | {"arguments": ARGUMENTS | {"phases": [{"steps": "9"}]}}), "TypeError"),
         (json.dumps(state_of(overflows="1")), "no whole number: overflows"),
         (json.dumps(state_of(data_digest=2**64)), "no whole number: data_digest"),
         (json.dumps(state_of(train_milliseconds="1")), "TypeError|train_milliseconds"),
@@ -351,7 +363,7 @@ def test_state_whose_checksum_fits_is_checked_too(tmp_path: Path, content: str |
     write_manifest(path)
 
     def restore() -> None:
-        _, state, _ = open_checkpoint(tmp_path, "latest", {}, {"max_steps": 9, "schedule_by": "steps"})
+        _, state, _ = open_checkpoint(tmp_path, "latest", {}, ARGUMENTS)
         TrainState.restore(state["train_state"], 1, path)
 
     with pytest.raises(UserError, match=rf"state\.json is damaged .*{expected}.*; remove .*step-00000002"):
