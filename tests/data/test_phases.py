@@ -19,6 +19,7 @@ from recipe.data.cached import CachedData
 from recipe.data.modes import open_data
 from recipe.data.preprocessor import Preprocessor
 from recipe.data.streamed import StreamedData
+from recipe.data.streaming import LaneBuffers
 from testing.helpers import make_text, never, write_jsonl
 from tests.data.test_streaming import read
 
@@ -223,14 +224,22 @@ def test_a_stream_loses_no_text_where_its_length_changes(make_data, seed, packin
     assert documents == ends
 
 
-def test_a_stream_packs_what_it_holds_back_in_the_order_of_the_text(make_data):
-    data = make_data([PhaseArguments(steps=4, max_seq_length=16), PhaseArguments(steps=4)], 8, streaming=True)
-    *_, last = data.train_updates(Rank(), Resume(), 4, never)
-    unpacked, _ = data.open_part(range(4, 8), list(range(4)), last.lanes)
+def test_blocks_are_unpacked_in_the_order_of_the_text(make_data):
+    """Draws have shuffled a buffer: its blocks follow each other by their numbers, before what is not packed yet."""
+    phases = [PhaseArguments(steps=6, max_seq_length=16), PhaseArguments(steps=2)]
+    data = make_data(phases, 8, streaming=True)
+    *_, last = data.train_updates(Rank(), Resume(), 6, never)
+    lanes = LaneBuffers(data.readers, data.schedule, list(range(4)), last.lanes)
+    expected = {}
     for key, buffer in last.lanes.items():
-        blocks = [block.input_ids for _, block in sorted(buffer.blocks, key=lambda numbered: numbered[0])]
-        text = np.concatenate([*blocks, buffer.state.remainder.input_ids])
-        assert unpacked.buffers[key].state.remainder.input_ids.tolist() == text[text > 2].tolist()
+        blocks = [block for _, block in sorted(buffer.blocks, key=lambda numbered: numbered[0])]
+        kept = [block.input_ids[block.input_ids > 2] for block in blocks]
+        expected[key] = np.concatenate([*kept, buffer.state.remainder.input_ids]).tolist()
+    numbers = [[number for number, _ in buffer.blocks] for buffer in last.lanes.values()]
+    assert any(one != sorted(one) for one in numbers), "nothing is shuffled"
+    lanes.unpack()
+    assert {key: buffer.state.remainder.input_ids.tolist() for key, buffer in lanes.buffers.items()} == expected
+    assert not any(buffer.blocks for buffer in lanes.buffers.values())
 
 
 def test_a_unigram_model_is_of_all_corpora_whatever_the_first_phase_reads(make_data):
